@@ -1,0 +1,1 @@
+"""Underpass lab: any NAT, in network namespaces or in a simulated internet."""

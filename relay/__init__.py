@@ -1,0 +1,1 @@
+"""Underpass relay: a drop-in for Tailscale's derper (DERP and STUN)."""

@@ -1,0 +1,10 @@
+"""The `underpass` command."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """To be described."""

@@ -1,0 +1,1 @@
+"""Decisions: pure state machines, (event, now) in and effects out; they never await."""
