@@ -59,6 +59,8 @@ class Counters:
     bytes_received: int = 0
     packets_sent: int = 0
     bytes_sent: int = 0
+    packets_waited: int = 0
+    """Of those sent, how many had to wait because their destination read too slowly."""
     packets_dropped: dict[tuple[DropReason, Kind], int] = field(
         default_factory=lambda: {(reason, kind): 0 for reason in DropReason for kind in Kind}
     )

@@ -522,6 +522,9 @@ class Switch:
         payload_bytes: int,
         now: float,
     ) -> None:
+        if destination.closed:  # by a write earlier in this very round
+            self.counters.drop(DropReason.GONE_DISCONNECTED, Kind.OTHER, payload_bytes, packets)
+            return
         heard_from = destination.heard_from
         if heard_from is None:
             heard_from = destination.heard_from = set()
@@ -773,6 +776,7 @@ class Switch:
                     payload_bytes = len(frame) - PACKET_HEADER_LENGTH
                     client.packets_out += 1
                     client.bytes_out += payload_bytes
+                    self.counters.packets_waited += 1
                     self.counters.packets_sent += 1
                     self.counters.bytes_sent += payload_bytes
         if not client.backlog:
