@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
 
 import aioice.stun
 import pytest
@@ -116,9 +117,12 @@ classic_ids = (
     .filter(lambda raw: raw[:4] != bytes.fromhex("2112a442"))
     .map(TransactionId)
 )
-hosts = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).filter(
-    lambda ip: ip.ipv4_mapped is None
-).map(str)
+hosts = st.integers(0, 2**32 - 1).map(IPv4Address).map(str) | (
+    st.integers(0, 2**128 - 1)
+    .map(IPv6Address)
+    .filter(lambda ip: ip.ipv4_mapped is None)  # written as IPv4
+    .map(str)
+)
 addresses = st.tuples(hosts, st.integers(0, 65535))
 
 
