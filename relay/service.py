@@ -9,9 +9,8 @@ import ipaddress
 import logging
 import random
 import socket
-import ssl
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +18,7 @@ from typing import Final
 import trio
 
 from relay.admission import Admission
+from relay.certificates import Certificates
 from relay.config import Config
 from relay.http import Responder, Upgrade, serve_http, wanted_protocol
 from relay.limits import AcceptLimiter, ConnectionCounter, TokenBucket
@@ -63,7 +63,7 @@ class Service:
     """One process's data plane.
 
     Args:
-        tls_context: the context for the next connection; None to serve plain HTTP.
+        certificates: for TLS; None to serve plain HTTP.
         respond: answers HTTP requests that are no upgrade.
         siblings: Unix sockets of the other workers of this host.
     """
@@ -74,7 +74,7 @@ class Service:
         identity: Identity,
         *,
         admission: Admission,
-        tls_context: Callable[[], ssl.SSLContext] | None,
+        certificates: Certificates | None,
         respond: Responder,
         siblings: Sequence[Path] = (),
     ) -> None:
@@ -86,7 +86,7 @@ class Service:
         self.websocket_accepts = 0
         self.draining = False
         self._identity = identity
-        self._tls_context = tls_context
+        self.certificates = certificates
         self._respond = respond
         self._randomness = random.Random()
         self._sessions: dict[Connection, Session] = {}
@@ -129,6 +129,8 @@ class Service:
             await nursery.start(self.pump.run)
             nursery.start_soon(self.mesh.run)
             nursery.start_soon(self.admission.run, self._sessions.values, self._cut)
+            if self.certificates is not None:
+                nursery.start_soon(self.certificates.run)
             nursery.start_soon(self._accept, listeners, sibling_listener)
             task_status.started()
 
@@ -261,11 +263,11 @@ class Service:
                     return
                 counted_as = peer.counted_as
             stage = Stage.TLS
-            if self._tls_context is not None:
-                await self._start_tls(stream, self._tls_context())
+            if self.certificates is not None:
+                await self._start_tls(stream, self.certificates)
             stage = Stage.HTTP
             upgrade = await serve_http(
-                stream, self._respond, source=peer.source, over_tls=self._tls_context is not None
+                stream, self._respond, source=peer.source, over_tls=self.certificates is not None
             )
             if upgrade is None:
                 return
@@ -284,8 +286,15 @@ class Service:
             if counted_as is not None:
                 self._counter.remove(counted_as)
 
-    async def _start_tls(self, stream: HandshakeStream, context: ssl.SSLContext) -> None:
+    async def _start_tls(self, stream: HandshakeStream, certificates: Certificates) -> None:
         with trio.move_on_after(TLS_TIMEOUT_SECONDS) as timeout:
+            hello = b""
+            while (context := certificates.context_for(hello)) is None:
+                data = await stream.receive()
+                if not data:
+                    raise StreamEndedError("it closed the connection before TLS")
+                hello += data
+            stream.put_back(hello)
             tls = await stream.start_tls(context, server_side=True)
             self.tls_versions[tls.version() or ""] += 1
         if timeout.cancelled_caught:
