@@ -11,7 +11,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ import trio
 from relay.admission import Admission
 from relay.certificates import Certificates
 from relay.config import Config
-from relay.http import Responder, Upgrade, serve_http, wanted_protocol
+from relay.http import Request, Responder, serve_http, wanted_protocol
 from relay.limits import AcceptLimiter, ConnectionCounter, TokenBucket
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
@@ -52,11 +52,20 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class _Peer:
-    """Where a connection comes from: what limits count it as, and what is told of it."""
+    """Where a connection comes from; `source` is an IP address in text form."""
 
-    counted_as: str
     source: str
     port: int
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A connection on its way to the pump, and what was counted for it so far."""
+
+    peer: _Peer
+    stage: Stage = Stage.PROXY
+    in_handshake: bool = True
+    counted_as: str | None = None
 
 
 class Service:
@@ -241,50 +250,78 @@ class Service:
             return
         stream = HandshakeStream(sock)
         self._handshakes += 1
+        arrival = _Arrival(peer)
         try:
-            await self._handle_stream(stream, peer)
+            await self._handle_stream(stream, arrival)
+        except (StreamEndedError, ProxyProtocolError, DerpError) as error:
+            self._refuse(arrival.stage, arrival.peer.source, str(error))
+        except RefusedError as error:
+            self._refuse(Stage.ADMISSION, arrival.peer.source, str(error))
         finally:
-            self._handshakes -= 1
+            if arrival.in_handshake:
+                self._handshakes -= 1
+            if arrival.counted_as is not None:
+                self._counter.remove(arrival.counted_as)
             stream.close()
 
-    async def _handle_stream(self, stream: HandshakeStream, peer: _Peer) -> None:
-        """Everything from the first byte on; refusals end here."""
-        stage = Stage.PROXY
-        counted_as: str | None = None
-        try:
-            if self.config.proxy.protocol == "proxy-protocol" and peer.source in self._proxies:
-                peer = await _receive_proxy_header(stream, peer)
-            # Behind a proxy that speaks HTTP all clients share an address: what a limit per
-            # address would count is the proxy.
-            if peer.source not in self._proxies:
-                problem = self._counter.refusal(peer.counted_as)
-                if problem is not None:
-                    self._refuse(_stage_of_count(problem), peer.source, problem)
-                    return
-                counted_as = peer.counted_as
-            stage = Stage.TLS
-            if self.certificates is not None:
-                await self._start_tls(stream, self.certificates)
-            stage = Stage.HTTP
-            upgrade = await serve_http(
-                stream, self._respond, source=peer.source, over_tls=self.certificates is not None
-            )
-            if upgrade is None:
+    async def _handle_stream(self, stream: HandshakeStream, arrival: _Arrival) -> None:
+        """Everything from the first byte on. Raises what ends it; `arrival.stage` says where."""
+        if self.config.proxy.protocol == "proxy-protocol" and arrival.peer.source in self._proxies:
+            arrival.peer = await _receive_proxy_header(stream, arrival.peer)
+        source = arrival.peer.source
+        # Behind a proxy that speaks HTTP all clients share an address: what a limit per address
+        # would count is the proxy.
+        if source not in self._proxies:
+            problem = self._counter.refusal(source)
+            if problem is not None:
+                self._refuse(_stage_of_count(problem), source, problem)
                 return
-            stage = Stage.DERP
-            session = await self._upgrade(stream, upgrade, peer)
-            if session is not None and not session.connection.closed:
-                self._sessions[session.connection] = session
-                if counted_as is not None:
-                    self._counted[session.connection] = counted_as
-                    counted_as = None
-        except (StreamEndedError, ProxyProtocolError, DerpError) as error:
-            self._refuse(stage, peer.source, str(error))
-        except RefusedError as error:
-            self._refuse(Stage.ADMISSION, peer.source, str(error))
-        finally:
-            if counted_as is not None:
-                self._counter.remove(counted_as)
+            arrival.counted_as = source
+        arrival.stage = Stage.TLS
+        if self.certificates is not None:
+            await self._start_tls(stream, self.certificates)
+        arrival.stage = Stage.HTTP
+        upgrade = await serve_http(
+            stream, self._respond, source=source, over_tls=self.certificates is not None
+        )
+        if upgrade is None:
+            return
+        arrival.stage = Stage.DERP
+        request = self._with_true_source(upgrade.request)
+        if wanted_protocol(request) == "websocket":
+            await serve_websocket(
+                stream,
+                request,
+                lambda pair: self._adopt(pair, request, arrival, with_response=False),
+                on_accept=self._count_websocket,
+            )
+        else:
+            await self._adopt(stream, request, arrival, with_response=True)
+
+    def _with_true_source(self, request: Request) -> Request:
+        """Believe X-Forwarded-For where it comes from a trusted proxy."""
+        if self.config.proxy.protocol != "x-forwarded-for":
+            return request
+        forwarded_for = [value for name, value in request.headers if name == "x-forwarded-for"]
+        return replace(request, source=self._proxies.client_of(request.source, forwarded_for))
+
+    def _count_websocket(self) -> None:
+        self.websocket_accepts += 1
+
+    async def _adopt(
+        self, stream: HandshakeStream, request: Request, arrival: _Arrival, *, with_response: bool
+    ) -> None:
+        session = await self._upgrader.upgrade(
+            stream, request, port=arrival.peer.port, with_response=with_response
+        )
+        self._handshakes -= 1
+        arrival.in_handshake = False
+        if session.connection.closed:
+            return  # by what it sent with its handshake
+        self._sessions[session.connection] = session
+        if arrival.counted_as is not None:
+            self._counted[session.connection] = arrival.counted_as
+            arrival.counted_as = None
 
     async def _start_tls(self, stream: HandshakeStream, certificates: Certificates) -> None:
         with trio.move_on_after(TLS_TIMEOUT_SECONDS) as timeout:
@@ -299,15 +336,6 @@ class Service:
             self.tls_versions[tls.version() or ""] += 1
         if timeout.cancelled_caught:
             raise StreamEndedError("no TLS handshake within 10 s")
-
-    async def _upgrade(
-        self, stream: HandshakeStream, upgrade: Upgrade, peer: _Peer
-    ) -> Session | None:
-        request = upgrade.request
-        if wanted_protocol(request) == "websocket":
-            self.websocket_accepts += 1
-            return await serve_websocket(stream, request, self._upgrader, port=peer.port)
-        return await self._upgrader.upgrade(stream, request, port=peer.port)
 
     async def _handle_sibling(self, sock: trio.socket.SocketType) -> None:
         """A connection of another worker of this host, over a Unix socket: plain, mesh key due."""
@@ -330,7 +358,7 @@ def _peer_of(sock: trio.socket.SocketType) -> _Peer:
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    return _Peer(str(address), str(address), port)
+    return _Peer(str(address), port)
 
 
 async def _receive_proxy_header(stream: HandshakeStream, peer: _Peer) -> _Peer:
@@ -347,7 +375,7 @@ async def _receive_proxy_header(stream: HandshakeStream, peer: _Peer) -> _Peer:
                 stream.put_back(received[header.length :])
                 if header.source is None:
                     return peer
-                return _Peer(header.source[0], *header.source)
+                return _Peer(*header.source)
     raise ProxyProtocolError("the trusted proxy sent no PROXY header within 5 s")
 
 
