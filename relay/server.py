@@ -95,17 +95,55 @@ class _Relay:
         self._load_again = load_again
         self._identity = identity
         self._sockets: list[socket.socket] = []
-        self._listeners = [self._open(config.listen.derp, reuse_port=False)]
-        self._http_listeners = self._open_optional(config.listen.http)
-        self._admin_listeners = self._open_optional(config.listen.admin)
+        try:
+            workers = config.server.workers
+            derp = self._open(config.listen.derp, reuse_port=workers > 1)
+            self._http = self._open_optional(config.listen.http)
+            self._admin = self._open_optional(config.listen.admin)
+            self._derp = derp
+            self._plane: DataPlane
+            if workers == 1:
+                self._plane = Service(config, identity, derp)
+            else:
+                # Each further worker listens on the ports that the first one got.
+                bound = [ListenAddress(*sock.getsockname()[:2]) for sock in derp]
+                more = [self._open(bound, reuse_port=True) for _ in range(workers - 1)]
+                self._plane = WorkerPool(config, identity, [derp, *more])
+        except BaseException:
+            self.close()
+            raise
+        self._stun = None
+        if config.listen.stun is not None:
+            self._stun = StunServer(
+                [(config.listen.stun.host or "::", config.listen.stun.port)],
+                alternates=_alternates(config),
+            )
 
     def close(self) -> None:
         for sock in self._sockets:
             sock.close()
 
-    def _open(
-        self, addresses: Sequence[ListenAddress], *, reuse_port: bool
-    ) -> list[socket.socket]:
-        sockets = [sock for address in addresses for sock in open_listeners(address, reuse_port=reuse_port)]
-        self._sockets += sockets
-        return sockets
+    async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
+        stopping = trio.Event()
+        async with trio.open_nursery() as nursery:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                await nursery.start(self._plane.run)
+                stun: list[tuple[str, int]] = []
+                if self._stun is not None:
+                    stun = await nursery.start(self._stun.serve)
+                for listeners, respond in (
+                    (self._http, self._respond_plainly),
+                    (self._admin, self._respond_to_admin),
+                ):
+                    for listener in listeners:
+                        nursery.start_soon(accept_loop, listener, _http_handler(respond))
+                task_status.started(self._bound(stun))
+                async for number in signals:
+                    if number == signal.SIGHUP:
+                        await self._reload()
+                    elif stopping.is_set():
+                        break  # asked twice: leave at once
+                    else:
+                        stopping.set()
+                        nursery.start_soon(self._drain_and_stop, nursery.cancel_scope)
+            nursery.cancel_scope.cancel()
