@@ -17,10 +17,11 @@ it for. An answer is sent only if one of these holds:
   request of 20 bytes costs 12 for IPv4 and 24 for IPv6.
 
 So whoever forges a victim's address gains, after the burst, 600 bytes a second and those 4 bytes
-in 88, whatever he sends and wherever in its network the victim is. Optional attributes (RESPONSE-ORIGIN, OTHER-ADDRESS) are left out when the rule allows
-only the bare answer, PADDING never makes an answer longer than its request, and error responses
-carry no reason text. A network whose budget somebody else has spent still gets answers to
-requests that are long enough; SOFTWARE makes them so.
+in 88, whatever he sends and wherever in its network the victim is. Optional attributes
+(RESPONSE-ORIGIN, OTHER-ADDRESS) are left out when the rule allows only the bare answer, PADDING
+never makes an answer longer than its request, and error responses carry no reason text. A network
+whose budget somebody else has spent still gets answers to requests that are long enough; any
+SOFTWARE of 20 bytes makes them so.
 """
 
 from __future__ import annotations
