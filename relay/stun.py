@@ -263,7 +263,7 @@ class StunServer:
     those that clients are told. Each of `alternates` makes the one
     address of its family an RFC 5780 server and must differ from it in both IP address and port;
     the server then also listens on the two mixed pairs. `reuse_port` lets several processes share
-    the addresses. Raises StunServerError.
+    the addresses; each then has a budget of its own. Raises StunServerError.
     """
 
     addresses: Sequence[Address]
