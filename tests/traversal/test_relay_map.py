@@ -231,6 +231,8 @@ class TestErrors:
         region = Region(900, "", "", (node,))
         with pytest.raises(RelayMapError, match="write 7"):
             RelayMap(regions={7: region})
+        with pytest.raises(RelayMapError, match="both listed and removed"):
+            RelayMap(regions={900: region}, removed_region_ids=frozenset({900}))
         with pytest.raises(RelayMapError, match="above 0"):
             RelayMap(home_scores={900: 0.0})
         with pytest.raises(RelayMapError, match="Latitude"):
