@@ -269,6 +269,10 @@ def encode_binding_response(
     of RFC 3489 instead: MAPPED-ADDRESS, SOURCE-ADDRESS and CHANGED-ADDRESS. Raises ValueError.
     """
     host, port = mapped_address
+    if host.startswith("::ffff:") and "." in host:
+        # A dual-stack socket names its IPv4 senders so.
+        host = host[7:]
+        mapped_address = (host, port)
     classic = len(transaction_id) == CLASSIC_TRANSACTION_ID_LENGTH
     plain = response_origin is None and other_address is None and padding_bytes is None
     if plain and ":" not in host and not classic:
