@@ -74,9 +74,7 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, object]:
         "server.workers": options["workers"],
         "log.level": options["log_level"],
     }
-    overrides: dict[str, object] = {
-        key: value for key, value in named.items() if value is not None
-    }
+    overrides: dict[str, object] = {key: value for key, value in named.items() if value is not None}
     for setting in options["settings"]:
         key, equals, value = setting.partition("=")
         if not equals:

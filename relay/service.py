@@ -127,7 +127,7 @@ class Service:
             identity.private_key,
             self.pump,
             mesh_key=identity.mesh_key,
-            admission=admission,
+            admission=self.admission,
             rate_limit=self._rate_limit,
             on_close=self._handle_close,
         )
