@@ -451,6 +451,8 @@ class Switch:
             frame_type, length, key = unpack(buffer, position)
             if frame_type == 4:  # SEND_PACKET
                 if not 32 <= length <= _MAX_SEND:
+                    if packets and run is not None:
+                        self._end_run(client, run, view[run_start:position], packets, disco, now)
                     raise ViolationError(f"SEND_PACKET of {length} bytes")
                 frame_end = position + HEADER_LENGTH + length
                 if frame_end > end:
