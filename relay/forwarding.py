@@ -486,6 +486,8 @@ class Switch:
                 self._end_run(client, run, view[run_start:position], packets, disco, now)
                 packets = disco = 0
             run = None
+            if client.closed:  # by a write to itself: it must not come back into the tables
+                return end
             next_position = self._handle_other(client, frame_type, length, view, position, end, now)
             if next_position < 0:
                 break

@@ -249,6 +249,7 @@ class Pump:
         except OSError:
             pass
         connection.sock.close()
+        connection.partial = b""
         connection.rest = None
         connection.tls = None
         if connection.on_close is not None:
@@ -335,6 +336,8 @@ class Pump:
         self._handle_frames(connection, start, end)
 
     def _handle_frames(self, connection: Connection, start: int, end: int) -> None:
+        if connection.closed:  # by a flush that made room in the buffer
+            return
         self._used = end
         position = self.switch.handle_frames(
             connection, self._buffer, self._view, start, end, self._now
