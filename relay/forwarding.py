@@ -21,7 +21,7 @@ from typing import Final
 
 from relay.backlog import Backlog, Waiting
 from relay.counters import Counters, DropReason, Kind
-from traversal.keys import NodePublic
+from traversal.keys import KEY_LENGTH, NodePublic
 from traversal.wire.derp import (
     DISCO_MAGIC,
     HEADER,
@@ -444,12 +444,14 @@ class Switch:
         unpack = _PACKET.unpack_from
         pack = _PACKET.pack_into
         last = end - HEADER_LENGTH
+        # A server that we dialed relays nothing through us: there type 4 is one more unknown frame.
+        send_packet = -1 if client.is_outgoing else 4
         run: Client | None = None  # the destination of the frames in view[run_start:position]
         run_start = position
         packets = disco = 0
         while position <= last:
             frame_type, length, key = unpack(buffer, position)
-            if frame_type == 4:  # SEND_PACKET
+            if frame_type == send_packet:
                 if not 32 <= length <= _MAX_SEND:
                     if packets and run is not None:
                         self._end_run(client, run, view[run_start:position], packets, disco, now)
@@ -607,7 +609,7 @@ class Switch:
         body_start = position + HEADER_LENGTH
         frame_end = body_start + length
         if client.is_outgoing:
-            known = frame_type in _LINK_FRAMES and length <= MAX_PING_LENGTH
+            known = _LINK_FRAMES.get(frame_type, MAX_PING_LENGTH + 1) <= length <= MAX_PING_LENGTH
         else:
             known = frame_type in _CLIENT_FRAMES
         if not known:
@@ -689,8 +691,6 @@ class Switch:
 
     def _handle_link_frame(self, link: Client, frame_type: int, body: bytes) -> None:
         """A frame from a server that we watch."""
-        if len(body) < 32:
-            return
         key = body[:32]
         if frame_type == FrameType.PEER_PRESENT:
             self._add_forwarder(key, link)
@@ -807,8 +807,13 @@ _CLIENT_FRAMES: Final[dict[int, tuple[int, int]]] = {
 _MESH_FRAMES: Final = frozenset(
     {FrameType.FORWARD_PACKET, FrameType.WATCH_CONNS, FrameType.CLOSE_PEER}
 )
-_LINK_FRAMES: Final = frozenset({FrameType.PEER_PRESENT, FrameType.PEER_GONE, FrameType.PING})
-"""Frames from a server that we watch which mean anything to us."""
+_LINK_FRAMES: Final[dict[int, int]] = {
+    FrameType.PEER_PRESENT: KEY_LENGTH,
+    FrameType.PEER_GONE: KEY_LENGTH,
+    FrameType.PING: MIN_PING_LENGTH,
+}
+"""Frames from a server that we watch which mean anything to us, with their least length; shorter
+ones are skipped (DERP specification 6)."""
 
 
 def _split(frames: memoryview) -> Iterator[memoryview]:
