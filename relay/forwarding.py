@@ -44,6 +44,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PACKET_HEADER_LENGTH: Final = HEADER_LENGTH + 32
 """A SEND_PACKET or RECV_PACKET up to its payload."""
+FORWARD_HEADER_LENGTH: Final = HEADER_LENGTH + 64
+"""A FORWARD_PACKET up to its payload."""
 BUFFER_SLACK: Final = 64
 """Bytes that must be readable after the data in the shared buffer: headers are unpacked before it
 is known that they are complete."""
@@ -290,8 +292,10 @@ class Switch:
         if client.closed:
             return
         client.closed = True
+        self.drop_unwritten(client, client.out, DropReason.GONE_DISCONNECTED)
         client.out.clear()
         client.out_bytes = 0
+        client.control = None
         self._drop_backlog(client)
         self._watchers.discard(client)
         self._siblings.discard(client)
@@ -566,7 +570,7 @@ class Switch:
             return
         link = self.forwarder_of(key)
         if link is not None:
-            self._forward(client.key, key, payload, link, kind, now)
+            self._forward(client.key, key, payload, link, now)
             return
         counters.drop(DropReason.UNKNOWN_DEST, kind, len(payload))
         client.packets_dropped += 1
@@ -574,12 +578,12 @@ class Switch:
             self._send_not_here(client, key, now)
 
     def _forward(
-        self, source: bytes, key: bytes, payload: memoryview, link: Client, kind: Kind, now: float
+        self, source: bytes, key: bytes, payload: memoryview, link: Client, now: float
     ) -> None:
         frame = encode_frame(FrameType.FORWARD_PACKET, b"".join((source, key, payload)))
         self.counters.packets_forwarded_out += 1
         if link.blocked:
-            self._queue(link, kind, Waiting(frame, source, now), HEADER_LENGTH + 64)
+            self._queue(link, Waiting(frame, source, now))
             return
         self._send(link, frame)
         if link.out_bytes > EARLY_FLUSH_BYTES:
@@ -683,7 +687,7 @@ class Switch:
             return
         link = self.forwarder_of(key)
         if link is not None and link.is_sibling and not client.is_sibling:
-            self._forward(source, key, payload, link, kind, now)
+            self._forward(source, key, payload, link, now)
             return
         self.counters.drop(DropReason.UNKNOWN_DEST_ON_FWD, kind, len(payload))
         if kind is Kind.DISCO:
@@ -730,10 +734,29 @@ class Switch:
                 self._uncount_sent(client, chunk)
                 self._queue_run(bytes(chunk[5:37]), client, memoryview(chunk), now)
             elif chunk[0] == FrameType.FORWARD_PACKET:
-                kind = Kind.DISCO if looks_like_disco(chunk[69:]) else Kind.OTHER
-                self._queue(client, kind, Waiting(bytes(chunk), bytes(chunk[5:37]), now), 69)
+                self._queue(client, Waiting(bytes(chunk), bytes(chunk[5:37]), now))
             else:
                 self._send(client, bytes(chunk))
+
+    def drop_unwritten(
+        self, client: Client, chunks: Iterable[memoryview | bytes], reason: DropReason
+    ) -> None:
+        """Count as dropped what was on its way out when the connection ended."""
+        for chunk in chunks:
+            if chunk[0] == FrameType.RECV_PACKET:
+                self._uncount_sent(client, chunk)
+            elif chunk[0] != FrameType.FORWARD_PACKET:
+                continue
+            for frame in _split(memoryview(chunk)):
+                self._count_drop(client, _kind_of(frame), frame, reason)
+
+    def _count_drop(
+        self, client: Client, kind: Kind, frame: memoryview | bytes, reason: DropReason
+    ) -> None:
+        forwarded = frame[0] == FrameType.FORWARD_PACKET
+        header_length = FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH
+        self.counters.drop(reason, kind, len(frame) - header_length)
+        client.packets_dropped += 1
 
     def _uncount_sent(self, client: Client, run: memoryview | bytes) -> None:
         packets = sum(1 for _ in _split(memoryview(run)))
@@ -747,14 +770,13 @@ class Switch:
         self, source: bytes, destination: Client, frames: memoryview, now: float
     ) -> None:
         for frame in _split(frames):
-            kind = Kind.DISCO if looks_like_disco(frame[37:]) else Kind.OTHER
-            self._queue(destination, kind, Waiting(bytes(frame), source, now), 37)
+            self._queue(destination, Waiting(bytes(frame), source, now))
 
-    def _queue(self, client: Client, kind: Kind, waiting: Waiting, header_length: int) -> None:
+    def _queue(self, client: Client, waiting: Waiting) -> None:
         size = len(waiting.frame)
+        kind = _kind_of(waiting.frame)
         if self.waiting_bytes + size > self.memory_bytes:
-            self.counters.drop(DropReason.QUEUE_TAIL, kind, size - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, waiting.frame, DropReason.QUEUE_TAIL)
             return
         if client.backlog is None:
             client.backlog = Backlog(self.queue_depth)
@@ -762,8 +784,7 @@ class Switch:
         self.waiting_bytes += size
         if victim is not None:
             self.waiting_bytes -= len(victim.frame)
-            self.counters.drop(DropReason.QUEUE_HEAD, kind, len(victim.frame) - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, victim.frame, DropReason.QUEUE_HEAD)
 
     def take_waiting(self, client: Client, max_bytes: int, now: float) -> list[bytes]:
         """Frames that have waited for a client which takes bytes again, control frames first."""
@@ -792,7 +813,7 @@ class Switch:
             return
         for kind, waiting in client.backlog.clear():
             self.waiting_bytes -= len(waiting.frame)
-            self.counters.drop(DropReason.GONE_DISCONNECTED, kind, len(waiting.frame) - 37)
+            self._count_drop(client, kind, waiting.frame, DropReason.GONE_DISCONNECTED)
         client.backlog = None
 
 
@@ -814,6 +835,13 @@ _LINK_FRAMES: Final[dict[int, int]] = {
 }
 """Frames from a server that we watch which mean anything to us, with their least length; shorter
 ones are skipped (DERP specification 6)."""
+
+
+def _kind_of(frame: memoryview | bytes) -> Kind:
+    """The kind of a RECV_PACKET or FORWARD_PACKET."""
+    forwarded = frame[0] == FrameType.FORWARD_PACKET
+    payload = frame[FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH :]
+    return Kind.DISCO if looks_like_disco(payload) else Kind.OTHER
 
 
 def _split(frames: memoryview) -> Iterator[memoryview]:

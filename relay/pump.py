@@ -30,6 +30,7 @@ from typing import Final
 
 import trio
 
+from relay.counters import DropReason
 from relay.forwarding import BUFFER_SLACK, Address, Client, Switch, ViolationError
 from relay.limits import TokenBucket
 from relay.tls import TlsEngine, TlsError
@@ -306,6 +307,8 @@ class Pump:
         wanted = min(connection.read_bytes, self._read_bytes)
         if connection.tls is None:
             start, end = self._place_partial(connection, wanted)
+            if connection.closed:  # by the flush that made room
+                return
             count = _recv_into(connection.sock, self._view[end : end + wanted])
             if count > 0:
                 self._handle_frames(connection, start, end + count)
@@ -323,6 +326,8 @@ class Pump:
 
     def _drain_tls(self, connection: Connection, tls: TlsEngine) -> None:
         start, end = self._place_partial(connection, TLS_ROOM_BYTES)
+        if connection.closed:  # by the flush that made room
+            return
         ended: TlsError | None = None
         try:
             end += tls.read_into(self._view[end : end + TLS_ROOM_BYTES])
@@ -336,8 +341,6 @@ class Pump:
         self._handle_frames(connection, start, end)
 
     def _handle_frames(self, connection: Connection, start: int, end: int) -> None:
-        if connection.closed:  # by a flush that made room in the buffer
-            return
         self._used = end
         position = self.switch.handle_frames(
             connection, self._buffer, self._view, start, end, self._now
@@ -414,15 +417,19 @@ class Pump:
         chunks = connection.out
         connection.out = []
         connection.out_bytes = 0
-        connection.pong_waits = False
         if connection.blocked:
             self.switch.defer(connection, chunks, self._now)
             return
+        connection.pong_waits = False
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if connection.tls is not None:
-            connection.tls.write(data)
-            data = connection.tls.data_to_send()
-        self._write_ciphertext(connection, data)
+        try:
+            if connection.tls is not None:
+                connection.tls.write(data)
+                data = connection.tls.data_to_send()
+            self._write_ciphertext(connection, data)
+        except (TlsError, OSError):
+            self.switch.drop_unwritten(connection, chunks, DropReason.WRITE_ERROR)
+            raise
 
     def _write_ciphertext(self, connection: Connection, data: bytes | memoryview) -> None:
         """Bytes that must go as they are; what the kernel does not take now waits in `rest`."""
