@@ -74,6 +74,7 @@ class Connection(Client):
         "on_close",
         "partial",
         "paused",
+        "progress_timer",
         "read_bytes",
         "rest",
         "sock",
@@ -128,6 +129,7 @@ class Connection(Client):
         self.read_bytes = MIN_READ_BYTES
         self.rest: memoryview | None = None
         self.write_deadline = 0.0
+        self.progress_timer = False
         self.paused = False
 
 
@@ -166,6 +168,7 @@ class Pump:
         # (deadline, tie-breaker, what to do, connection); entries of closed connections are ignored
         self._timers: list[tuple[float, int, Callable[[Connection], None], Connection]] = []
         self._timer_count = 0
+        self._closed_with_timers = 0
         self._timers_changed = trio.Event()
 
     # --- Tasks -----------------------------------------------------------------------------------
@@ -205,6 +208,14 @@ class Pump:
         heapq.heappush(self._timers, (deadline, self._timer_count, action, connection))
         if self._timers[0][1] == self._timer_count:
             self._timers_changed.set()
+
+    def _forget_timers(self) -> None:
+        """Keep the heap from filling up with closed connections where many come and go."""
+        self._closed_with_timers += 1
+        if 2 * self._closed_with_timers > len(self._timers):
+            self._timers = [entry for entry in self._timers if not entry[3].closed]
+            heapq.heapify(self._timers)
+            self._closed_with_timers = 0
 
     # --- Connections -----------------------------------------------------------------------------
 
@@ -250,6 +261,7 @@ class Pump:
         except OSError:
             pass
         connection.sock.close()
+        self._forget_timers()
         connection.partial = b""
         connection.rest = None
         connection.tls = None
@@ -481,12 +493,17 @@ class Pump:
 
     def _expect_progress(self, connection: Connection) -> None:
         connection.write_deadline = self._now + self._timeout(connection)
-        self._at(connection.write_deadline, self._check_progress, connection)
+        # One timer per connection, however often it blocks and goes on before the timer is due.
+        if not connection.progress_timer:
+            connection.progress_timer = True
+            self._at(connection.write_deadline, self._check_progress, connection)
 
     def _check_progress(self, connection: Connection) -> None:
+        connection.progress_timer = False
         if not connection.blocked:
             return
         if self._now < connection.write_deadline:
+            connection.progress_timer = True
             self._at(connection.write_deadline, self._check_progress, connection)
             return
         self.switch.counters.write_timeouts += 1
