@@ -448,13 +448,12 @@ class Pump:
         if connection.rest is not None:
             connection.rest = memoryview(bytes(connection.rest) + bytes(data))
             return
-        try:
-            count = connection.sock.send(data)
-        except BlockingIOError:
-            count = 0
+        count = _send(connection.sock, data)
         if count < len(data):
             connection.rest = memoryview(bytes(data[count:]))
             connection.blocked = True
+            if connection.out:  # the data was an answer of TLS: what is pending waits in order
+                self._write_out(connection, 0)
             self._watch_events(connection)
             self._expect_progress(connection)
 
@@ -462,8 +461,9 @@ class Pump:
         """A blocked connection takes bytes again."""
         while connection.blocked:
             if connection.rest is not None:
-                count = connection.sock.send(connection.rest)
-                connection.write_deadline = self._now + self._timeout(connection)
+                count = _send(connection.sock, connection.rest)
+                if count:
+                    connection.write_deadline = self._now + self._timeout(connection)
                 if count < len(connection.rest):
                     connection.rest = connection.rest[count:]
                     return
@@ -478,10 +478,7 @@ class Pump:
             if connection.tls is not None:
                 connection.tls.write(data)
                 data = connection.tls.data_to_send()
-            try:
-                count = connection.sock.send(data)
-            except BlockingIOError:
-                count = 0
+            count = _send(connection.sock, data)
             connection.rest = memoryview(data)[count:] if count < len(data) else None
             if connection.rest is not None:
                 return
@@ -521,3 +518,11 @@ def _recv_into(sock: socket.socket, buffer: memoryview) -> int:
         return sock.recv_into(buffer)
     except BlockingIOError:
         return -1
+
+
+def _send(sock: socket.socket, data: bytes | memoryview) -> int:
+    """How many bytes the kernel took; 0 if it takes none now."""
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
