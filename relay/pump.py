@@ -340,17 +340,16 @@ class Pump:
         start, end = self._place_partial(connection, TLS_ROOM_BYTES)
         if connection.closed:  # by the flush that made room
             return
-        ended: TlsError | None = None
         try:
             end += tls.read_into(self._view[end : end + TLS_ROOM_BYTES])
-        except TlsError as error:
-            ended = error
+        except TlsError:
+            pass  # it is raised below, after the answer (an alert) has left
         answer = tls.data_to_send()
         if answer:
             self._write_ciphertext(connection, answer)
-        if ended is not None:
-            raise ended
         self._handle_frames(connection, start, end)
+        if tls.failure is not None:
+            raise tls.failure
 
     def _handle_frames(self, connection: Connection, start: int, end: int) -> None:
         self._used = end
