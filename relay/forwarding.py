@@ -590,6 +590,8 @@ class Switch:
             self._flush(link)
 
     def _send_not_here(self, client: Client, key: bytes, now: float) -> None:
+        if client.blocked:
+            return  # a hint; one that reads a byte now and then must not pile them up
         tokens = client.not_here_tokens + (now - client.not_here_at) * NOT_HERE_PER_SECOND
         client.not_here_at = now
         client.not_here_tokens = min(tokens, NOT_HERE_BURST)

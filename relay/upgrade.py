@@ -149,6 +149,8 @@ class Upgrader:
                     token_bucket_bytes_per_second=limit.bytes_per_second,
                     token_bucket_bytes_burst=limit.burst_bytes,
                 )
+        # Before the socket changes hands: an address that does not parse must not leak it.
+        address = ipaddress.ip_address(request.source) if request.source else None
         sock, tls = stream.detach()
         connection = Connection(
             key,
@@ -157,7 +159,7 @@ class Upgrader:
             on_close=self._on_close,
             bucket=bucket,
             connected_at=now,
-            address=ipaddress.ip_address(request.source) if request.source else None,
+            address=address,
             port=port,
             is_mesh=is_mesh,
             is_sibling=is_sibling,
