@@ -319,6 +319,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _is_web_url(text: str) -> bool:
+    if not text.isascii() or not text.isprintable() or " " in text:
+        return False
     try:
         url = urlsplit(text)
         return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0

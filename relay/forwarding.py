@@ -35,6 +35,7 @@ from traversal.wire.derp import (
     GoneReason,
     PresentFlags,
     encode_frame,
+    encode_health,
     encode_peer_gone,
     encode_peer_present,
     looks_like_disco,
@@ -57,6 +58,11 @@ NOT_HERE_BURST: Final = 3
 NOT_HERE_PER_SECOND: Final = 1.0
 """PEER_GONE "not here" notices per connection (DERP specification 7.3)."""
 HOME_MOVE_GRACE_SECONDS: Final = 5.0
+
+DUPLICATE_WARNING: Final = (
+    "another connection uses the same node key; "
+    "if that is another machine, give it a key of its own"
+)
 
 _PACKET: Final = struct.Struct(">BI32s")
 _MAX_SEND: Final = MAX_PACKET_LENGTH + 32
@@ -107,6 +113,7 @@ class Client:
         "pong_waits",
         "port",
         "skip_bytes",
+        "takes_notices",
     )
 
     def __init__(
@@ -121,6 +128,7 @@ class Client:
         is_outgoing: bool = False,
         is_prober: bool = False,
         not_ideal: bool = False,
+        takes_notices: bool = False,
         permitted: frozenset[bytes] | None = None,
     ) -> None:
         """
@@ -130,7 +138,8 @@ class Client:
             is_sibling: a worker of this same host.
             is_outgoing: we dialed; the other side is the server, and we watch it.
             not_ideal: came with an Ideal-Node header.
-            permitted: raw keys that this client may send to; None for all.
+            takes_notices: is known to understand HEALTH and RESTARTING.
+            permitted: raw keys that it may exchange packets with; None for all.
         """
         self.key = key.raw
         self.connected_at = connected_at
@@ -141,6 +150,7 @@ class Client:
         self.is_outgoing = is_outgoing
         self.is_prober = is_prober
         self.not_ideal = not_ideal
+        self.takes_notices = takes_notices
         self.permitted = permitted
         self.home = False
         self.duplicate = False
@@ -282,6 +292,7 @@ class Switch:
             connections = self._duplicates.setdefault(key, [previous])
             connections.append(client)
             previous.duplicate = client.duplicate = True
+            self._send_health(connections, DUPLICATE_WARNING)
         self._active[key] = client
         self._tell_watchers(
             encode_peer_present(key, client.address, client.port, client.present_flags())
@@ -318,12 +329,18 @@ class Switch:
             self._active[key] = connections[-1]
             if len(connections) == 1:
                 connections[0].duplicate = False
+                self._send_health(connections, "")
                 del self._duplicates[key]
             return
         del self._active[key]
         here = self._reachable_by_sibling(key)
         self._tell_watchers(encode_peer_gone(key, GoneReason.DISCONNECTED), only_siblings=here)
         self._maybe_left_region(key)
+
+    def _send_health(self, clients: Iterable[Client], problem: str) -> None:
+        for client in clients:
+            if client.takes_notices:
+                self._send(client, encode_health(problem))
 
     def _note_activity(self, client: Client) -> None:
         """The last of several connections of a key to speak is the one that receives."""
@@ -470,9 +487,7 @@ class Switch:
                     run_start = position
                     packets = disco = 0
                     run = destination
-                    if destination is None or (
-                        client.permitted is not None and key not in client.permitted
-                    ):
+                    if destination is None or not _may_exchange(client, destination):
                         run = None
                         payload = view[position + PACKET_HEADER_LENGTH : frame_end]
                         self._send_elsewhere(client, key, payload, now)
@@ -556,7 +571,7 @@ class Switch:
             self._flush(destination)
 
     def _send_elsewhere(self, client: Client, key: bytes, payload: memoryview, now: float) -> None:
-        """A packet for a key that has no connection here, or that the sender may not reach."""
+        """A packet for a key that has no connection here, or that may not have it."""
         disco = looks_like_disco(payload)
         kind = Kind.DISCO if disco else Kind.OTHER
         counters = self.counters
@@ -564,7 +579,7 @@ class Switch:
         counters.bytes_received += len(payload)
         client.packets_in += 1
         client.bytes_in += len(payload)
-        if client.permitted is not None and key not in client.permitted:
+        if (client.permitted is not None and key not in client.permitted) or key in self._active:
             counters.drop(DropReason.NOT_PERMITTED, kind, len(payload))
             client.packets_dropped += 1
             return
@@ -682,6 +697,9 @@ class Switch:
         self.counters.packets_forwarded_in += 1
         destination = self._active.get(key)
         if destination is not None:
+            if destination.permitted is not None and source not in destination.permitted:
+                self.counters.drop(DropReason.NOT_PERMITTED, kind, len(payload))
+                return
             # The RECV_PACKET is 32 bytes shorter: its header goes where the destination stood.
             _PACKET.pack_into(view, position + 32, 5, 32 + len(payload), source)
             frame = view[position + 32 : frame_end]
@@ -844,6 +862,13 @@ def _kind_of(frame: memoryview | bytes) -> Kind:
     forwarded = frame[0] == FrameType.FORWARD_PACKET
     payload = frame[FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH :]
     return Kind.DISCO if looks_like_disco(payload) else Kind.OTHER
+
+
+def _may_exchange(source: Client, destination: Client) -> bool:
+    """Whether both tokens, where there are any, allow packets from the one to the other."""
+    return (source.permitted is None or destination.key in source.permitted) and (
+        destination.permitted is None or source.key in destination.permitted
+    )
 
 
 def _split(frames: memoryview) -> Iterator[memoryview]:

@@ -98,6 +98,7 @@ class Connection(Client):
         is_outgoing: bool = False,
         is_prober: bool = False,
         not_ideal: bool = False,
+        takes_notices: bool = False,
         permitted: frozenset[bytes] | None = None,
     ) -> None:
         """
@@ -117,6 +118,7 @@ class Connection(Client):
             is_outgoing=is_outgoing,
             is_prober=is_prober,
             not_ideal=not_ideal,
+            takes_notices=takes_notices,
             permitted=permitted,
         )
         self.sock = sock
