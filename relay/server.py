@@ -17,7 +17,7 @@ from typing import Protocol
 
 import trio
 
-from relay.acme import AcmeError, AcmeRenewal
+from relay.acme import AcmeRenewer
 from relay.admin import admin_responder
 from relay.admission import Admission
 from relay.certificate_files import CertificateError, load_or_create_self_signed
@@ -37,7 +37,7 @@ from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")
 
-StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError, AcmeError)
+StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError)
 """What can be wrong at the start; each text says what to do."""
 
 
@@ -196,8 +196,7 @@ class _Relay:
                 for listener in self._admin:
                     nursery.start_soon(accept_loop, listener, _http_handler(admin))
                 if self._config.tls.mode == "acme":
-                    renewal = AcmeRenewal(self._config, challenges)
-                    nursery.start_soon(renewal.run)
+                    nursery.start_soon(self._renewer(self._config).run)
                 (first, *_) = await self._plane.snapshots()
                 bound = Bound(
                     server_key=self._identity.private_key.public(),
