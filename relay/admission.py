@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 # Nearly a million keys with a comment each.
 _MAX_LIST_BYTES: Final = 64 << 20
 
+# A check takes about a microsecond; everybody's packets wait for no more than a millisecond.
+_SWEEP_RUN: Final = 1000
+
 _T = TypeVar("_T")
 
 
@@ -180,8 +183,8 @@ class Admission:
     ) -> NoReturn:
         """Watch files and clock forever; call `cut` with a reason for whoever has to go.
 
-        `sessions` gives the connected clients that `decide` admitted; it is read to its end
-        before the first `cut`.
+        `sessions` gives the connected clients that `decide` admitted. A sweep over many lets
+        other tasks run in between, so a session may be gone when it is cut: that must be harmless.
         """
         while True:
             await trio.sleep(POLL_SECONDS)
@@ -190,13 +193,7 @@ class Admission:
             if self._is_stale or self._unix_clock() >= self._next_expiry:
                 self._is_stale = False
                 self._next_expiry = math.inf
-                checked = [
-                    (session, self.recheck(session.key, session.verdict)) for session in sessions()
-                ]
-                for session, reason in checked:
-                    if reason is not None:
-                        self._cut += 1
-                        cut(session, reason)
+                await self._sweep(tuple(sessions()), cut)
 
     def statistics(self) -> AdmissionStatistics:
         """A snapshot."""
@@ -212,6 +209,17 @@ class Admission:
             hook_cached_answers=counters.cached_answers,
             hook_failed_open=counters.failed_open,
         )
+
+    async def _sweep(
+        self, sessions: tuple[SessionT, ...], cut: Callable[[SessionT, str], None]
+    ) -> None:
+        for index, session in enumerate(sessions):
+            if index % _SWEEP_RUN == 0:
+                await trio.lowlevel.checkpoint()
+            reason = self.recheck(session.key, session.verdict)
+            if reason is not None:
+                self._cut += 1
+                cut(session, reason)
 
     async def _decide(self, key: NodePublic, source: str, token: str | None) -> Verdict:
         rules, remotes = self._rules, self._remotes

@@ -292,7 +292,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "tls.mode", 'is "files"; give tls.cert_file and tls.key_file, or tls.directory'
     if tls.mode == "acme":
         if not _is_web_url(tls.acme.directory_url):
-            yield "tls.acme.directory_url", "must be an http(s) URL"
+            yield "tls.acme.directory_url", "must be an http(s) URL, without user and password"
         if not tls.acme.state_directory:
             yield "tls.acme.state_directory", "is empty; the account and certificates need a place"
         if tls.acme.challenge == "http-01" and listen.http is None:
@@ -313,7 +313,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
             'is "closed" and nobody could be admitted; set a way to check clients in [admission]',
         )
     if admission.hook.url and not _is_web_url(admission.hook.url):
-        yield "admission.hook.url", "must be an http(s) URL"
+        yield "admission.hook.url", "must be an http(s) URL, without user and password"
     if config.mesh.peers and not server.mesh_key_file:
         yield "mesh.peers", "needs server.mesh_key_file, the key that the region's servers share"
 
@@ -323,6 +323,8 @@ def _is_web_url(text: str) -> bool:
         return False
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_web = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        # Secrets do not belong into a configuration that is printed and logged.
+        return is_web and url.username is None
     except ValueError:
         return False

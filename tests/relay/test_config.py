@@ -149,7 +149,10 @@ class TestErrors:
             (MINIMAL + '[proxy]\nprotocol="x-forwarded-for"\n', "proxy.trusted: is empty"),
             (MINIMAL + '[tls]\ncert_file="c"\n', "go together"),
             (MINIMAL + '[listen]\nderp=["443"]\n', "has no port"),
-            (MINIMAL + '[listen]\nderp=["host:443"]\n', "host"),
+            (
+                MINIMAL + '[listen]\nderp=["localhost:443"]\n',
+                '"localhost:443" must have an IP address',
+            ),
             (MINIMAL + '[listen]\nderp=[":70000"]\n', "is not a port number"),
             (MINIMAL + '[listen]\nstun_alternate="192.0.2.2:3479"\n', "needs an IP address here"),
             (MINIMAL + '[proxy]\ntrusted=["192.0.2.1/24"]\n', "has host bits set"),
