@@ -5,7 +5,8 @@
 * a valid token admits its holder with the token's limits, and nothing else is asked;
 * otherwise every configured method (key list, hook, local tailscaled) must allow the key.
 
-Mesh peers are never asked about (DERP specification 8). The server's part of the contract:
+Mesh peers are never asked about (DERP specification 8); theirs is `MESH_VERDICT`. The server's
+part of the contract:
 
 1. `await decide(...)` once the client has proved that it owns its key;
 2. `recheck(...)` when it registers the session, since rules may have changed meanwhile;
@@ -65,6 +66,12 @@ class Verdict:
     asked: frozenset[str] = frozenset()
     """Who else was asked: hook, tailscaled."""
     token: Token | None = None
+    is_exempt: bool = False
+    """No rule applies, now or later."""
+
+
+MESH_VERDICT: Final = Verdict(True, "it presented the mesh key", is_exempt=True)
+"""The verdict for mesh peers, about whom `Admission.decide` is not asked."""
 
 
 class Session(Protocol):
@@ -143,7 +150,7 @@ class Admission:
     def recheck(self, key: NodePublic, verdict: Verdict) -> str | None:
         """Why an allowed client may no longer stay, if so. Waits for nothing, asks nobody."""
         rules = self._rules
-        if rules.is_open:
+        if rules.is_open or verdict.is_exempt:
             return None
         if verdict.token is not None:
             self._next_expiry = min(self._next_expiry, verdict.token.claims.expires_unix)
