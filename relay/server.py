@@ -12,12 +12,14 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import trio
 
-from relay.acme import AcmeError, AcmeRenewal
+from relay.acme import AcmeRenewer
+from relay.acme_files import http_challenge_answer
 from relay.admin import admin_responder
 from relay.admission import Admission
 from relay.certificate_files import CertificateError, load_or_create_self_signed
@@ -30,14 +32,14 @@ from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.logs import set_level
 from relay.service import Identity, Service
 from relay.snapshot import Snapshot
-from relay.stream import HandshakeStream, StreamEndedError
 from relay.stun import StunServer, StunServerError
 from relay.workers import WorkerError, WorkerPool
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")
 
-StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError, AcmeError)
+StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError)
 """What can be wrong at the start; each text says what to do."""
 
 
@@ -180,15 +182,16 @@ class _Relay:
         return sockets
 
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
-        challenges: dict[str, str] = {}
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 await nursery.start(self._plane.run)
                 stun: list[tuple[str, int]] = []
                 if self._stun is not None:
                     stun = await nursery.start(self._stun.serve)
+                acme = self._config.tls.acme
                 plain = plain_http_responder(
-                    challenges=challenges, https_port=self._derp[0].getsockname()[1]
+                    acme_answer=partial(http_challenge_answer, acme.state_directory),
+                    https_port=self._derp[0].getsockname()[1],
                 )
                 for listener in self._http:
                     nursery.start_soon(accept_loop, listener, _http_handler(plain))
@@ -196,8 +199,8 @@ class _Relay:
                 for listener in self._admin:
                     nursery.start_soon(accept_loop, listener, _http_handler(admin))
                 if self._config.tls.mode == "acme":
-                    renewal = AcmeRenewal(self._config, challenges)
-                    nursery.start_soon(renewal.run)
+                    renewer = AcmeRenewer(acme, self._config.server.hostname)
+                    nursery.start_soon(renewer.run)
                 (first, *_) = await self._plane.snapshots()
                 bound = Bound(
                     server_key=self._identity.private_key.public(),

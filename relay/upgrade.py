@@ -20,7 +20,7 @@ from relay.admission import Admission, Grant, Verdict
 from relay.http import Request
 from relay.limits import TokenBucket
 from relay.pump import Connection, Pump
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, Box, MeshKey, NodePrivate, NodePublic
 from traversal.wire.derp import (
     HEADER,
@@ -130,6 +130,8 @@ class Upgrader:
                 token_bucket_bytes_burst=limit.burst_bytes,
             )
         now = trio.current_time()
+        # Before the socket changes hands: an address that does not parse must not leak it.
+        address = ipaddress.ip_address(request.source) if request.source else None
         peers = verdict.grant.peers
         sock, tls = stream.detach()
         connection = Connection(
@@ -141,7 +143,7 @@ class Upgrader:
             if limit is None
             else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now),
             connected_at=now,
-            address=ipaddress.ip_address(request.source) if request.source else None,
+            address=address,
             port=port,
             is_mesh=is_mesh,
             is_sibling=is_sibling,

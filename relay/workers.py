@@ -114,9 +114,11 @@ class WorkerPool:
         """As `Service.drain`, all workers at once."""
         self._stopping = True
         await self._tell_all(_Command("drain", (seconds,)))
-        with trio.move_on_after(seconds):
-            while any(snapshot.connections for snapshot in await self.snapshots()):
-                await trio.sleep(DRAIN_POLL_SECONDS)
+        deadline = trio.current_time() + seconds
+        while trio.current_time() < deadline:
+            if not any(snapshot.clients for snapshot in await self.snapshots()):
+                return
+            await trio.sleep(DRAIN_POLL_SECONDS)
 
     async def reconfigure(self, config: Config) -> None:
         """As `Service.reconfigure`. Raises WorkerError if a worker can't."""
