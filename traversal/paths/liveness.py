@@ -4,8 +4,8 @@ A stock node notices a dead path when its trust of 6.5 s runs out: 3.5 to 6.5 s 
 look earlier. While we send and nothing comes back for 0.3 s, or when a heartbeat stays unanswered
 for three round trips, a burst of three Pings goes out; only if none of them is answered either is
 the path in doubt, and from then on every packet also goes by the relay. A one-way flow therefore
-costs one extra Ping per 0.5 s at most and is otherwise untouched: the Pongs vouch for it. Stock
-nodes answer every Ping, so nothing is asked of them that they do not do anyway.
+costs a Ping per 0.5 s (three when the round trip is long) and is otherwise untouched: the Pongs
+vouch for it. Stock nodes answer every Ping, so nothing is asked of them that they do not do anyway.
 
 Data that comes back only calms the suspicion; it does not extend trust, since it is known by its
 source address alone, which anybody can forge.
@@ -18,12 +18,17 @@ from typing import Final
 
 TICK_SECONDS: Final = 0.1
 """How often the counters are compared while there is traffic; nothing runs when there is none."""
-SUSPECT_AFTER_SECONDS: Final = 0.3
+SUSPECT_AFTER_SECONDS: Final = 0.15
+"""Two ticks after the one that first saw sending without return: 0.2 to 0.3 s of silence."""
 QUIET_AFTER_SECONDS: Final = 1.0
 BURST: Final = 3
 """Pings of a burst: at 20 % loss of round trips, all three are lost once in 125 bursts, and then
 the price is some duplicates by the relay until the next Pong."""
 MIN_BURST_INTERVAL_SECONDS: Final = 0.5
+LONG_RTT_SECONDS: Final = 0.15
+"""Up to this round trip the second Ping waits for the answer to the first and is mostly spared.
+Beyond it there is no time for that: with 300 ms the verdict comes 0.9 s after the path died."""
+_GAP_SECONDS: Final = 0.04
 
 
 class Liveness:
@@ -38,7 +43,7 @@ class Liveness:
         self._burst_left = 0
         self._burst_next_at = math.inf
         self._verdict_at = math.inf
-        self._gap_seconds = 0.0
+        self._first_gap_seconds = 0.0
 
     @property
     def is_confirming(self) -> bool:
@@ -76,19 +81,21 @@ class Liveness:
         if self.is_confirming or now < self._burst_allowed_at:
             return
         self._burst_allowed_at = now + MIN_BURST_INTERVAL_SECONDS
-        # Spread over at least 60 ms, so that one short hiccup does not take all three.
-        self._gap_seconds = min(max(rtt_seconds / 2, 0.03), 0.1)
-        patience = min(max(1.5 * rtt_seconds + 0.05, 0.15), 0.8)
+        is_long = rtt_seconds > LONG_RTT_SECONDS
+        self._first_gap_seconds = _GAP_SECONDS if is_long else max(1.1 * rtt_seconds, 0.05)
+        patience = min(1.1 * rtt_seconds + 0.05, 0.8)
         self._burst_left = BURST
         self._burst_next_at = now
-        self._verdict_at = now + (BURST - 1) * self._gap_seconds + patience
+        last_at = now + self._first_gap_seconds + (BURST - 2) * _GAP_SECONDS
+        self._verdict_at = last_at + patience
 
     def poll_burst(self, now: float) -> bool:
         """Whether to send a Ping of the burst now."""
         if now < self._burst_next_at:
             return False
         self._burst_left -= 1
-        self._burst_next_at = now + self._gap_seconds if self._burst_left else math.inf
+        gap = self._first_gap_seconds if self._burst_left == BURST - 1 else _GAP_SECONDS
+        self._burst_next_at = now + gap if self._burst_left else math.inf
         return True
 
     def poll_verdict(self, now: float) -> bool:

@@ -49,7 +49,7 @@ from traversal.paths.effects import (
 )
 from traversal.paths.liveness import TICK_SECONDS, Liveness
 from traversal.paths.mtu import MtuSearch
-from traversal.paths.pinger import Pinger, Purpose, SentPing
+from traversal.paths.pinger import PING_TIMEOUT_SECONDS, Pinger, Purpose, SentPing
 from traversal.paths.scoring import Measured, Path, is_better
 from traversal.wire.address import Address
 from traversal.wire.disco import RELAY_REGION_HOST
@@ -151,6 +151,7 @@ class Peer:
         self._best: Candidate | None = None
         self._best_server: object = None
         self._trusted_until = -math.inf
+        self._vouched_at = -math.inf
         self._lost: Candidate | None = None
         self._lost_at = -math.inf
         self._mtu: MtuSearch | None = None
@@ -250,8 +251,11 @@ class Peer:
         """Do what is due."""
         reason = ""
         for ping in self._pinger.poll_expired(now):
-            if ping.candidate is self._best and self._best and now >= self._trusted_until:
-                reason = f"{self._best.path} did not answer for 5 s"
+            best = self._best
+            if best is None or ping.candidate is not best:
+                continue
+            if now >= self._trusted_until and self._is_mute(now):
+                reason = f"{best.path} did not answer for 5 s"
                 self._lose_best(now)
         for candidate in self._pinger.poll_overdue_heartbeats(now):
             reason = self._handle_lost_heartbeat(candidate, now) or reason
@@ -366,6 +370,7 @@ class Peer:
         """Data that a tunnel above us authenticated came from `path`: it vouches for the path."""
         if self._best is not None and self._best.path == path and not self._best.is_shelved:
             self._liveness.handle_answer()
+            self._vouched_at = now
             self._trusted_until = max(self._trusted_until, now + TRUST_SECONDS)
             self._flush(now, f"authenticated data from {path}")
 
@@ -626,7 +631,7 @@ class Peer:
         self._best = None
         self._best_server = None
         self._mtu = None
-        self._trusted_until = -math.inf
+        self._trusted_until = self._vouched_at = -math.inf
         self._liveness.handle_answer()
 
     def _lose_best(self, now: float) -> None:
@@ -656,7 +661,14 @@ class Peer:
         self._recovery_at = now + RECOVERY_SECONDS
         self._search(now, is_forced=True)
 
+    def _is_mute(self, now: float) -> bool:
+        """Whether the best path has not answered for as long as a Ping may take: it is dead, not
+        lossy."""
+        return self._best is None or now - self._best.answered_at >= PING_TIMEOUT_SECONDS
+
     def _handle_lost_heartbeat(self, candidate: Candidate, now: float) -> str:
+        if now - self._vouched_at < HEARTBEAT_SECONDS:
+            return ""
         candidate.loss.record(is_answered=False)
         if candidate is not self._best:
             return ""
@@ -664,7 +676,7 @@ class Peer:
             self._heartbeat_at = min(self._heartbeat_at, now + LOSS_PROBE_SECONDS)
         if candidate.is_shelved:
             return ""
-        if candidate.loss.is_bad and self._has_relay and now < self._trusted_until:
+        if candidate.loss.is_bad and self._has_relay and not self._is_mute(now):
             candidate.shelved_at = now
             self._liveness.handle_answer()
             return f"{candidate.path} loses too much ({candidate.loss.ratio:.0%} of heartbeats)"
