@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from traversal.paths.loss import LossWindow
-from traversal.paths.scoring import Measured, Path, is_private
-from traversal.wire.address import Address, IPAddress
+from traversal.paths.scoring import Measured, Path
+from traversal.wire.address import Address, IPAddress, is_private, is_shared
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -36,7 +36,6 @@ MAX_CANDIDATES: Final = 100
 LATENCY_SAMPLES: Final = 3
 DEFAULT_RTT_SECONDS: Final = 0.2
 """Assumed for time-outs before anything was measured; most of the Internet is nearer."""
-_SHARED_SPACE: Final = ipaddress.IPv4Network("100.64.0.0/10")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ def is_usable(address: Address, local: LocalNetworks) -> bool:
 
 def is_local_scope(ip: IPAddress) -> bool:
     """Whether an address means something only inside some site or host."""
-    return is_private(ip) or ip.is_link_local or ip.is_loopback or ip in _SHARED_SPACE
+    return is_private(ip) or ip.is_link_local or ip.is_loopback or is_shared(ip)
 
 
 @dataclass(slots=True, eq=False)
