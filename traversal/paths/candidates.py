@@ -34,6 +34,10 @@ SEEN_LIFETIME_SECONDS: Final = 45.0
 MAX_LISTED: Final = 64
 MAX_CANDIDATES: Final = 100
 LATENCY_SAMPLES: Final = 3
+PONG_RATE: Final = 20.0
+PONG_BURST: Final = 40.0
+"""Pongs per source address: a stock node sends at most six Pings at once (path MTU), 20 a second
+is twice what the specification calls generous (disco specification D12)."""
 DEFAULT_RTT_SECONDS: Final = 0.2
 """Assumed for time-outs before anything was measured; most of the Internet is nearer."""
 
@@ -109,6 +113,16 @@ class Candidate:
     def measured(self) -> Measured:
         """For comparison with another."""
         return Measured(self.path, self.latency_seconds, self.wire_mtu_bytes)
+
+    def take_pong(self, now: float) -> bool:
+        """Whether a Pong may be sent here now, within the rate that one source gets."""
+        earned = (now - self.pong_budget_at) * PONG_RATE
+        self.pong_budget = min(PONG_BURST, self.pong_budget + earned)
+        self.pong_budget_at = now
+        if self.pong_budget < 1:
+            return False
+        self.pong_budget -= 1
+        return True
 
     def forget_dynamics(self) -> None:
         """After our own address or route changed: what was measured is void. It stays known that

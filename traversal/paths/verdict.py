@@ -12,8 +12,8 @@ from enum import Enum
 from typing import Final
 
 from traversal.paths.effects import PathState
-from traversal.paths.peer import CandidateStatistics, PeerStatistics
 from traversal.paths.report import NatFacts
+from traversal.paths.statistics import CandidateStatistics, PeerStatistics
 from traversal.wire.introduction import FilteringClass, MappingClass
 
 
@@ -208,13 +208,15 @@ class _Builder:
 
     def judge(self) -> None:
         statistics = self._statistics
-        latency = f"{statistics.latency_seconds * 1000:.1f} ms"
+        best = statistics.best
+        latency = f"{best.latency_seconds * 1000:.1f} ms" if best is not None else "no latency yet"
+        loss = best.loss_ratio if best is not None else 0.0
         match statistics.state:
             case PathState.DIRECT:
                 self._say(
                     Finding.DIRECT,
                     f"Traffic to {self._name} goes directly to {statistics.route.path} "
-                    f"({latency}, {statistics.loss_ratio:.0%} of heartbeats lost).",
+                    f"({latency}, {loss:.0%} of heartbeats lost).",
                 )
                 return
             case PathState.PEER_RELAY:
