@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from traversal.paths.loss import LossWindow
-from traversal.paths.scoring import Measured, Path, is_private
-from traversal.wire.address import Address, IPAddress
+from traversal.paths.scoring import Measured, Path
+from traversal.wire.address import Address, IPAddress, is_private, is_shared
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -34,9 +34,12 @@ SEEN_LIFETIME_SECONDS: Final = 45.0
 MAX_LISTED: Final = 64
 MAX_CANDIDATES: Final = 100
 LATENCY_SAMPLES: Final = 3
+PONG_RATE: Final = 20.0
+PONG_BURST: Final = 40.0
+"""Pongs per source address: a stock node sends at most six Pings at once (path MTU), 20 a second
+is twice what the specification calls generous (disco specification D12)."""
 DEFAULT_RTT_SECONDS: Final = 0.2
 """Assumed for time-outs before anything was measured; most of the Internet is nearer."""
-_SHARED_SPACE: Final = ipaddress.IPv4Network("100.64.0.0/10")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def is_usable(address: Address, local: LocalNetworks) -> bool:
 
 def is_local_scope(ip: IPAddress) -> bool:
     """Whether an address means something only inside some site or host."""
-    return is_private(ip) or ip.is_link_local or ip.is_loopback or ip in _SHARED_SPACE
+    return is_private(ip) or ip.is_link_local or ip.is_loopback or is_shared(ip)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +113,16 @@ class Candidate:
     def measured(self) -> Measured:
         """For comparison with another."""
         return Measured(self.path, self.latency_seconds, self.wire_mtu_bytes)
+
+    def take_pong(self, now: float) -> bool:
+        """Whether a Pong may be sent here now, within the rate that one source gets."""
+        earned = (now - self.pong_budget_at) * PONG_RATE
+        self.pong_budget = min(PONG_BURST, self.pong_budget + earned)
+        self.pong_budget_at = now
+        if self.pong_budget < 1:
+            return False
+        self.pong_budget -= 1
+        return True
 
     def forget_dynamics(self) -> None:
         """After our own address or route changed: what was measured is void. It stays known that

@@ -3,7 +3,8 @@
 The relay carries introductions and could replay old ones, so the newest is not enough: a node that
 restarted with its clock or counter reset must be heard again, a recording of its former life must
 not. Every node draws a random session at its start. An introduction that echoes *our* session was
-made after we began: it is fresh beyond doubt. One that does not is believed only if it contradicts
+made after we began: it is fresh, unless it comes from a session that another one has replaced
+since. One that does not is believed only if it contradicts
 nothing (we know no session of the peer yet, or it is the same session with a higher serial);
 otherwise we answer with ours and ask for another, which a replayer cannot make.
 
@@ -32,6 +33,9 @@ MAX_RETRY_SECONDS: Final = 30.0
 """A peer that is off line is asked twice a minute: its own introduction finds us anyway."""
 MIN_ANSWER_INTERVAL_SECONDS: Final = 0.2
 """Answers per peer; honest exchanges need two in a row at most."""
+MAX_RETIRED: Final = 64
+"""Former sessions of a peer remembered while we run. Beyond that the oldest could be replayed, at
+the cost of one more exchange until the living peer is believed again."""
 
 Describe = Callable[[], Introduction]
 """Makes an introduction of this node as it is now; session, echo, serial and wants_answer in it
@@ -62,6 +66,7 @@ class Introducer:
         self._peer_session: bytes | None = None
         self._peer_serial = -1
         self._heard_session: bytes | None = None
+        self._retired: dict[bytes, None] = {}
         self._retry_at = math.inf
         self._retry_seconds = FIRST_RETRY_SECONDS
         self._may_answer_at = -math.inf
@@ -94,6 +99,8 @@ class Introducer:
 
     def handle_introduction(self, introduction: Introduction, now: float) -> Outcome:
         """Judge one that was opened with the peer's node key."""
+        if introduction.session in self._retired:
+            return Outcome(None, None)
         self._heard_session = introduction.session
         is_fresh = introduction.echoed_session == self._session
         if introduction.session == self._peer_session:
@@ -102,6 +109,7 @@ class Introducer:
         else:
             is_believed = is_fresh or self._peer_session is None
         if is_believed:
+            self._retire(introduction.session)
             self._peer_session = introduction.session
             self._peer_serial = introduction.serial
         if is_fresh:
@@ -112,6 +120,13 @@ class Introducer:
             self._may_answer_at = now + MIN_ANSWER_INTERVAL_SECONDS
             answer = self._make(wants_answer=wants_proof)
         return Outcome(introduction if is_believed else None, answer)
+
+    def _retire(self, successor: bytes) -> None:
+        """A former life that spoke with us echoed our session too: never believe it again."""
+        if self._peer_session is not None and self._peer_session != successor:
+            if len(self._retired) == MAX_RETIRED:
+                del self._retired[next(iter(self._retired))]
+            self._retired[self._peer_session] = None
 
     def _make(self, *, wants_answer: bool) -> Introduction:
         self._serial += 1

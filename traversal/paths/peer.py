@@ -26,7 +26,6 @@ The machine does no I/O and reads no clock. Its methods are of four kinds:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Final
 
 from traversal.keys import Entropy
@@ -51,24 +50,20 @@ from traversal.paths.liveness import TICK_SECONDS, Liveness
 from traversal.paths.mtu import MtuSearch
 from traversal.paths.pinger import PING_TIMEOUT_SECONDS, Pinger, Purpose, SentPing
 from traversal.paths.scoring import Measured, Path, is_better
+from traversal.paths.search import SearchSchedule
+from traversal.paths.statistics import CandidateStatistics, PeerStatistics, none_if_never
 from traversal.wire.address import Address
 from traversal.wire.disco import RELAY_REGION_HOST
 
 HEARTBEAT_SECONDS: Final = 3.0
 TRUST_SECONDS: Final = 6.5
 ACTIVITY_SECONDS: Final = 45.0
-SEARCH_SECONDS: Final = 5.0
-UPGRADE_SECONDS: Final = 60.0
 GOOD_ENOUGH_SECONDS: Final = 0.005
 PEER_RELAY_MIN_SECONDS: Final = 30.0
-"""All six: path selection specification 2."""
+"""All five: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
 """Least time between two Pings in answer to Pings from one address (P7)."""
-WIDEN_SCOPE_SECONDS: Final = 5.0
-"""Searching this long without success, addresses of foreign private networks are tried too."""
-FORCED_SEARCH_SECONDS: Final = 2.0
-"""Least time between two searches that doubt starts at once, without the usual spacing."""
 RECOVERY_SECONDS: Final = 1.5
 RECOVERY_FOR_SECONDS: Final = 60.0
 """A path that died is pinged at this pace for this long: healed, it is used within 3 s, even if
@@ -78,44 +73,8 @@ LOSS_PROBE_SECONDS: Final = 0.5
 SECOND_CHANCE_SECONDS: Final = 60.0
 """A path that was left for its loss, when another took its place, may compete again after this."""
 RELAY_TICK_SECONDS: Final = 1.0
-PONG_RATE: Final = 20.0
-PONG_BURST: Final = 40.0
-"""Pongs per source address: a stock node sends at most six Pings at once (path MTU), 20 a second
-is twice what the specification calls generous (disco specification D12)."""
 MAX_FOREIGN_SOURCES: Final = 16
 """Addresses that Pongs came from though they were not pinged; each is an asymmetric NAT."""
-
-
-@dataclass(frozen=True, slots=True)
-class CandidateStatistics:
-    """One candidate, for status pages and the verdict. Times are monotonic; None is never."""
-
-    path: Path
-    is_configured: bool
-    is_called: bool
-    is_seen: bool
-    pinged_at: float | None
-    answered_at: float | None
-    latency_seconds: float
-    loss_ratio: float
-    is_shelved: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PeerStatistics:
-    """A snapshot of one peer's paths."""
-
-    state: PathState
-    route: Route
-    best: Path | None
-    latency_seconds: float
-    loss_ratio: float
-    max_payload_bytes: int | None
-    last_sent_at: float | None
-    calls_sent: int
-    calls_received: int
-    foreign_pongs: int
-    candidates: tuple[CandidateStatistics, ...]
 
 
 class Peer:
@@ -160,10 +119,7 @@ class Peer:
         self._heartbeat_at = math.inf
         self._tick_at = math.inf
         self._recovery_at = math.inf
-        self._searched_at = -math.inf
-        self._search_allowed_at = -math.inf
-        self._force_allowed_at = -math.inf
-        self._searching_since = math.inf
+        self._schedule = SearchSchedule()
         self._peer_relay_wanted_at = -math.inf
 
         self._calls_sent = 0
@@ -194,32 +150,16 @@ class Peer:
 
     def statistics(self) -> PeerStatistics:
         """A snapshot for status pages, metrics and the verdict."""
-        best = self._best
         return PeerStatistics(
             state=self.state,
             route=self.route,
-            best=best.path if best is not None else None,
-            latency_seconds=best.latency_seconds if best is not None else 0.0,
-            loss_ratio=best.loss.ratio if best is not None else 0.0,
+            best=CandidateStatistics.of(self._best) if self._best is not None else None,
             max_payload_bytes=self.max_payload_bytes,
-            last_sent_at=_none_if_never(self._last_sent_at),
+            last_sent_at=none_if_never(self._last_sent_at),
             calls_sent=self._calls_sent,
             calls_received=self._calls_received,
             foreign_pongs=self._foreign_pongs,
-            candidates=tuple(
-                CandidateStatistics(
-                    path=candidate.path,
-                    is_configured=candidate.is_configured,
-                    is_called=candidate.called_at is not None,
-                    is_seen=candidate.seen_at != -math.inf,
-                    pinged_at=_none_if_never(candidate.pinged_at),
-                    answered_at=_none_if_never(candidate.answered_at),
-                    latency_seconds=candidate.latency_seconds,
-                    loss_ratio=candidate.loss.ratio,
-                    is_shelved=candidate.is_shelved,
-                )
-                for candidate in self._book
-            ),
+            candidates=tuple(map(CandidateStatistics.of, self._book)),
         )
 
     # ---- poll
@@ -242,7 +182,7 @@ class Peer:
         if self.route.path is not None and not self.route.relay:
             deadline = min(deadline, self._trusted_until)
         if self.is_active and self._is_searching:
-            deadline = min(deadline, self._search_allowed_at)
+            deadline = min(deadline, self._schedule.next_deadline())
         if self._mtu is not None and self._may_search_mtu:
             deadline = min(deadline, self._mtu.next_deadline())
         return deadline
@@ -298,12 +238,8 @@ class Peer:
         if candidate.last_ping_id == transaction_id:
             return
         candidate.last_ping_id = transaction_id
-        elapsed = now - candidate.pong_budget_at
-        candidate.pong_budget = min(PONG_BURST, candidate.pong_budget + elapsed * PONG_RATE)
-        candidate.pong_budget_at = now
-        if candidate.pong_budget < 1:
+        if not candidate.take_pong(now):
             return
-        candidate.pong_budget -= 1
         self._effects.append(SendPong(path, transaction_id, path.address))
         self._learn(path.address)
         if is_new:
@@ -363,7 +299,7 @@ class Peer:
         for candidate in self._choose_candidates(now):
             candidate.pinged_at = -math.inf
             self._pinger.enqueue(candidate)
-        self._searched_at = now
+        self._schedule.handle_called(now)
         self._flush(now, reason)
 
     def handle_authenticated_data(self, path: Path, now: float) -> None:
@@ -398,7 +334,7 @@ class Peer:
         self._lost = None
         self._recovery_at = math.inf
         self._caller.forget_freshness()
-        self._search_allowed_at = now
+        self._schedule.restart(now)
         if self.is_active:
             self._search(now)
         self._flush(now, "our network changed")
@@ -509,9 +445,9 @@ class Peer:
         if (old.path, old.relay) != (route.path, route.relay):
             self._effects.append(PathChanged(now, old, route, self.state, reason))
         if is_trusted and not (path and path.vni):
-            self._searching_since = math.inf
-        elif self._searching_since == math.inf:
-            self._searching_since = now
+            self._schedule.handle_success()
+        else:
+            self._schedule.handle_failing(now)
 
     def _learn(self, address: Address) -> None:
         if address not in self._mapped and self._book.get(address) is not None:
@@ -539,22 +475,14 @@ class Peer:
 
     def _choose_candidates(self, now: float) -> list[Candidate]:
         self._book.prune(now, keep=self._best)
-        if now - self._searching_since >= WIDEN_SCOPE_SECONDS:
+        if self._schedule.is_wide(now):
             return list(self._book)
         return self._book.in_scope(self._local) or list(self._book)
 
     def _search(self, now: float, *, is_forced: bool = False) -> None:
         """A full ping and a CallMeMaybe, if the last is long enough ago."""
-        if is_forced:
-            if now < self._force_allowed_at:
-                return
-            self._force_allowed_at = now + FORCED_SEARCH_SECONDS
-        elif now < self._search_allowed_at:
+        if not self._schedule.take(now, is_forced=is_forced):
             return
-        self._searched_at = now
-        self._search_allowed_at = now + SEARCH_SECONDS
-        if self._searching_since == math.inf:
-            self._searching_since = now
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
         self._caller.want(now)
@@ -657,7 +585,6 @@ class Peer:
     def _begin_doubt(self, now: float) -> None:
         if not self.is_active:
             return
-        self._searching_since = now
         self._recovery_at = now + RECOVERY_SECONDS
         self._search(now, is_forced=True)
 
@@ -690,7 +617,7 @@ class Peer:
         self._last_sent_at = now
         if not self.is_active:
             self._heartbeat_at = now + HEARTBEAT_SECONDS
-            self._searching_since = now
+            self._schedule.restart(now)
             if self.route.path is not None and self.route.relay:
                 self._recovery_at = now
         if self._tick_at == math.inf:
@@ -720,11 +647,7 @@ class Peer:
             if best.is_shelved or best.loss.is_suspicious:
                 interval = LOSS_PROBE_SECONDS
             is_fast = 0 < best.latency_seconds <= GOOD_ENOUGH_SECONDS
-            if (
-                not self._is_searching
-                and not is_fast
-                and now - self._searched_at >= UPGRADE_SECONDS
-            ):
+            if not self._is_searching and not is_fast and self._schedule.wants_upgrade(now):
                 self._search(now)
         self._heartbeat_at += interval
         if self._heartbeat_at <= now:
@@ -752,7 +675,3 @@ class Peer:
         if padding is not None:
             self._send_ping(self._best, Purpose.MTU, now, padding)
         self._best.wire_mtu_bytes = self._mtu.proven_bytes
-
-
-def _none_if_never(at: float) -> float | None:
-    return None if at == -math.inf else at

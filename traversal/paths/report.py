@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 from traversal.paths.probe_plan import LastReport, Probe
-from traversal.wire.address import Address
+from traversal.wire.address import Address, is_private, is_shared
 from traversal.wire.introduction import FilteringClass, MappingClass
 
 ENOUGH_REGIONS: Final = 3
@@ -250,7 +250,7 @@ def wants_full_report(last: Report | None, last_full_at: float, now: float) -> b
 
 def is_behind_another_nat(ip: ipaddress.IPv4Address) -> bool:
     """Whether a gateway's external address is itself private or shared (100.64/10)."""
-    return ip.is_private or ip in ipaddress.IPv4Network("100.64.0.0/10")
+    return is_private(ip) or is_shared(ip)
 
 
 def _lower(table: dict[int, float], region: int, latency_seconds: float) -> None:

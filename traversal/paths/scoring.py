@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from traversal.wire.address import Address, IPAddress
+from traversal.wire.address import Address, IPAddress, is_private
 
 LOOPBACK_POINTS: Final = 50
 LINK_LOCAL_POINTS: Final = 30
@@ -37,14 +37,6 @@ class Measured:
     path: Path
     latency_seconds: float = 0.0
     wire_mtu_bytes: int = 0
-
-
-def is_private(ip: IPAddress) -> bool:
-    """10/8, 172.16/12, 192.168/16 and fc00::/7; not 100.64/10, which upstream counts as public."""
-    if ip.version == 4:
-        value = int(ip)
-        return value >> 24 == 10 or value >> 20 == 0xAC1 or value >> 16 == 0xC0A8
-    return ip.packed[0] & 0xFE == 0xFC
 
 
 def address_points(ip: IPAddress) -> int:

@@ -64,3 +64,20 @@ def encode_address(address: Address) -> bytes:
 def parse_address(data: bytes) -> Address:
     """Read exactly 18 bytes; the caller has checked the length."""
     return Address.from_packed(data[:16], int.from_bytes(data[16:18], "big"))
+
+
+def is_private(ip: IPAddress) -> bool:
+    """10/8, 172.16/12, 192.168/16 and fc00::/7.
+
+    Not 100.64/10, which path scoring counts as public; nor, unlike `ip.is_private`, documentation
+    ranges, which labs use for public addresses.
+    """
+    if ip.version == 4:
+        value = int(ip)
+        return value >> 24 == 10 or value >> 20 == 0xAC1 or value >> 16 == 0xC0A8
+    return ip.packed[0] & 0xFE == 0xFC
+
+
+def is_shared(ip: IPAddress) -> bool:
+    """100.64/10, the space between a carrier's NAT and its customers (RFC 6598)."""
+    return ip.version == 4 and int(ip) >> 22 == 0x191

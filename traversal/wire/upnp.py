@@ -14,7 +14,7 @@ from typing import Final
 from urllib.parse import urljoin, urlsplit, urlunsplit
 from xml.sax.saxutils import escape
 
-from traversal.wire.address import Address
+from traversal.wire.address import Address, is_private
 
 SSDP_PORT: Final = 1900
 SSDP_GROUP: Final = "239.255.255.250"
@@ -190,7 +190,7 @@ def choose_service(candidates: list[tuple[Service, ServiceStatus]]) -> Service |
             return 3
         if status.external_ip is None:
             return 2
-        return 1 if status.external_ip.is_private else 0
+        return 1 if is_private(status.external_ip) else 0
 
     return min(candidates, key=rank)[0] if candidates else None
 

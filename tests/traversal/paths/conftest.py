@@ -14,15 +14,17 @@ from traversal.paths.effects import (
     AddressLearned,
     DiscoverPeerRelay,
     PathChanged,
+    PathState,
     PingAnswered,
     RefreshEndpoints,
+    Route,
     SendCallMeMaybe,
     SendPing,
     SendPong,
     SendRelayPing,
 )
 from traversal.paths.peer import Peer
-from traversal.paths.scoring import Path
+from traversal.paths.scoring import Measured, Path, is_better
 from traversal.wire.address import Address
 
 PING_PAYLOAD = 124
@@ -61,17 +63,143 @@ class Nat:
         return False
 
 
+class StockPeer:
+    """A stock node's rules, path selection specification 5 and 6, without ours: no Ping back, no
+    early doubt, a Ping per candidate and 5 s, heartbeats of 3 s, trust of 6.5 s, empty lists erase.
+    """
+
+    def __init__(self, entropy):
+        self.entropy = entropy
+        self.sent = self.received = 0
+        self.own = ()
+        self.candidates = {}
+        self.called = set()
+        self.best, self.best_latency, self.trusted_until = None, 0.0, -1.0
+        self.last_sent, self.full_ping_at, self.heartbeat_at = -1e9, -1e9, float("inf")
+        self.outstanding = {}
+        self.effects = []
+        self.now = 0.0
+
+    @property
+    def route(self):
+        trusted = self.best is not None and self.now <= self.trusted_until
+        path = Path(self.best) if self.best is not None else None
+        return Route(path, relay=not trusted, wake=True)
+
+    @property
+    def state(self):
+        if self.best is None:
+            return PathState.RELAY
+        return PathState.DOUBT if self.route.relay else PathState.DIRECT
+
+    def poll_effects(self):
+        effects, self.effects = self.effects, []
+        return effects
+
+    def next_deadline(self):
+        return min([self.heartbeat_at] + [at + 5.0 for _, at in self.outstanding.values()])
+
+    def set_own_addresses(self, addresses, now):
+        self.own = addresses
+
+    def set_configured_addresses(self, addresses, now):
+        for address in addresses:
+            self.candidates.setdefault(address, -1e9)
+
+    def _ping(self, address):
+        self.candidates[address] = self.now
+        transaction_id = self.entropy(12)
+        self.outstanding[transaction_id] = (address, self.now)
+        self.effects.append(SendPing(Path(address), transaction_id))
+
+    def _full_ping(self, call):
+        self.full_ping_at = self.now
+        due = [a for a, at in self.candidates.items() if self.now - at >= 5.0]
+        for address in due:
+            self._ping(address)
+        if due and call:
+            self.effects.append(SendCallMeMaybe(self.own))
+
+    def _wants_full_ping(self):
+        if self.best is None or self.now > self.trusted_until:
+            return True
+        return self.best_latency > 0.005 and self.now - self.full_ping_at >= 60
+
+    def handle_send(self, now):
+        self.now = now
+        if self.best is None or now > self.trusted_until:
+            self._full_ping(call=True)
+        self.last_sent = now
+        if self.heartbeat_at == float("inf"):
+            self.heartbeat_at = now + 3.0
+
+    def on_time(self, now):
+        self.now = now
+        for transaction_id, (address, at) in list(self.outstanding.items()):
+            if now >= at + 5.0:
+                del self.outstanding[transaction_id]
+                if address == self.best and now > self.trusted_until:
+                    self.best = None
+        if now >= self.heartbeat_at:
+            if now - self.last_sent > 45.0:
+                self.heartbeat_at = float("inf")
+                return
+            if self.best is not None:
+                self._ping(self.best)
+            if self._wants_full_ping():
+                self._full_ping(call=True)
+            self.heartbeat_at = now + 3.0
+
+    def handle_ping(self, transaction_id, path, now):
+        self.now = now
+        self.candidates.setdefault(path.address, -1e9)
+        self.effects.append(AddressLearned(path.address))
+        self.effects.append(SendPong(path, transaction_id, path.address))
+
+    def handle_pong(self, transaction_id, source, seen_as, now):
+        self.now = now
+        if transaction_id not in self.outstanding:
+            return
+        address, at = self.outstanding.pop(transaction_id)
+        if address not in self.candidates:
+            return
+        latency = now - at
+        if self.best != address and (
+            self.best is None
+            or now > self.trusted_until
+            or is_better(
+                Measured(Path(address), latency), Measured(Path(self.best), self.best_latency)
+            )
+        ):
+            self.best = address
+        if self.best == address:
+            self.best_latency, self.trusted_until = latency, now + 6.5
+
+    def handle_call_me_maybe(self, addresses, now):
+        self.now = now
+        for address in self.called - set(addresses):
+            self.candidates.pop(address, None)
+            if self.best == address:
+                self.best = None
+        self.called = set(addresses)
+        for address in addresses:
+            self.candidates[address] = -1e9
+        self.candidates = dict.fromkeys(self.candidates, -1e9)
+        self._full_ping(call=False)
+
+
 class Node:
     """One end: a Peer machine for the other end, a socket address, a NAT, a log of everything."""
 
-    def __init__(self, world, name, ip, kind, public_ip, lan=None, **options):
+    def __init__(self, world, name, ip, kind, public_ip, **options):
         self.world = world
         self.name = name
         self.address = Address(ip, 41641)
         self.nat = Nat(kind, public_ip)
-        self.lan = lan
         entropy = random.Random(f"{world.seed}{name}").randbytes
-        self.peer = Peer(entropy, options.pop("local", None), **options)
+        is_stock = options.pop("is_stock", False)
+        local = options.pop("local", None)
+        self.peer = StockPeer(entropy) if is_stock else Peer(entropy, local, **options)
         self.other = None
         self.effects = []
         self.arrived = {}
@@ -171,13 +299,16 @@ class World:
         self.order = itertools.count()
         self.numbers = itertools.count()
 
-    def join(self, a_kind="open", b_kind="open", *, lan=False, knows=True, **options):
+    def join(
+        self, a_kind="open", b_kind="open", *, lan=False, knows=True, stock_b=False, **options
+    ):
         """Make both nodes; `knows`: each has the other's addresses as configured ones."""
         a_ip = "10.0.0.1" if a_kind != "open" else "198.51.100.1"
         b_ip = "10.0.0.2" if b_kind != "open" else "198.51.100.2"
-        shared = "home" if lan else None
-        self.a = Node(self, "a", a_ip, a_kind, "198.51.100.11", shared, **options)
-        self.b = Node(self, "b", b_ip, b_kind, "198.51.100.22", shared, **options)
+        self.a = Node(self, "a", a_ip, a_kind, "198.51.100.11", **options)
+        if stock_b:
+            options = {"is_stock": True}
+        self.b = Node(self, "b", b_ip, b_kind, "198.51.100.22", **options)
         self.a.other, self.b.other = self.b, self.a
         for node in (self.a, self.b):
             node.refresh()
@@ -197,9 +328,6 @@ class World:
             return
         other = node.other
         delay = self.delay + self.random.random() * self.jitter
-        if node.lan and node.lan == other.lan and to == other.address:
-            self.later(delay, lambda: other.receive(message, node.address))
-            return
         source = node.nat.outbound(node.address, to)
         if source is None or self.refuses(source, to):
             return

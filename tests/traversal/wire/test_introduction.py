@@ -163,6 +163,20 @@ class TestIntroducer:
         assert again.believed is None
         assert again.answer is None
 
+    def test_replay_of_a_former_life_that_knew_us(self) -> None:
+        """A recording that echoes our present session is not believed after a restart either."""
+        bob, old, new = (introducer(n) for n in (b"bob---01", b"alice-01", b"alice-02"))
+        first = bob.handle_introduction(old.announce(), 0.0)
+        assert first.believed is not None
+        old.handle_introduction(bob.announce(), 0.1)
+        recording = old.announce()
+        assert recording.echoed_session == b"bob---01"
+        new.handle_introduction(bob.announce(), 10.0)
+        assert bob.handle_introduction(new.announce(), 10.1).believed is not None
+        for _ in range(3):
+            assert bob.handle_introduction(recording, 11.0).believed is None
+        assert bob.handle_introduction(new.announce(), 12.0).believed is not None
+
     def test_floods_get_few_answers(self) -> None:
         """A thousand introductions within a second are answered at most five or six times."""
         bob = introducer(b"bob---01")
