@@ -7,7 +7,6 @@ netcheck specification 5, 6 and 9 say how.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,7 +60,6 @@ class NetCheck:
         self._sent: dict[bytes, _Sent] = {}
         self._report = Report(0.0)
         self._changed = trio.Event()
-        self._when_answered: Callable[[], None] = _nothing
         self.foreign_answers = 0
         """Answers that came from another address than was asked."""
 
@@ -84,18 +82,11 @@ class NetCheck:
         )
         sent.answered.set()
         self._changed.set()
-        self._when_answered()
 
-    async def run(
-        self, report: Report, plan: Plan, when_answered: Callable[[], None] | None = None
-    ) -> None:
-        """Fill `report` by asking what `plan` says; at most 3 s.
-
-        `when_answered` is called after each answer, for who can't wait for the end.
-        """
+    async def run(self, report: Report, plan: Plan) -> None:
+        """Fill `report` by asking what `plan` says; at most 3 s."""
         self._report = report
         self._sent.clear()
-        self._when_answered = when_answered or _nothing
         try:
             with trio.move_on_after(STUN_LIMIT_SECONDS):
                 async with trio.open_nursery() as nursery:
@@ -106,7 +97,6 @@ class NetCheck:
                     nursery.cancel_scope.cancel()
         finally:
             self._sent.clear()
-            self._when_answered = _nothing
 
     async def run_https(self, report: Report, relay_map: RelayMap) -> None:
         """Measure by HTTPS what UDP could not (netcheck specification 9.1); at most 5 s."""
@@ -191,7 +181,3 @@ class NetCheck:
             return seconds if status and status[0].startswith(b"2") else None
         finally:
             stream.close()
-
-
-def _nothing() -> None:
-    pass

@@ -51,6 +51,7 @@ READ_TIMEOUT_SECONDS: Final = 120.0
 NODE_HOLD_BACK_SECONDS: Final = 1.5
 """A node of the region that has not answered by then gets company (DERP specification 15.1)."""
 PING_TIMEOUT_SECONDS: Final = 5.0
+CHECK_AFTER_CHANGE_SECONDS: Final = 3.0
 MAX_BACKOFF_SECONDS: Final = 5.0
 BACKOFF_UNIT_SECONDS: Final = 0.01
 STEADY_SECONDS: Final = 10.0
@@ -128,6 +129,7 @@ class RelayClient:
         self._is_home = False
         self._queue: deque[tuple[bytes, bytes]] = deque(maxlen=QUEUE_PACKETS)
         self._connection: _Connection | None = None
+        self._retry_now = trio.Event()
         self._sent = 0
         self._received = 0
         self._dropped = 0
@@ -184,6 +186,17 @@ class RelayClient:
         if self._connection is not None:
             self._connection.check(trio.current_time() + timeout_seconds)
 
+    def handle_network_change(self, own_hosts: frozenset[str]) -> None:
+        """Our addresses changed: a connection from one that is gone is replaced at once, another
+        has 3 s to prove that it lives. A wait for the next attempt to connect ends."""
+        self._retry_now.set()
+        if self._connection is None:
+            return
+        if own_hosts and self._connection.local_host not in own_hosts:
+            self._connection.close()
+        else:
+            self.check(CHECK_AFTER_CHANGE_SECONDS)
+
     async def run(self) -> None:
         """Connect, and connect again, until cancelled."""
         failures = 0
@@ -196,7 +209,7 @@ class RelayClient:
                     failures += 1
                     self._last_error = str(error)
                     self._handler.handle_relay_change(self.region.region_id, is_up=False)
-                    await trio.sleep(self._backoff(failures))
+                    await self._back_off(failures)
                     continue
                 avoid = ""
                 connection = _Connection(self, dialed)
@@ -212,11 +225,13 @@ class RelayClient:
                     continue
                 is_steady = trio.current_time() - connection.began_at >= STEADY_SECONDS
                 failures = 1 if is_steady else failures + 1
-                await trio.sleep(self._backoff(failures))
+                await self._back_off(failures)
 
-    def _backoff(self, failures: int) -> float:
+    async def _back_off(self, failures: int) -> None:
         seconds = min(failures**2 * BACKOFF_UNIT_SECONDS, MAX_BACKOFF_SECONDS)
-        return seconds * self._rng.uniform(0.5, 1.5)
+        self._retry_now = trio.Event()
+        with trio.move_on_after(seconds * self._rng.uniform(0.5, 1.5)):
+            await self._retry_now.wait()
 
     async def _wait_for_restart(self, restart: Restarting) -> None:
         """With another node to go to we go at once; else when the server says it will be back."""
@@ -345,6 +360,7 @@ class _Connection:
     def __init__(self, client: RelayClient, dialed: Dialed) -> None:
         self.dialed = dialed
         self.began_at = trio.current_time()
+        self.local_host = dialed.stream.local_host
         self.restart: Restarting | None = None
         self.left = trio.Event()
         """Set when another connection is needed: this one ended, or will."""

@@ -19,7 +19,6 @@ from traversal.relay_map import RelayMap
 
 IDLE_SECONDS: Final = 60.0
 SWEEP_SECONDS: Final = 15.0
-CHECK_AFTER_CHANGE_SECONDS: Final = 3.0
 
 
 class Relays:
@@ -85,10 +84,10 @@ class Relays:
         for number, (client, _) in self._clients.items():
             client.set_home(number == region)
 
-    def check(self) -> None:
-        """After a change of network: whatever does not answer within 3 s is connected anew."""
+    def handle_network_change(self, own_hosts: frozenset[str]) -> None:
+        """The host's addresses are these now (empty: unknown): replace what can't work any more."""
         for client, _ in self._clients.values():
-            client.check(CHECK_AFTER_CHANGE_SECONDS)
+            client.handle_network_change(own_hosts)
 
     def set_map(self, relay_map: RelayMap) -> None:
         """Use another map; connections to regions that are not the same in it are closed."""

@@ -37,6 +37,13 @@ class HandshakeStream:
         # another task is writing.
         self._sending = trio.Lock()
 
+    @property
+    def local_host(self) -> str:
+        """Our own IP address on this connection. Raises OSError once it is closed."""
+        host = self._sock.getsockname()[0]
+        assert isinstance(host, str)
+        return host
+
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> TlsEngine:

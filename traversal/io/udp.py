@@ -77,7 +77,8 @@ class UdpSockets:
     def __init__(self, hosts: dict[Family, str] | None = None) -> None:
         self._hosts = _WILDCARDS if hosts is None else hosts
         self._sockets: dict[Family, _KernelSocket | _OtherSocket] = {}
-        self._wanted_port = 0
+        self.wanted_port = 0
+        """The port that `open` was asked for; 0 for any."""
         self._reopened = trio.Event()
         self._received = 0
         self._dropped = 0
@@ -89,7 +90,7 @@ class UdpSockets:
         `port` 0 lets the kernel choose. A family that the host lacks is left out. Raises UdpError
         when none is left, or when a `port` other than 0 is taken.
         """
-        self._wanted_port = port
+        self.wanted_port = port
         problems = []
         for family, host in sorted(self._hosts.items()):
             try:
@@ -111,7 +112,7 @@ class UdpSockets:
         ports = {family: sock.port for family, sock in self._sockets.items()}
         self.close()
         for family, host in sorted(self._hosts.items()):
-            for port in (self._wanted_port or ports.get(family, 0), 0):
+            for port in (self.wanted_port or ports.get(family, 0), 0):
                 try:
                     self._sockets[family] = await self._bind_one(family, host, port)
                 except OSError:
@@ -130,6 +131,11 @@ class UdpSockets:
         """The local port of a family, None if it has no socket."""
         sock = self._sockets.get(family)
         return None if sock is None else sock.port
+
+    def bound_host(self, family: Family) -> str | None:
+        """The address that a family's socket is bound to, None for all addresses."""
+        host = self._hosts.get(family)
+        return None if host == _WILDCARDS[family] else host
 
     def statistics(self) -> UdpStatistics:
         """A snapshot of the counters."""
