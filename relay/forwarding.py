@@ -21,7 +21,7 @@ from typing import Final
 
 from relay.backlog import Backlog, Waiting
 from relay.counters import Counters, DropReason, Kind
-from traversal.keys import NodePublic
+from traversal.keys import KEY_LENGTH, NodePublic
 from traversal.wire.derp import (
     DISCO_MAGIC,
     HEADER,
@@ -35,6 +35,7 @@ from traversal.wire.derp import (
     GoneReason,
     PresentFlags,
     encode_frame,
+    encode_health,
     encode_peer_gone,
     encode_peer_present,
     looks_like_disco,
@@ -44,6 +45,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PACKET_HEADER_LENGTH: Final = HEADER_LENGTH + 32
 """A SEND_PACKET or RECV_PACKET up to its payload."""
+FORWARD_HEADER_LENGTH: Final = HEADER_LENGTH + 64
+"""A FORWARD_PACKET up to its payload."""
 BUFFER_SLACK: Final = 64
 """Bytes that must be readable after the data in the shared buffer: headers are unpacked before it
 is known that they are complete."""
@@ -55,6 +58,15 @@ NOT_HERE_BURST: Final = 3
 NOT_HERE_PER_SECOND: Final = 1.0
 """PEER_GONE "not here" notices per connection (DERP specification 7.3)."""
 HOME_MOVE_GRACE_SECONDS: Final = 5.0
+MAX_CONTROL_FRAMES: Final = 8192
+"""Frames that are never dropped and wait for one client, some 400 KB. It may have heard from a few
+thousand peers that leave at once; a client that reads a byte now and then, and so never times out,
+must not collect notices for ever. Mesh peers have to know of every change, and are trusted."""
+
+DUPLICATE_WARNING: Final = (
+    "another connection uses the same node key; "
+    "if that is another machine, give it a key of its own"
+)
 
 _PACKET: Final = struct.Struct(">BI32s")
 _MAX_SEND: Final = MAX_PACKET_LENGTH + 32
@@ -105,6 +117,7 @@ class Client:
         "pong_waits",
         "port",
         "skip_bytes",
+        "takes_notices",
     )
 
     def __init__(
@@ -119,6 +132,7 @@ class Client:
         is_outgoing: bool = False,
         is_prober: bool = False,
         not_ideal: bool = False,
+        takes_notices: bool = False,
         permitted: frozenset[bytes] | None = None,
     ) -> None:
         """
@@ -128,7 +142,8 @@ class Client:
             is_sibling: a worker of this same host.
             is_outgoing: we dialed; the other side is the server, and we watch it.
             not_ideal: came with an Ideal-Node header.
-            permitted: raw keys that this client may send to; None for all.
+            takes_notices: is known to understand HEALTH and RESTARTING.
+            permitted: raw keys that it may exchange packets with; None for all.
         """
         self.key = key.raw
         self.connected_at = connected_at
@@ -139,6 +154,7 @@ class Client:
         self.is_outgoing = is_outgoing
         self.is_prober = is_prober
         self.not_ideal = not_ideal
+        self.takes_notices = takes_notices
         self.permitted = permitted
         self.home = False
         self.duplicate = False
@@ -280,6 +296,7 @@ class Switch:
             connections = self._duplicates.setdefault(key, [previous])
             connections.append(client)
             previous.duplicate = client.duplicate = True
+            self._send_health(connections, DUPLICATE_WARNING)
         self._active[key] = client
         self._tell_watchers(
             encode_peer_present(key, client.address, client.port, client.present_flags())
@@ -290,8 +307,10 @@ class Switch:
         if client.closed:
             return
         client.closed = True
+        self.drop_unwritten(client, client.out, DropReason.GONE_DISCONNECTED)
         client.out.clear()
         client.out_bytes = 0
+        client.control = None
         self._drop_backlog(client)
         self._watchers.discard(client)
         self._siblings.discard(client)
@@ -314,12 +333,18 @@ class Switch:
             self._active[key] = connections[-1]
             if len(connections) == 1:
                 connections[0].duplicate = False
+                self._send_health(connections, "")
                 del self._duplicates[key]
             return
         del self._active[key]
         here = self._reachable_by_sibling(key)
         self._tell_watchers(encode_peer_gone(key, GoneReason.DISCONNECTED), only_siblings=here)
         self._maybe_left_region(key)
+
+    def _send_health(self, clients: Iterable[Client], problem: str) -> None:
+        for client in clients:
+            if client.takes_notices:
+                self._send(client, encode_health(problem))
 
     def _note_activity(self, client: Client) -> None:
         """The last of several connections of a key to speak is the one that receives."""
@@ -444,13 +469,17 @@ class Switch:
         unpack = _PACKET.unpack_from
         pack = _PACKET.pack_into
         last = end - HEADER_LENGTH
+        # A server that we dialed relays nothing through us: there type 4 is one more unknown frame.
+        send_packet = -1 if client.is_outgoing else 4
         run: Client | None = None  # the destination of the frames in view[run_start:position]
         run_start = position
         packets = disco = 0
         while position <= last:
             frame_type, length, key = unpack(buffer, position)
-            if frame_type == 4:  # SEND_PACKET
+            if frame_type == send_packet:
                 if not 32 <= length <= _MAX_SEND:
+                    if packets and run is not None:
+                        self._end_run(client, run, view[run_start:position], packets, disco, now)
                     raise ViolationError(f"SEND_PACKET of {length} bytes")
                 frame_end = position + HEADER_LENGTH + length
                 if frame_end > end:
@@ -462,9 +491,7 @@ class Switch:
                     run_start = position
                     packets = disco = 0
                     run = destination
-                    if destination is None or (
-                        client.permitted is not None and key not in client.permitted
-                    ):
+                    if destination is None or not _may_exchange(client, destination):
                         run = None
                         payload = view[position + PACKET_HEADER_LENGTH : frame_end]
                         self._send_elsewhere(client, key, payload, now)
@@ -484,6 +511,8 @@ class Switch:
                 self._end_run(client, run, view[run_start:position], packets, disco, now)
                 packets = disco = 0
             run = None
+            if client.closed:  # by a write to itself: it must not come back into the tables
+                return end
             next_position = self._handle_other(client, frame_type, length, view, position, end, now)
             if next_position < 0:
                 break
@@ -546,7 +575,7 @@ class Switch:
             self._flush(destination)
 
     def _send_elsewhere(self, client: Client, key: bytes, payload: memoryview, now: float) -> None:
-        """A packet for a key that has no connection here, or that the sender may not reach."""
+        """A packet for a key that has no connection here, or that may not have it."""
         disco = looks_like_disco(payload)
         kind = Kind.DISCO if disco else Kind.OTHER
         counters = self.counters
@@ -554,13 +583,13 @@ class Switch:
         counters.bytes_received += len(payload)
         client.packets_in += 1
         client.bytes_in += len(payload)
-        if client.permitted is not None and key not in client.permitted:
+        if (client.permitted is not None and key not in client.permitted) or key in self._active:
             counters.drop(DropReason.NOT_PERMITTED, kind, len(payload))
             client.packets_dropped += 1
             return
         link = self.forwarder_of(key)
         if link is not None:
-            self._forward(client.key, key, payload, link, kind, now)
+            self._forward(client.key, key, payload, link, now)
             return
         counters.drop(DropReason.UNKNOWN_DEST, kind, len(payload))
         client.packets_dropped += 1
@@ -568,12 +597,12 @@ class Switch:
             self._send_not_here(client, key, now)
 
     def _forward(
-        self, source: bytes, key: bytes, payload: memoryview, link: Client, kind: Kind, now: float
+        self, source: bytes, key: bytes, payload: memoryview, link: Client, now: float
     ) -> None:
         frame = encode_frame(FrameType.FORWARD_PACKET, b"".join((source, key, payload)))
         self.counters.packets_forwarded_out += 1
         if link.blocked:
-            self._queue(link, kind, Waiting(frame, source, now), HEADER_LENGTH + 64)
+            self._queue(link, Waiting(frame, source, now))
             return
         self._send(link, frame)
         if link.out_bytes > EARLY_FLUSH_BYTES:
@@ -603,7 +632,7 @@ class Switch:
         body_start = position + HEADER_LENGTH
         frame_end = body_start + length
         if client.is_outgoing:
-            known = frame_type in _LINK_FRAMES and length <= MAX_PING_LENGTH
+            known = _LINK_FRAMES.get(frame_type, MAX_PING_LENGTH + 1) <= length <= MAX_PING_LENGTH
         else:
             known = frame_type in _CLIENT_FRAMES
         if not known:
@@ -670,6 +699,9 @@ class Switch:
         self.counters.packets_forwarded_in += 1
         destination = self._active.get(key)
         if destination is not None:
+            if destination.permitted is not None and source not in destination.permitted:
+                self.counters.drop(DropReason.NOT_PERMITTED, kind, len(payload))
+                return
             # The RECV_PACKET is 32 bytes shorter: its header goes where the destination stood.
             _PACKET.pack_into(view, position + 32, 5, 32 + len(payload), source)
             frame = view[position + 32 : frame_end]
@@ -677,7 +709,7 @@ class Switch:
             return
         link = self.forwarder_of(key)
         if link is not None and link.is_sibling and not client.is_sibling:
-            self._forward(source, key, payload, link, kind, now)
+            self._forward(source, key, payload, link, now)
             return
         self.counters.drop(DropReason.UNKNOWN_DEST_ON_FWD, kind, len(payload))
         if kind is Kind.DISCO:
@@ -685,8 +717,6 @@ class Switch:
 
     def _handle_link_frame(self, link: Client, frame_type: int, body: bytes) -> None:
         """A frame from a server that we watch."""
-        if len(body) < 32:
-            return
         key = body[:32]
         if frame_type == FrameType.PEER_PRESENT:
             self._add_forwarder(key, link)
@@ -705,6 +735,8 @@ class Switch:
             if client.control is None:
                 client.control = deque()
             client.control.append(frame)
+            if len(client.control) == MAX_CONTROL_FRAMES and not client.is_mesh:
+                self.doomed.append((client, "it does not read what it is told"))
             return
         if not client.out:
             self.dirty.append(client)
@@ -726,10 +758,29 @@ class Switch:
                 self._uncount_sent(client, chunk)
                 self._queue_run(bytes(chunk[5:37]), client, memoryview(chunk), now)
             elif chunk[0] == FrameType.FORWARD_PACKET:
-                kind = Kind.DISCO if looks_like_disco(chunk[69:]) else Kind.OTHER
-                self._queue(client, kind, Waiting(bytes(chunk), bytes(chunk[5:37]), now), 69)
+                self._queue(client, Waiting(bytes(chunk), bytes(chunk[5:37]), now))
             else:
                 self._send(client, bytes(chunk))
+
+    def drop_unwritten(
+        self, client: Client, chunks: Iterable[memoryview | bytes], reason: DropReason
+    ) -> None:
+        """Count as dropped what was on its way out when the connection ended."""
+        for chunk in chunks:
+            if chunk[0] == FrameType.RECV_PACKET:
+                self._uncount_sent(client, chunk)
+            elif chunk[0] != FrameType.FORWARD_PACKET:
+                continue
+            for frame in _split(memoryview(chunk)):
+                self._count_drop(client, _kind_of(frame), frame, reason)
+
+    def _count_drop(
+        self, client: Client, kind: Kind, frame: memoryview | bytes, reason: DropReason
+    ) -> None:
+        forwarded = frame[0] == FrameType.FORWARD_PACKET
+        header_length = FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH
+        self.counters.drop(reason, kind, len(frame) - header_length)
+        client.packets_dropped += 1
 
     def _uncount_sent(self, client: Client, run: memoryview | bytes) -> None:
         packets = sum(1 for _ in _split(memoryview(run)))
@@ -743,14 +794,13 @@ class Switch:
         self, source: bytes, destination: Client, frames: memoryview, now: float
     ) -> None:
         for frame in _split(frames):
-            kind = Kind.DISCO if looks_like_disco(frame[37:]) else Kind.OTHER
-            self._queue(destination, kind, Waiting(bytes(frame), source, now), 37)
+            self._queue(destination, Waiting(bytes(frame), source, now))
 
-    def _queue(self, client: Client, kind: Kind, waiting: Waiting, header_length: int) -> None:
+    def _queue(self, client: Client, waiting: Waiting) -> None:
         size = len(waiting.frame)
+        kind = _kind_of(waiting.frame)
         if self.waiting_bytes + size > self.memory_bytes:
-            self.counters.drop(DropReason.QUEUE_TAIL, kind, size - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, waiting.frame, DropReason.QUEUE_TAIL)
             return
         if client.backlog is None:
             client.backlog = Backlog(self.queue_depth)
@@ -758,8 +808,7 @@ class Switch:
         self.waiting_bytes += size
         if victim is not None:
             self.waiting_bytes -= len(victim.frame)
-            self.counters.drop(DropReason.QUEUE_HEAD, kind, len(victim.frame) - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, victim.frame, DropReason.QUEUE_HEAD)
 
     def take_waiting(self, client: Client, max_bytes: int, now: float) -> list[bytes]:
         """Frames that have waited for a client which takes bytes again, control frames first."""
@@ -788,7 +837,7 @@ class Switch:
             return
         for kind, waiting in client.backlog.clear():
             self.waiting_bytes -= len(waiting.frame)
-            self.counters.drop(DropReason.GONE_DISCONNECTED, kind, len(waiting.frame) - 37)
+            self._count_drop(client, kind, waiting.frame, DropReason.GONE_DISCONNECTED)
         client.backlog = None
 
 
@@ -803,8 +852,27 @@ _CLIENT_FRAMES: Final[dict[int, tuple[int, int]]] = {
 _MESH_FRAMES: Final = frozenset(
     {FrameType.FORWARD_PACKET, FrameType.WATCH_CONNS, FrameType.CLOSE_PEER}
 )
-_LINK_FRAMES: Final = frozenset({FrameType.PEER_PRESENT, FrameType.PEER_GONE, FrameType.PING})
-"""Frames from a server that we watch which mean anything to us."""
+_LINK_FRAMES: Final[dict[int, int]] = {
+    FrameType.PEER_PRESENT: KEY_LENGTH,
+    FrameType.PEER_GONE: KEY_LENGTH,
+    FrameType.PING: MIN_PING_LENGTH,
+}
+"""Frames from a server that we watch which mean anything to us, with their least length; shorter
+ones are skipped (DERP specification 6)."""
+
+
+def _kind_of(frame: memoryview | bytes) -> Kind:
+    """The kind of a RECV_PACKET or FORWARD_PACKET."""
+    forwarded = frame[0] == FrameType.FORWARD_PACKET
+    payload = frame[FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH :]
+    return Kind.DISCO if looks_like_disco(payload) else Kind.OTHER
+
+
+def _may_exchange(source: Client, destination: Client) -> bool:
+    """Whether both tokens, where there are any, allow packets from the one to the other."""
+    return (source.permitted is None or destination.key in source.permitted) and (
+        destination.permitted is None or source.key in destination.permitted
+    )
 
 
 def _split(frames: memoryview) -> Iterator[memoryview]:

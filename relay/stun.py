@@ -16,11 +16,12 @@ it for. An answer is sent only if one of these holds:
   /24 of IPv4, a /48 of IPv6): EXCESS_BYTES_PER_SECOND with a burst of EXCESS_BURST_BYTES. A plain
   request of 20 bytes costs 12 for IPv4 and 24 for IPv6.
 
-So whoever forges a victim's address gains 600 bytes a second at most, in any network and whatever
-he sends. Optional attributes (RESPONSE-ORIGIN, OTHER-ADDRESS) are left out when the rule allows
-only the bare answer, PADDING never makes an answer longer than its request, and error responses
-carry no reason text. A network whose budget somebody else has spent still gets answers to
-requests that are long enough; SOFTWARE makes them so.
+So whoever forges a victim's address gains, after the burst, 600 bytes a second and those 4 bytes
+in 88, whatever he sends and wherever in its network the victim is. Optional attributes
+(RESPONSE-ORIGIN, OTHER-ADDRESS) are left out when the rule allows only the bare answer, PADDING
+never makes an answer longer than its request, and error responses carry no reason text. A network
+whose budget somebody else has spent still gets answers to requests that are long enough; any
+SOFTWARE of 20 bytes makes them so.
 """
 
 from __future__ import annotations
@@ -257,10 +258,12 @@ class StunServer:
     """A STUN server on one or several UDP addresses.
 
     `addresses` are IP addresses with ports; port 0 takes a free one. `::` serves IPv4 as well
-    unless an IPv4 address with the same port is listed too. Each of `alternates` makes the one
+    unless an IPv4 address with the same port is listed too. On `::` and `0.0.0.0` the kernel
+    chooses which address of the machine an answer comes from: a machine with several should list
+    those that clients are told. Each of `alternates` makes the one
     address of its family an RFC 5780 server and must differ from it in both IP address and port;
     the server then also listens on the two mixed pairs. `reuse_port` lets several processes share
-    the addresses. Raises StunServerError.
+    the addresses; each then has a budget of its own. Raises StunServerError.
     """
 
     addresses: Sequence[Address]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final, Self
 
@@ -134,26 +134,25 @@ class TokenSigner:
         return f"{signed}.{_encode(signature)}"
 
 
-def verify_token(
-    text: str, keys: Sequence[TokenKey], *, unix_time: float, revoked: Collection[str] = ()
-) -> Claims:
-    """The claims of a token that one of `keys` signed, that lasts, and that nobody revoked.
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A genuine token, and who signed it."""
 
-    Whether its bearer owns `claims.key` is the caller's to check. Raises TokenError.
-    """
-    claims = _open_token(text, keys)
-    if problem := claims_problem(claims, unix_time=unix_time, revoked=revoked):
-        raise TokenError(problem)
-    return claims
+    claims: Claims
+    signed_by: TokenKey
 
-
-def claims_problem(claims: Claims, *, unix_time: float, revoked: Collection[str]) -> str | None:
-    """Why a genuine token no longer counts, if so."""
-    if unix_time >= claims.expires_unix:
-        return f"token {claims.id} has expired"
-    if claims.id in revoked:
-        return f"token {claims.id} was revoked"
-    return None
+    def problem(
+        self, keys: Collection[TokenKey], *, unix_time: float, revoked: Collection[str]
+    ) -> str | None:
+        """Why it does not count, or counts no longer, if so."""
+        claims = self.claims
+        if unix_time >= claims.expires_unix:
+            return f"token {claims.id} has expired"
+        if claims.id in revoked:
+            return f"token {claims.id} was revoked"
+        if self.signed_by not in keys:
+            return f"token {claims.id} is signed by a key that no longer counts"
+        return None
 
 
 def parse_token_id(text: str) -> str:
@@ -163,7 +162,12 @@ def parse_token_id(text: str) -> str:
     return text
 
 
-def _open_token(text: str, keys: Sequence[TokenKey]) -> Claims:
+def open_token(text: str, keys: Collection[TokenKey]) -> Token:
+    """A token that one of `keys` signed. Raises TokenError.
+
+    The signature is all that was checked: ask `Token.problem` whether it counts now, and compare
+    its bearer with `claims.key`.
+    """
     if len(text) > MAX_TOKEN_LENGTH or not text.isascii():
         raise TokenError(f"a token is ASCII and at most {MAX_TOKEN_LENGTH} characters long")
     signed, _, signature = text.rpartition(".")
@@ -172,11 +176,13 @@ def _open_token(text: str, keys: Sequence[TokenKey]) -> Claims:
         raise TokenError('the token does not start with "upt1."')
     # Signature first: nothing of what a stranger wrote is read.
     raw_signature, raw_payload = _decode(signature), _decode(payload)
-    if not any(_is_signed(key, signed.encode(), raw_signature) for key in keys):
+    signers = (key for key in keys if _is_signed(key, signed.encode(), raw_signature))
+    signed_by = next(signers, None)
+    if signed_by is None:
         raise TokenError("the token is not signed by any of this relay's token keys")
     try:
         content = msgspec.json.decode(raw_payload, type=_Payload)
-        return Claims(
+        claims = Claims(
             content.id,
             NodePublic.parse(content.key),
             content.expires,
@@ -186,6 +192,7 @@ def _open_token(text: str, keys: Sequence[TokenKey]) -> Claims:
         )
     except (msgspec.DecodeError, UnicodeDecodeError, KeyFormatError) as error:
         raise TokenError(f"the token is signed but malformed: {error}") from None
+    return Token(claims, signed_by)
 
 
 def _is_signed(key: TokenKey, data: bytes, signature: bytes) -> bool:

@@ -10,16 +10,17 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
+from relay.admission import Admission, Grant, Verdict
 from relay.http import Request
 from relay.limits import TokenBucket
 from relay.pump import Connection, Pump
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, Box, MeshKey, NodePrivate, NodePublic
 from traversal.wire.derp import (
     HEADER,
@@ -42,32 +43,15 @@ HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 """For writing SERVER_KEY and, again, for reading CLIENT_INFO (DERP specification 5)."""
 
 
+OWN_APP_NAME: Final = "underpass"
+"""Clients whose AppName starts so are known to take HEALTH and RESTARTING; some others disconnect
+when they get one (DERP specification 20)."""
+
+_MESH_VERDICT: Final = Verdict(True, "it presented the mesh key")
+
+
 class RefusedError(Exception):
     """A client was not let in; the text is the reason in plain words, for the operator's log."""
-
-
-class Grant(Protocol):
-    """What an admitted client may do; None means no limit."""
-
-    @property
-    def rate_bytes_per_second(self) -> int | None: ...
-    @property
-    def burst_bytes(self) -> int | None: ...
-    @property
-    def peers(self) -> frozenset[NodePublic] | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Applicant:
-    """A client that has proven its key and asks to be let in."""
-
-    key: NodePublic
-    source: str
-    token: str
-
-
-Admit = Callable[[Applicant], Awaitable[Grant]]
-"""Decides; raises RefusedError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +60,15 @@ class RateLimit:
 
     bytes_per_second: int
     burst_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """A connection that the pump has taken over, and why it was let in."""
+
+    connection: Connection
+    key: NodePublic
+    verdict: Verdict
 
 
 class Upgrader:
@@ -93,7 +86,7 @@ class Upgrader:
         pump: Pump,
         *,
         mesh_key: MeshKey | None,
-        admit: Admit,
+        admission: Admission,
         rate_limit: Callable[[], RateLimit | None],
         on_close: Callable[[Connection, str], None],
     ) -> None:
@@ -101,7 +94,7 @@ class Upgrader:
         self._server_key = private_key.public()
         self._pump = pump
         self._mesh_key = mesh_key
-        self._admit = admit
+        self._admission = admission
         self._rate_limit = rate_limit
         self._on_close = on_close
 
@@ -113,7 +106,7 @@ class Upgrader:
         port: int = 0,
         is_sibling: bool = False,
         with_response: bool = True,
-    ) -> Connection:
+    ) -> Session:
         """Do the handshake and hand the connection to the pump.
 
         Args:
@@ -125,50 +118,55 @@ class Upgrader:
         Raises StreamEndedError, DerpError, RefusedError.
         """
         key, info, box, received = await self._exchange(stream, request, with_response)
-        is_mesh = (
-            self._mesh_key is not None
-            and info.mesh_key is not None
-            and info.mesh_key == self._mesh_key
-        )
+        is_mesh = self._mesh_key is not None and info.mesh_key == self._mesh_key
         if is_sibling and not is_mesh:
             raise RefusedError("it is no worker of this relay: its mesh key is wrong")
-        bucket: TokenBucket | None = None
-        permitted: frozenset[bytes] | None = None
+        verdict = _MESH_VERDICT if is_mesh else await self._decide(key, request)
+        limit = None if is_mesh else self._limit_of(verdict.grant)
         server_info = ServerInfo()
+        if limit is not None:
+            server_info = ServerInfo(
+                token_bucket_bytes_per_second=limit.bytes_per_second,
+                token_bucket_bytes_burst=limit.burst_bytes,
+            )
         now = trio.current_time()
-        if not is_mesh:
-            token = request.header("authorization").removeprefix("Bearer ").strip()
-            grant = await self._admit(Applicant(key, request.source, token))
-            if grant.peers is not None:
-                permitted = frozenset(peer.raw for peer in grant.peers)
-            limit = self._limit_of(grant)
-            if limit is not None:
-                now = trio.current_time()
-                bucket = TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
-                server_info = ServerInfo(
-                    token_bucket_bytes_per_second=limit.bytes_per_second,
-                    token_bucket_bytes_burst=limit.burst_bytes,
-                )
+        # Before the socket changes hands: an address that does not parse must not leak it.
+        address = ipaddress.ip_address(request.source) if request.source else None
+        peers = verdict.grant.peers
         sock, tls = stream.detach()
         connection = Connection(
             key,
             sock,
             tls,
             on_close=self._on_close,
-            bucket=bucket,
+            bucket=None
+            if limit is None
+            else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now),
             connected_at=now,
-            address=ipaddress.ip_address(request.source) if request.source else None,
+            address=address,
             port=port,
             is_mesh=is_mesh,
             is_sibling=is_sibling,
             is_prober=info.is_prober,
             not_ideal=bool(request.header("ideal-node")) and with_response,
-            permitted=permitted,
+            takes_notices=info.app_name.startswith(OWN_APP_NAME),
+            permitted=None if peers is None else frozenset(peer.raw for peer in peers),
         )
         self._pump.adopt(
             connection, encode_server_info(server_info, box, os.urandom(NONCE_LENGTH)), received
         )
-        return connection
+        return Session(connection, key, verdict)
+
+    async def _decide(self, key: NodePublic, request: Request) -> Verdict:
+        """Ask whether the client may use this relay. Raises RefusedError."""
+        token = request.header("authorization").removeprefix("Bearer ").strip() or None
+        verdict = await self._admission.decide(key, request.source, token)
+        if not verdict.allow:
+            raise RefusedError(f"{key.short()}: {verdict.reason}")
+        problem = self._admission.recheck(key, verdict)
+        if problem is not None:
+            raise RefusedError(f"{key.short()}: {problem}")
+        return verdict
 
     def _limit_of(self, grant: Grant) -> RateLimit | None:
         if grant.rate_bytes_per_second is None:

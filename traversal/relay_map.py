@@ -243,6 +243,8 @@ class RelayMap:
     def __post_init__(self) -> None:
         owners: dict[str, int] = {}
         for key, region in self.regions.items():
+            if key in self.removed_region_ids:
+                raise RelayMapError(f"{_region_place(key)}: is both listed and removed; do one")
             if region.region_id != key:
                 raise RelayMapError(
                     f"{_region_place(key)}, RegionID: is {region.region_id}; "

@@ -301,6 +301,21 @@ def client() -> Iterator[socket.socket]:
         yield sock
 
 
+@pytest.fixture
+def client_6() -> Iterator[socket.socket]:
+    try:
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with sock:
+        try:
+            sock.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"no IPv6 on loopback: {error}")
+        sock.setblocking(False)
+        yield sock
+
+
 async def receive(sock: socket.socket) -> tuple[bytes, Address]:
     with trio.fail_after(5):
         await trio.lowlevel.wait_readable(sock)
@@ -333,25 +348,30 @@ class TestServer:
                 await receive(client)
             assert server.statistics().success == 150
 
-    @pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
-    async def test_dual_stack(self, client: socket.socket) -> None:
+    async def test_dual_stack(self, client: socket.socket, client_6: socket.socket) -> None:
         """On :: an IPv4 client is told its IPv4 address, and an IPv6 client is served too."""
-        try:
-            client_6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-            client_6.bind(("::1", 0))
-        except OSError as error:
-            pytest.skip(f"no IPv6 on loopback: {error}")
         server = StunServer([("::", 0)])
-        with client_6:
-            async with running(server) as [(_, port)]:
-                client.sendto(TAILNODE, ("127.0.0.1", port))
-                datagram, _ = await receive(client)
-                assert len(datagram) == 32
-                client_6.sendto(TAILNODE, ("::1", port))
-                datagram, _ = await receive(client_6)
+        async with running(server) as [(_, port)]:
+            client.sendto(TAILNODE, ("127.0.0.1", port))
+            datagram, _ = await receive(client)
+            assert len(datagram) == 32
+            client_6.sendto(TAILNODE, ("::1", port))
+            datagram, _ = await receive(client_6)
+            response = stun.parse_binding_response(datagram)
+            assert response.mapped_address == client_6.getsockname()[:2]
+        assert server.statistics() == StunStatistics(success=2, ipv4=1, ipv6=1)
+
+    async def test_both_wildcards(self, client: socket.socket, client_6: socket.socket) -> None:
+        """0.0.0.0 and :: can be served side by side on one port."""
+        port = free_port()
+        server = StunServer([("0.0.0.0", port), ("::", port)])
+        async with running(server) as addresses:
+            assert addresses == [("0.0.0.0", port), ("::", port)]
+            for sock, host in ((client, "127.0.0.1"), (client_6, "::1")):
+                sock.sendto(TAILNODE, (host, port))
+                datagram, _ = await receive(sock)
                 response = stun.parse_binding_response(datagram)
-                assert response.mapped_address == client_6.getsockname()[:2]
-            assert server.statistics() == StunStatistics(success=2, ipv4=1, ipv6=1)
+                assert response.mapped_address == sock.getsockname()[:2]
 
     async def test_square(self, client: socket.socket) -> None:
         """With an alternate address all four sockets answer for each other."""

@@ -15,9 +15,9 @@ from wsproto.extensions import PerMessageDeflate
 
 from relay.http import Upgrade, serve_http
 from relay.pump import Pump
-from relay.stream import HandshakeStream, StreamEndedError
 from relay.upgrade import Applicant, RefusedError, Upgrader
 from relay.websocket import MAX_MESSAGE_BYTES, serve_websocket
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NodePrivate, NodePublic
 from traversal.wire.derp import (
     ClientInfo,

@@ -231,6 +231,8 @@ class TestErrors:
         region = Region(900, "", "", (node,))
         with pytest.raises(RelayMapError, match="write 7"):
             RelayMap(regions={7: region})
+        with pytest.raises(RelayMapError, match="both listed and removed"):
+            RelayMap(regions={900: region}, removed_region_ids=frozenset({900}))
         with pytest.raises(RelayMapError, match="above 0"):
             RelayMap(home_scores={900: 0.0})
         with pytest.raises(RelayMapError, match="Latitude"):
@@ -280,8 +282,8 @@ def regions(draw: st.DrawFn, region_id: int) -> Region:
             region_id=region_id,
             host_name=draw(host_names),
             certificate_name=draw(st.just("") | host_names | st.just("sha256-raw:" + "0f" * 32)),
-            ipv4=draw(st.sampled_from(Dial) | st.ip_addresses(v=4)),
-            ipv6=draw(st.sampled_from(Dial) | st.ip_addresses(v=6)),
+            ipv4=draw(st.sampled_from(Dial) | st.integers(0, 2**32 - 1).map(IPv4Address)),
+            ipv6=draw(st.sampled_from(Dial) | st.integers(0, 2**128 - 1).map(IPv6Address)),
             stun_port=draw(ports),
             stun_only=draw(st.booleans()),
             derp_port=draw(ports),

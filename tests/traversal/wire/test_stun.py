@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from ipaddress import IPv4Address, IPv6Address
 
 import aioice.stun
 import pytest
@@ -116,9 +117,12 @@ classic_ids = (
     .filter(lambda raw: raw[:4] != bytes.fromhex("2112a442"))
     .map(TransactionId)
 )
-hosts = st.ip_addresses(v=4).map(str) | st.ip_addresses(v=6).filter(
-    lambda ip: ip.ipv4_mapped is None
-).map(str)
+hosts = st.integers(0, 2**32 - 1).map(IPv4Address).map(str) | (
+    st.integers(0, 2**128 - 1)
+    .map(IPv6Address)
+    .filter(lambda ip: ip.ipv4_mapped is None)  # written as IPv4
+    .map(str)
+)
 addresses = st.tuples(hosts, st.integers(0, 65535))
 
 
@@ -294,6 +298,15 @@ class TestResponse:
             origin = other = None
         assert response == stun.BindingResponse(transaction_id, address, origin, other)
 
+    @given(st.integers(0, 2**128 - 1).map(IPv6Address), st.sampled_from(["", "%eth0"]))
+    @example(IPv6Address("::ffff:192.0.2.1"), "")
+    @example(IPv6Address("::"), "")
+    def test_ipv6_spellings(self, ip: IPv6Address, scope: str) -> None:
+        """Every spelling of an IPv6 address means the same; a scope is dropped."""
+        expected = stun.encode_binding_response(ID, (str(ip.ipv4_mapped or ip), 7))
+        for text in (str(ip), ip.exploded, str(ip).upper()):
+            assert stun.encode_binding_response(ID, (text + scope, 7)) == expected
+
     def test_classic_response(self) -> None:
         """A classic client gets MAPPED-ADDRESS, SOURCE-ADDRESS and CHANGED-ADDRESS."""
         wire = stun.encode_binding_response(
@@ -331,7 +344,15 @@ class TestResponse:
             stun.parse_binding_response(datagram)
 
     @pytest.mark.parametrize(
-        "address", [("1.2.3", 1), ("1.2.3.400", 1), ("1.2.3.4", 65536), ("::1", -1), ("x:y", 1)]
+        "address",
+        [
+            ("1.2.3", 1),
+            ("1.2.3.400", 1),
+            ("1.2.3.4", 65536),
+            ("::1", -1),
+            ("x:y", 1),
+            ("1::2::3", 1),
+        ],
     )
     def test_our_own_mistakes(self, address: Address) -> None:
         """An address that is none is a ValueError, and no StunError, of the caller."""
