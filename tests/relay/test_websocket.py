@@ -13,12 +13,14 @@ import trio
 from wsproto import ConnectionType, WSConnection, events
 from wsproto.extensions import PerMessageDeflate
 
+from relay.admission import Admission
+from relay.config import AdmissionConfig
 from relay.http import Upgrade, serve_http
 from relay.pump import Pump
-from relay.upgrade import Applicant, RefusedError, Upgrader
+from relay.upgrade import RefusedError, Upgrader
 from relay.websocket import MAX_MESSAGE_BYTES, serve_websocket
 from traversal.io.stream import HandshakeStream, StreamEndedError
-from traversal.keys import NodePrivate, NodePublic
+from traversal.keys import NodePrivate
 from traversal.wire.derp import (
     ClientInfo,
     DerpError,
@@ -34,15 +36,6 @@ SERVER = NodePrivate(bytes.fromhex("00" * 31 + "40"))
 
 
 @dataclass
-class Everyone:
-    """A grant without limits."""
-
-    rate_bytes_per_second: int | None = None
-    burst_bytes: int | None = None
-    peers: frozenset[NodePublic] | None = None
-
-
-@dataclass
 class Relay:
     """A pump that serves WebSocket clients over socket pairs."""
 
@@ -54,11 +47,6 @@ class Relay:
     ended: trio.Event = field(default_factory=trio.Event)
     sockets: list[trio.socket.SocketType] = field(default_factory=list)
 
-    async def admit(self, applicant: Applicant) -> Everyone:
-        if self.refuse:
-            raise RefusedError("not on the list")
-        return Everyone()
-
     def _on_accept(self) -> None:
         self.accepted += 1
 
@@ -67,7 +55,7 @@ class Relay:
             SERVER,
             self.pump,
             mesh_key=None,
-            admit=self.admit,
+            admission=Admission(AdmissionConfig()),
             rate_limit=lambda: None,
             on_close=lambda connection, reason: None,
         )
@@ -78,6 +66,8 @@ class Relay:
         assert isinstance(upgrade, Upgrade)
 
         async def shake_hands(plain: HandshakeStream) -> None:
+            if self.refuse:
+                raise RefusedError("not on the list")
             await upgrader.upgrade(plain, upgrade.request, with_response=False)
 
         try:
