@@ -133,14 +133,14 @@ class _Bridge:
                 self.farewell = events.CloseConnection(
                     CloseReason.POLICY_VIOLATION, "the DERP handshake failed"
                 )
-                nursery.cancel_scope.cancel()
+                await self._end(nursery.cancel_scope)
 
         async def until_ended(move: Callable[[trio.socket.SocketType], Awaitable[None]]) -> None:
             try:
                 await move(ours)
             except (StreamEndedError, OSError):
                 pass  # an ending like any other
-            nursery.cancel_scope.cancel()
+            await self._end(nursery.cancel_scope)
 
         try:
             with ours:
@@ -189,6 +189,11 @@ class _Bridge:
         """From the pump to the WebSocket, until the pump closes."""
         while data := await pump.recv(MAX_MESSAGE_BYTES):
             await self._send(events.BytesMessage(data))
+
+    async def _end(self, scope: trio.CancelScope) -> None:
+        """Cancel the tasks, but none in the middle of a message: the farewell must follow it."""
+        async with self._sending:
+            scope.cancel()
 
     async def _send(self, event: events.Event) -> None:
         async with self._sending:
