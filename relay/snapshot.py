@@ -141,6 +141,10 @@ class Certificate(Struct, frozen=True, kw_only=True):
 
     names: tuple[str, ...]
     not_after_unix_time: float
+    is_ready: bool = True
+    """False while ACME has not brought the first one."""
+    pin: str = ""
+    """`sha256-raw:...` where it is self-signed."""
 
 
 class Admission(Struct, frozen=True, kw_only=True):
