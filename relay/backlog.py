@@ -37,6 +37,11 @@ class Backlog:
     def __bool__(self) -> bool:
         return self.size_bytes > 0
 
+    @property
+    def packets(self) -> int:
+        """How many wait, in both queues."""
+        return sum(map(len, self._queues.values()))
+
     def push(self, kind: Kind, waiting: Waiting) -> Waiting | None:
         """Append; returns the packet that had to make room, if any."""
         queue = self._queues[kind]

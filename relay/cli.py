@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.demo import demo_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
 from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
 from traversal.relay_map import RelayMap, RelayMapError
@@ -74,9 +75,7 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, object]:
         "server.workers": options["workers"],
         "log.level": options["log_level"],
     }
-    overrides: dict[str, object] = {
-        key: value for key, value in named.items() if value is not None
-    }
+    overrides: dict[str, object] = {key: value for key, value in named.items() if value is not None}
     for setting in options["settings"]:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -129,13 +128,14 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
     import trio
 
     from relay.logs import set_up_logging
-    from relay.server import Bound, StartError, serve
+    from relay.server import Bound, StartError
+    from relay.server import serve as serve_relay
 
     load = _loader(options, dev=dev)
 
     async def run(config: Config) -> None:
         async with trio.open_nursery() as nursery:
-            bound: Bound = await nursery.start(serve, config, load)
+            bound: Bound = await nursery.start(serve_relay, config, load)
             if dev or dev_map:
                 text = _map_of_running(config, bound).to_json()
                 if dev_map:
@@ -147,7 +147,7 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
         config = load()
         set_up_logging(config.log)
         trio.run(run, config, strict_exception_groups=False)
-    except (ConfigError, StartError, RelayMapError) as error:
+    except (*StartError, RelayMapError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -294,7 +294,7 @@ def print_map(
             ipv4=ipv4,
             ipv6=ipv6,
         )
-    except (RelayMapError, ConfigError, StartError) as error:
+    except (*StartError, RelayMapError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(relay_map.to_json() if form == "json" else relay_map.to_headscale_yaml())
 
@@ -361,6 +361,8 @@ def token_issue(
     click.echo(text)
     click.echo(f"id {claims.id}", err=True)
 
+
+main.add_command(demo_command)
 
 if __name__ == "__main__":
     main()

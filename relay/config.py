@@ -200,7 +200,7 @@ def _build(settings: Mapping[str, Setting]) -> Config:
     values: dict[str, object] = {}
     for key, setting in settings.items():
         if key not in _FIELDS:
-            problems.append(f"{setting.origin}: there is no key {key}{_hint(key)}")
+            problems.append(f"{setting.origin}: {_unknown(key)}")
             continue
         try:
             values[key] = _convert(_FIELDS[key], setting)
@@ -225,11 +225,14 @@ def _build(settings: Mapping[str, Setting]) -> Config:
     return config
 
 
-def _hint(key: str) -> str:
+def _unknown(key: str) -> str:
+    if any(known.startswith(f"{key}.") for known in _FIELDS):
+        return f"{key} is a section, not a value; write [{key}] above its keys"
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in _FIELDS if known.rpartition(".")[2] == leaf]
     near = same_leaf or difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no key {key}{hint}"
 
 
 def _convert(wanted: Any, setting: Setting) -> object:
@@ -292,7 +295,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "tls.mode", 'is "files"; give tls.cert_file and tls.key_file, or tls.directory'
     if tls.mode == "acme":
         if not _is_web_url(tls.acme.directory_url):
-            yield "tls.acme.directory_url", "must be an http(s) URL"
+            yield "tls.acme.directory_url", "must be an http(s) URL, without user and password"
         if not tls.acme.state_directory:
             yield "tls.acme.state_directory", "is empty; the account and certificates need a place"
         if tls.acme.challenge == "http-01" and listen.http is None:
@@ -313,7 +316,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
             'is "closed" and nobody could be admitted; set a way to check clients in [admission]',
         )
     if admission.hook.url and not _is_web_url(admission.hook.url):
-        yield "admission.hook.url", "must be an http(s) URL"
+        yield "admission.hook.url", "must be an http(s) URL, without user and password"
     if config.mesh.peers and not server.mesh_key_file:
         yield "mesh.peers", "needs server.mesh_key_file, the key that the region's servers share"
 
@@ -323,6 +326,8 @@ def _is_web_url(text: str) -> bool:
         return False
     try:
         url = urlsplit(text)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        is_web = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        # Secrets do not belong into a configuration that is printed and logged.
+        return is_web and url.username is None
     except ValueError:
         return False

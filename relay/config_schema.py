@@ -36,11 +36,16 @@ class ListenAddress:
         host, colon, port = text.rpartition(":")
         if not colon:
             raise ValueError(f'"{text}" has no port; write ":443" or "192.0.2.1:443"')
-        if host.startswith("[") and host.endswith("]"):
-            host = str(ipaddress.IPv6Address(host[1:-1]))
-        elif host:
-            host = str(ipaddress.IPv4Address(host))
-        return cls(host, _parse_port(port, lowest=0))
+        try:
+            if host.startswith("[") and host.endswith("]"):
+                host = str(ipaddress.IPv6Address(host[1:-1]))
+            elif host:
+                host = str(ipaddress.IPv4Address(host))
+        except ValueError:
+            raise ValueError(
+                f'"{text}" must have an IP address, IPv6 in brackets, or no host'
+            ) from None
+        return cls(host, _parse_port(port))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -220,7 +225,7 @@ class LogConfig(Section, frozen=True):
     format: Literal["text", "json"] = "text"
 
 
-def _parse_port(text: str, lowest: int) -> int:
-    if not (text.isascii() and text.isdigit() and lowest <= int(text) <= 65535):
-        raise ValueError(f'"{text}" is not a port number ({lowest} to 65535)')
+def _parse_port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+        raise ValueError(f'"{text}" is not a port number (0 to 65535)')
     return int(text)

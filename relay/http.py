@@ -1,19 +1,19 @@
 """HTTP/1.1 on a listener of the relay: requests in, responses out, and upgrades handed on.
 
-What is answered to which path is decided by a `Responder`, a pure function; this module only moves
-the bytes (h11 does the protocol).
+What is answered to which path is decided by a `Responder`; this module only moves the bytes (h11
+does the protocol).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import h11
 import trio
 
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 
 MAX_REQUEST_BODY_BYTES: Final = 65536
 """No endpoint of a relay takes more."""
@@ -56,7 +56,9 @@ class Response:
     close: bool = False
 
 
-Responder = Callable[[Request], Response]
+Responder = Callable[[Request], Response | Awaitable[Response]]
+"""Decides what a request is answered. Those for the public are pure functions; one that has to ask
+others first, as the admin listener's has, is an async function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,9 @@ async def serve_http(
         if request.path == "/derp" and wanted_protocol(request):
             stream.put_back(connection.trailing_data[0])
             return Upgrade(request)
-        await _send_response(stream, connection, request.method, respond(request))
+        answer = respond(request)
+        response = answer if isinstance(answer, Response) else await answer
+        await _send_response(stream, connection, request.method, response)
         if connection.our_state is h11.MUST_CLOSE or connection.our_state is h11.CLOSED:
             return None
         connection.start_next_cycle()

@@ -6,12 +6,11 @@ client and answered in a few bytes.
 
 from __future__ import annotations
 
-import base64
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import h11
 import trio
@@ -37,16 +36,13 @@ async def post(
 ) -> HttpResponse:
     """POST to an http(s) URL without a Content-Type, as derper does; `tls` is for https.
 
-    A user and password in the URL are sent as basic authentication. Raises HttpError.
+    Raises HttpError.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = [("Host", parts.netloc.rpartition("@")[2]), ("Content-Length", str(len(body)))]
-    if parts.username is not None:
-        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        headers.append(("Authorization", f"Basic {base64.b64encode(secret).decode()}"))
+    headers = [("Host", parts.netloc), ("Content-Length", str(len(body)))]
 
     async def ask() -> HttpResponse:
         stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)

@@ -8,19 +8,39 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import trio
 
-from relay.config import Config
-from relay.derper_files import load_or_create_server_key, read_mesh_key
-from relay.service import Identity
-from relay.snapshot import Snapshot
+from relay.acme import AcmeRenewer
+from relay.acme_files import http_challenge_answer
+from relay.admission import Admission
+from relay.certificate_files import CertificateError, load_or_create_self_signed
+from relay.certificates import Certificates
+from relay.config import Config, ConfigError, ListenAddress, diff_reload
+from relay.derper_files import load_or_create_server_key, read_mesh_key, read_server_key
+from relay.endpoints import plain_http_responder
+from relay.http import Responder, serve_http
+from relay.listeners import ListenError, accept_loop, open_listeners
+from relay.logs import set_level
+from relay.service import Identity, Service
+from relay.snapshot import MAX_CLIENTS, Snapshot, merge
+from relay.stun import StunServer, StunServerError
+from relay.workers import WorkerError, WorkerPool
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")
+
+StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError)
+"""What can be wrong at the start; each text says what to do."""
 
 
 class DataPlane(Protocol):
@@ -31,7 +51,7 @@ class DataPlane(Protocol):
     async def reconfigure(self, config: Config) -> None: ...
     async def reload_files(self) -> None: ...
     async def revoke(self, key: bytes, reason: str) -> int: ...
-    async def snapshots(self) -> list[Snapshot]: ...
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +84,38 @@ def load_identity(config: Config) -> Identity:
     return Identity(private_key, mesh_key)
 
 
+def certificate_pin(config: Config) -> str:
+    """The `sha256-raw:` pin of a kept self-signed certificate, made if absent; else empty.
+
+    Raises CertificateError.
+    """
+    if config.tls.mode != "self-signed" or not config.tls.directory:
+        return ""
+    return load_or_create_self_signed(config.tls.directory, config.server.hostname).pin()
+
+
+def check_files(config: Config) -> list[str]:
+    """What is wrong with the files that a configuration names, without making any."""
+    problems = []
+
+    def attempt(check: Callable[[], object]) -> None:
+        try:
+            check()
+        except StartError as error:
+            problems.append(str(error))
+
+    server = config.server
+    if server.key_file and Path(server.key_file).exists():
+        attempt(lambda: read_server_key(Path(server.key_file)))
+    if server.mesh_key_file:
+        attempt(lambda: read_mesh_key(Path(server.mesh_key_file)))
+    attempt(lambda: Admission(config.admission))
+    if config.tls.mode == "files":
+        key = NodePrivate.generate(os.urandom).public()
+        attempt(lambda: Certificates(config.tls, server.hostname, key))
+    return problems
+
+
 async def serve(
     config: Config,
     load_again: Callable[[], Config],
@@ -75,10 +127,9 @@ async def serve(
     Args:
         load_again: reads the configuration anew, for SIGHUP; may raise ConfigError.
 
-    Raises ConfigError, CertificateError, ListenError, StunServerError, WorkerError at the start.
+    Raises one of StartError at the start.
     """
-    identity = load_identity(config)
-    relay = _Relay(config, load_again, identity)
+    relay = _Relay(config, load_again, load_identity(config))
     try:
         await relay.run(task_status)
     finally:
@@ -95,55 +146,131 @@ class _Relay:
         self._load_again = load_again
         self._identity = identity
         self._sockets: list[socket.socket] = []
+        self._stopping = False
+        self._plane: DataPlane
         try:
             workers = config.server.workers
-            derp = self._open(config.listen.derp, reuse_port=workers > 1)
-            self._http = self._open_optional(config.listen.http)
-            self._admin = self._open_optional(config.listen.admin)
-            self._derp = derp
-            self._plane: DataPlane
+            self._derp = self._open(config.listen.derp, reuse_port=workers > 1)
+            self._http = self._open([config.listen.http] if config.listen.http else [])
+            self._admin = self._open([config.listen.admin] if config.listen.admin else [])
             if workers == 1:
-                self._plane = Service(config, identity, derp)
+                self._plane = Service(config, identity, self._derp)
             else:
                 # Each further worker listens on the ports that the first one got.
-                bound = [ListenAddress(*sock.getsockname()[:2]) for sock in derp]
-                more = [self._open(bound, reuse_port=True) for _ in range(workers - 1)]
-                self._plane = WorkerPool(config, identity, [derp, *more])
+                ports = [ListenAddress(*sock.getsockname()[:2]) for sock in self._derp]
+                more = [self._open(ports, reuse_port=True) for _ in range(workers - 1)]
+                self._plane = WorkerPool(config, identity, [self._derp, *more])
+            self._stun = _stun_server(config)
         except BaseException:
             self.close()
             raise
-        self._stun = None
-        if config.listen.stun is not None:
-            self._stun = StunServer(
-                [(config.listen.stun.host or "::", config.listen.stun.port)],
-                alternates=_alternates(config),
-            )
 
     def close(self) -> None:
+        """Close the listening sockets; harmless repeated."""
         for sock in self._sockets:
             sock.close()
 
+    def _open(
+        self, addresses: Sequence[ListenAddress], *, reuse_port: bool = False
+    ) -> list[socket.socket]:
+        sockets: list[socket.socket] = []
+        for address in addresses:
+            sockets += open_listeners(address, reuse_port=reuse_port)
+        self._sockets += sockets
+        return sockets
+
+    async def collect(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """One picture of the whole relay."""
+        snapshot = merge(await self._plane.snapshots(max_clients))
+        stun = None if self._stun is None else self._stun.statistics()
+        return msgspec.structs.replace(snapshot, stun=stun)
+
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
-        stopping = trio.Event()
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
                 await nursery.start(self._plane.run)
                 stun: list[tuple[str, int]] = []
                 if self._stun is not None:
                     stun = await nursery.start(self._stun.serve)
-                for listeners, respond in (
-                    (self._http, self._respond_plainly),
-                    (self._admin, self._respond_to_admin),
-                ):
-                    for listener in listeners:
-                        nursery.start_soon(accept_loop, listener, _http_handler(respond))
-                task_status.started(self._bound(stun))
+                acme = self._config.tls.acme
+                plain = plain_http_responder(
+                    acme_answer=partial(http_challenge_answer, acme.state_directory),
+                    https_port=self._derp[0].getsockname()[1],
+                )
+                for listener in self._http:
+                    nursery.start_soon(accept_loop, listener, _http_handler(plain))
+                if self._config.tls.mode == "acme":
+                    renewer = AcmeRenewer(acme, self._config.server.hostname)
+                    nursery.start_soon(renewer.run)
+                certificate = (await self.collect(0)).certificate
+                bound = Bound(
+                    server_key=self._identity.private_key.public(),
+                    derp=_places(self._derp),
+                    stun=tuple(stun),
+                    http=_places(self._http),
+                    admin=_places(self._admin),
+                    pin=certificate.pin if certificate is not None else "",
+                )
+                logger.info("serving DERP on %s, key %s", bound.derp, bound.server_key)
+                task_status.started(bound)
                 async for number in signals:
                     if number == signal.SIGHUP:
                         await self._reload()
-                    elif stopping.is_set():
+                    elif self._stopping:
                         break  # asked twice: leave at once
                     else:
-                        stopping.set()
-                        nursery.start_soon(self._drain_and_stop, nursery.cancel_scope)
+                        self._stopping = True
+                        nursery.start_soon(self._drain, nursery.cancel_scope)
             nursery.cancel_scope.cancel()
+
+    async def _drain(self, everything: trio.CancelScope) -> None:
+        logger.info("stopping; a second signal stops at once")
+        await self._plane.drain(self._config.server.drain_seconds)
+        everything.cancel()
+
+    async def _reload(self) -> None:
+        """SIGHUP: configuration and files; what is wrong leaves everything as it was."""
+        try:
+            reload = diff_reload(self._config, self._load_again())
+            await self._plane.reconfigure(reload.config)
+        except (ConfigError, WorkerError) as error:
+            logger.error("the old configuration stays in use: %s", error)
+            return
+        self._config = reload.config
+        set_level(reload.config.log)
+        await self._plane.reload_files()
+        if reload.applied:
+            logger.info("reloaded: %s", ", ".join(reload.applied))
+        if reload.needs_restart:
+            logger.warning("these keys need a restart: %s", ", ".join(reload.needs_restart))
+
+
+def _stun_server(config: Config) -> StunServer | None:
+    main = config.listen.stun
+    if main is None:
+        return None
+    other = config.listen.stun_alternate
+    return StunServer(
+        [(main.host or "::", main.port)],
+        alternates=[] if other is None else [(other.host, other.port)],
+    )
+
+
+def _places(listeners: Sequence[socket.socket]) -> tuple[tuple[str, int], ...]:
+    return tuple(listener.getsockname()[:2] for listener in listeners)
+
+
+def _http_handler(respond: Responder) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
+    """A handler of connections that speak nothing but HTTP, without TLS."""
+
+    async def handle(sock: trio.socket.SocketType) -> None:
+        stream = HandshakeStream(sock)
+        try:
+            source = sock.getpeername()[0]
+            await serve_http(stream, respond, source=source, over_tls=False)
+        except (StreamEndedError, OSError) as error:
+            logger.debug("an HTTP connection ended: %s", error)
+        finally:
+            stream.close()
+
+    return handle

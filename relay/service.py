@@ -9,27 +9,32 @@ import ipaddress
 import logging
 import random
 import socket
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from relay.admission import Admission
+from relay.bootstrap_dns import BootstrapDns, DnsResolver, refresh_forever
 from relay.certificates import Certificates
-from relay.config import Config
-from relay.http import Request, Responder, serve_http, wanted_protocol
+from relay.config import BootstrapDnsConfig, Config
+from relay.endpoints import public_responder
+from relay.http import Request, serve_http, wanted_protocol
 from relay.limits import AcceptLimiter, ConnectionCounter, TokenBucket
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
-from relay.stream import HandshakeStream, StreamEndedError
+from relay.sampling import Sampler
+from relay.snapshot import MAX_CLIENTS, Certificate, FrontCounters, Snapshot
 from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate
 from traversal.wire.derp import DerpError, encode_health, encode_restarting
 
@@ -72,32 +77,42 @@ class Service:
     """One process's data plane.
 
     Args:
-        certificates: for TLS; None to serve plain HTTP.
-        respond: answers HTTP requests that are no upgrade.
-        siblings: Unix sockets of the other workers of this host.
+        listeners: where clients connect; non-blocking, closed when `run` ends.
+        sibling_listener: the Unix socket on which the other workers of this host connect.
+        siblings: theirs.
+
+    Raises ConfigError, CertificateError.
     """
 
     def __init__(
         self,
         config: Config,
         identity: Identity,
+        listeners: Sequence[socket.socket],
         *,
-        admission: Admission,
-        certificates: Certificates | None,
-        respond: Responder,
+        sibling_listener: socket.socket | None = None,
         siblings: Sequence[Path] = (),
     ) -> None:
         now = trio.current_time()
         self.config = config
-        self.admission = admission
+        self.admission = Admission(config.admission)
         self.refusals = Refusals(now)
-        self.tls_versions: Counter[str] = Counter()
-        self.websocket_accepts = 0
-        self.draining = False
+        self._front = FrontCounters()
+        self._started_at = now
+        self._draining = False
         self._identity = identity
-        self.certificates = certificates
-        self._respond = respond
+        self.certificates = None
+        if config.tls.mode != "off":
+            self.certificates = Certificates(
+                config.tls, config.server.hostname, identity.private_key.public()
+            )
+        self._listeners = listeners
+        self._sibling_listener = sibling_listener
         self._randomness = random.Random()
+        self.bootstrap_dns = BootstrapDns(self._randomness)
+        self._respond = public_responder(
+            home_page=lambda: self.config.server.home_page, bootstrap_dns=self.bootstrap_dns.answer
+        )
         self._sessions: dict[Connection, Session] = {}
         self._counted: dict[Connection, str] = {}
         self._handshakes = 0
@@ -115,43 +130,43 @@ class Service:
             identity.private_key,
             self.pump,
             mesh_key=identity.mesh_key,
-            admission=admission,
+            admission=self.admission,
             rate_limit=self._rate_limit,
             on_close=self._handle_close,
         )
         self.mesh = MeshLinks(
             self.pump, identity.private_key, identity.mesh_key, config.mesh.peers, siblings
         )
+        self._sampler = Sampler(self.pump)
         self._accepting = trio.CancelScope()
 
     # --- Tasks -----------------------------------------------------------------------------------
 
-    async def run(
-        self,
-        listeners: Iterable[socket.socket],
-        *,
-        sibling_listener: socket.socket | None = None,
-        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        """Serve until cancelled, or until `drain` has ended. Closes the listeners."""
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `drain` ends the accepting but not this."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.pump.run)
             nursery.start_soon(self.mesh.run)
             nursery.start_soon(self.admission.run, self._sessions.values, self._cut)
             if self.certificates is not None:
                 nursery.start_soon(self.certificates.run)
-            nursery.start_soon(self._accept, listeners, sibling_listener)
+            nursery.start_soon(
+                refresh_forever, self.bootstrap_dns, self._bootstrap_config, DnsResolver()
+            )
+            nursery.start_soon(self._sampler.run)
+            nursery.start_soon(self._accept)
             task_status.started()
 
-    async def _accept(
-        self, listeners: Iterable[socket.socket], sibling_listener: socket.socket | None
-    ) -> None:
+    async def _accept(self) -> None:
         with self._accepting:
             async with trio.open_nursery() as nursery:
-                for listener in listeners:
+                for listener in self._listeners:
                     nursery.start_soon(accept_loop, listener, self._handle_connection)
-                if sibling_listener is not None:
-                    nursery.start_soon(accept_loop, sibling_listener, self._handle_sibling)
+                if self._sibling_listener is not None:
+                    nursery.start_soon(accept_loop, self._sibling_listener, self._handle_sibling)
+
+    def _bootstrap_config(self) -> BootstrapDnsConfig:
+        return self.config.bootstrap_dns
 
     async def drain(self, seconds: float) -> None:
         """Stop accepting, tell the clients that understand it, and close all, spread over time.
@@ -159,7 +174,7 @@ class Service:
         Returns when every client is gone, after `seconds` at most. Mesh links stay up meanwhile, so
         that those who have moved can reach those who have not.
         """
-        self.draining = True
+        self._draining = True
         self._accepting.cancel()
         clients = [
             connection for connection in self.pump.connections.values() if not connection.is_mesh
@@ -178,6 +193,46 @@ class Service:
         for position, connection in enumerate(clients):
             await trio.sleep_until(started + seconds * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
+
+    def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """A picture of this process, with so many clients listed."""
+        accepts = self.accepts.statistics()
+        certificate = None
+        if self.certificates is not None:
+            status = self.certificates.status()
+            certificate = Certificate(
+                names=(status.hostname,),
+                not_after_unix_time=status.not_after_unix,
+                is_ready=status.ready,
+                pin=status.pin or "",
+            )
+        return Snapshot.of(
+            self.pump,
+            hostname=self.config.server.hostname,
+            version=version("underpass"),
+            server_key=self._identity.private_key.public(),
+            now=trio.current_time(),
+            unix_time=time.time(),
+            started_at=self._started_at,
+            sampler=self._sampler,
+            refusals=self.refusals,
+            front=replace(
+                self._front,
+                accepted_connections=accepts.accepted,
+                rejected_connections=accepts.rejected,
+            ),
+            is_draining=self._draining,
+            rate_limit=self._rate_limit(),
+            bootstrap_dns=self.bootstrap_dns.counters,
+            admission=self.admission.statistics(),
+            certificate=certificate,
+            mesh_peers=len(self.mesh.links),
+            max_clients=max_clients,
+        )
+
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
+        """The one that there is; a `WorkerPool` has several."""
+        return [self.snapshot(max_clients)]
 
     # --- Live changes ----------------------------------------------------------------------------
 
@@ -199,11 +254,19 @@ class Service:
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
-                connection.bucket = limit and TokenBucket(
-                    limit.bytes_per_second, limit.burst_bytes, now
+                connection.bucket = (
+                    None
+                    if limit is None
+                    else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
                 )
 
-    def revoke(self, key: bytes, reason: str) -> int:
+    async def reload_files(self) -> None:
+        """Read certificates and key lists again, whether they look changed or not (SIGHUP)."""
+        if self.certificates is not None:
+            self.certificates.reload()
+        await self.admission.reload()
+
+    async def revoke(self, key: bytes, reason: str) -> int:
         """Cut every session of a key, on all workers of this host; returns how many here."""
         count = self.pump.switch.close_key(key, reason)
         self.pump.flush()
@@ -306,7 +369,7 @@ class Service:
         return replace(request, source=self._proxies.client_of(request.source, forwarded_for))
 
     def _count_websocket(self) -> None:
-        self.websocket_accepts += 1
+        self._front.websocket_accepts += 1
 
     async def _adopt(
         self, stream: HandshakeStream, request: Request, arrival: _Arrival, *, with_response: bool
@@ -333,7 +396,8 @@ class Service:
                 hello += data
             stream.put_back(hello)
             tls = await stream.start_tls(context, server_side=True)
-            self.tls_versions[tls.version() or ""] += 1
+            spoken = (tls.version() or "").removeprefix("TLSv")
+            self._front.tls_requests[spoken] = self._front.tls_requests.get(spoken, 0) + 1
         if timeout.cancelled_caught:
             raise StreamEndedError("no TLS handshake within 10 s")
 

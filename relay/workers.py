@@ -1,8 +1,8 @@
 """Several processes that share the relay's port.
 
 CPython's threads don't run Python code side by side, so more cores means more processes. Each
-worker is a `Service` with its own listening sockets on the shared port (SO_REUSEPORT); workers reach
-each other's clients over Unix sockets by the mesh frames of the protocol itself.
+worker is a `Service` with its own listening sockets on the shared port (SO_REUSEPORT); workers
+reach each other's clients over Unix sockets by the mesh frames of the protocol itself.
 
 The parent (`WorkerPool`) holds the listening sockets, so that connections which arrive while a
 worker is restarted wait in its backlog, and talks to each worker over its standard input and
@@ -26,15 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import trio
 
-from relay.admission import Admission
-from relay.certificates import Certificates
+from relay.certificate_files import load_or_create_self_signed
 from relay.config import Config
-from relay.endpoints import Endpoints
 from relay.logs import set_up_logging
 from relay.service import Identity, Service
-from relay.snapshot import Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot
 
 logger = logging.getLogger("underpass.relay.workers")
 
@@ -44,6 +43,7 @@ MAX_RESTART_SECONDS: Final = 5.0
 STEADY_SECONDS: Final = 30.0
 """A worker that ran this long is restarted without delay when it dies."""
 STOP_SECONDS: Final = 3.0
+DRAIN_POLL_SECONDS: Final = 0.2
 
 _LENGTH: Final = struct.Struct(">I")
 _MAX_MESSAGE: Final = 64 << 20
@@ -88,6 +88,11 @@ class WorkerPool:
         self._listeners = listeners
         self._workers: dict[int, _Worker] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="underpass-relay-")
+        if config.tls.mode == "self-signed" and not config.tls.directory:
+            # All workers must show the same certificate.
+            tls = msgspec.structs.replace(config.tls, directory=self._directory.name)
+            self._config = msgspec.structs.replace(config, tls=tls)
+            load_or_create_self_signed(self._directory.name, config.server.hostname)
         self.restarts = 0
         self._stopping = False
 
@@ -108,7 +113,12 @@ class WorkerPool:
     async def drain(self, seconds: float) -> None:
         """As `Service.drain`, all workers at once."""
         self._stopping = True
-        await self._tell_all(_Command("drain", (seconds,)), timeout_seconds=seconds + 5)
+        await self._tell_all(_Command("drain", (seconds,)))
+        deadline = trio.current_time() + seconds
+        while trio.current_time() < deadline:
+            if not any(each.connections.current for each in await self.snapshots(0)):
+                return
+            await trio.sleep(DRAIN_POLL_SECONDS)
 
     async def reconfigure(self, config: Config) -> None:
         """As `Service.reconfigure`. Raises WorkerError if a worker can't."""
@@ -124,18 +134,16 @@ class WorkerPool:
         counts = await self._tell_all(_Command("revoke", (key, reason)))
         return sum(int(count) for count in counts)
 
-    async def snapshots(self) -> list[Snapshot]:
-        """One per worker that answers."""
-        return await self._tell_all(_Command("snapshot"))
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
+        """One per worker that answers. Raises WorkerError if none does."""
+        return await self._tell_all(_Command("snapshot", (max_clients,)))
 
-    async def _tell_all(
-        self, command: _Command, *, timeout_seconds: float = REPLY_TIMEOUT_SECONDS
-    ) -> list[Any]:
+    async def _tell_all(self, command: _Command) -> list[Any]:
         replies: list[Any] = []
         problems: list[str] = []
 
         async def tell(worker: _Worker) -> None:
-            with trio.move_on_after(timeout_seconds) as timeout:
+            with trio.move_on_after(REPLY_TIMEOUT_SECONDS) as timeout:
                 try:
                     replies.append(await worker.request(command))
                 except WorkerError as error:
@@ -283,43 +291,38 @@ async def _serve_worker() -> None:
     start = await _receive(commands)
     if start is None:
         return
-    config: Config = start.config
-    set_up_logging(config.log, prefix=f"worker {start.index}: ")
-    certificates = None
-    if config.tls.mode != "off":
-        certificates = Certificates(
-            config.tls, config.server.hostname, start.identity.private_key.public()
-        )
-    endpoints = Endpoints(config)
+    assert isinstance(start, _Start)
+    set_up_logging(start.config.log, prefix=f"worker {start.index}: ")
     service = Service(
-        config,
+        start.config,
         start.identity,
-        admission=Admission(config.admission),
-        certificates=certificates,
-        respond=endpoints.respond,
+        [socket.socket(fileno=fd) for fd in start.listener_fds],
+        sibling_listener=_listen_for_siblings(start.sibling_path),
         siblings=[Path(path) for path in start.sibling_paths],
     )
-    listeners = [socket.socket(fileno=fd) for fd in start.listener_fds]
-    Path(start.sibling_path).unlink(missing_ok=True)
-    sibling_listener = socket.socket(socket.AF_UNIX)
-    sibling_listener.bind(start.sibling_path)
-    sibling_listener.listen()
-    sibling_listener.setblocking(False)
     methods: dict[str, Callable[..., Any]] = {
-        name: getattr(service, name)
-        for name in ("drain", "reconfigure", "reload_files", "revoke", "snapshot")
+        "reconfigure": service.reconfigure,
+        "reload_files": service.reload_files,
+        "revoke": service.revoke,
+        "snapshot": service.snapshot,
     }
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(endpoints.run)
-
-        async def run_service(*, task_status: trio.TaskStatus[None]) -> None:
-            await service.run(listeners, sibling_listener=sibling_listener, task_status=task_status)
-
-        await nursery.start(run_service)
+        # Draining takes long, and the worker goes on answering meanwhile.
+        methods["drain"] = lambda seconds: nursery.start_soon(service.drain, seconds)
+        await nursery.start(service.run)
         await _send(replies, (None,))
         while (command := await _receive(commands)) is not None:
             await _send(replies, await _carry_out(methods[command.name], command.arguments))
         nursery.cancel_scope.cancel()
+
+
+def _listen_for_siblings(path: str) -> socket.socket:
+    Path(path).unlink(missing_ok=True)  # of a worker that died
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    listener.setblocking(False)
+    return listener
 
 
 async def _carry_out(method: Callable[..., Any], arguments: tuple[Any, ...]) -> object:
