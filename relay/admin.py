@@ -28,6 +28,7 @@ from relay.http import Request, Responder, Response
 from relay.metrics import CONTENT_TYPE, encode_metrics
 from relay.snapshot import MAX_CLIENTS, Snapshot
 from relay.status_page import render_status_page
+from relay.workers import WorkerError
 from traversal.keys import KeyFormatError, NodePublic
 
 MIN_TOKEN_LENGTH: Final = 16
@@ -55,12 +56,19 @@ def admin_responder(
     """What the admin listener answers.
 
     Args:
+        collect, revoke: may raise WorkerError.
         revoke: ends every session of a key; returns how many.
         token: the one that is asked for now; empty for none.
         workers: how many processes should answer.
     """
 
     async def respond(request: Request) -> Response:
+        try:
+            return await answer(request)
+        except WorkerError as error:
+            return _verdict([f"the relay's workers don't answer: {error}"])
+
+    async def answer(request: Request) -> Response:
         match request.path:
             case "/healthz":
                 return _verdict(health_problems(await collect(0)))

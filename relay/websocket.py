@@ -124,6 +124,10 @@ class _Bridge:
         plain = HandshakeStream(theirs)
         failure: Exception | None = None
 
+        async def end() -> None:
+            async with self._sending:  # a message on its way is finished, or nothing may follow
+                nursery.cancel_scope.cancel()
+
         async def shake_hands() -> None:
             nonlocal failure
             try:
@@ -133,14 +137,14 @@ class _Bridge:
                 self.farewell = events.CloseConnection(
                     CloseReason.POLICY_VIOLATION, "the DERP handshake failed"
                 )
-                await self._end(nursery.cancel_scope)
+                await end()
 
         async def until_ended(move: Callable[[trio.socket.SocketType], Awaitable[None]]) -> None:
             try:
                 await move(ours)
             except (StreamEndedError, OSError):
                 pass  # an ending like any other
-            await self._end(nursery.cancel_scope)
+            await end()
 
         try:
             with ours:
@@ -189,11 +193,6 @@ class _Bridge:
         """From the pump to the WebSocket, until the pump closes."""
         while data := await pump.recv(MAX_MESSAGE_BYTES):
             await self._send(events.BytesMessage(data))
-
-    async def _end(self, scope: trio.CancelScope) -> None:
-        """Cancel the tasks, but none in the middle of a message: the farewell must follow it."""
-        async with self._sending:
-            scope.cancel()
 
     async def _send(self, event: events.Event) -> None:
         async with self._sending:
