@@ -28,7 +28,7 @@ from relay.http import Request, Responder, Response
 from relay.metrics import CONTENT_TYPE, encode_metrics
 from relay.snapshot import MAX_CLIENTS, Snapshot
 from relay.status_page import render_status_page
-from relay.workers import WorkerError
+from relay.worker_pipe import WorkerError
 from traversal.keys import KeyFormatError, NodePublic
 
 MIN_TOKEN_LENGTH: Final = 16
