@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import random
@@ -298,9 +297,8 @@ def fill_descriptors() -> list[int]:
     try:
         while True:
             fillers.append(os.dup(0))
-    except OSError as error:
-        assert error.errno == errno.EMFILE
-    return fillers
+    except OSError:
+        return fillers  # EMFILE
 
 
 def max_descriptor() -> int:
