@@ -18,7 +18,9 @@ def bytes_text(size: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """For example `12.3k`."""
+    """For example `12.3k`; exact below 10000."""
+    if abs(count) < 9999.5 and count == int(count):
+        return str(int(count))
     unit = 0
     while abs(count) >= 999.5 and unit < len(_COUNT_UNITS) - 1:
         count /= 1000

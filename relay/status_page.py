@@ -64,7 +64,7 @@ h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; }
 .state { font-weight: 600; color: var(--good); }
 .state.bad, .bad { color: var(--bad); }
 ul.problems { margin: .6rem 0 0; padding-left: 1.2rem; color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr));
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 45%), 1fr));
   gap: .75rem; margin-top: 1.25rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
 .tile { padding: .7rem .9rem; }
@@ -82,6 +82,7 @@ th, td { padding: .38rem .8rem; text-align: right; white-space: nowrap;
 thead th { border-top: 0; color: var(--dim); font-weight: 500; font-size: .85rem; }
 .left { text-align: left; }
 .wrap { white-space: normal; }
+.left.wrap { width: 60%; }
 code { font: .9em ui-monospace, monospace; }
 .mark { display: inline-block; padding: 0 .4rem; border-radius: .6rem; font-size: .78rem;
   border: 1px solid var(--line); color: var(--dim); }
