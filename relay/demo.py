@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 import trio
 
-from relay.dial import Dialed, Target, dial
+from traversal.io.dial import Dialed, Target, dial
 from traversal.keys import NodePrivate, NodePublic
 from traversal.wire.derp import FrameType, encode_send_packet
 

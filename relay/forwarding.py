@@ -58,6 +58,10 @@ NOT_HERE_BURST: Final = 3
 NOT_HERE_PER_SECOND: Final = 1.0
 """PEER_GONE "not here" notices per connection (DERP specification 7.3)."""
 HOME_MOVE_GRACE_SECONDS: Final = 5.0
+MAX_CONTROL_FRAMES: Final = 8192
+"""Frames that are never dropped and wait for one client, some 400 KB. It may have heard from a few
+thousand peers that leave at once; a client that reads a byte now and then, and so never times out,
+must not collect notices for ever. Mesh peers have to know of every change, and are trusted."""
 
 DUPLICATE_WARNING: Final = (
     "another connection uses the same node key; "
@@ -605,8 +609,6 @@ class Switch:
             self._flush(link)
 
     def _send_not_here(self, client: Client, key: bytes, now: float) -> None:
-        if client.blocked:
-            return  # a hint; one that reads a byte now and then must not pile them up
         tokens = client.not_here_tokens + (now - client.not_here_at) * NOT_HERE_PER_SECOND
         client.not_here_at = now
         client.not_here_tokens = min(tokens, NOT_HERE_BURST)
@@ -733,6 +735,8 @@ class Switch:
             if client.control is None:
                 client.control = deque()
             client.control.append(frame)
+            if len(client.control) == MAX_CONTROL_FRAMES and not client.is_mesh:
+                self.doomed.append((client, "it does not read what it is told"))
             return
         if not client.out:
             self.dirty.append(client)

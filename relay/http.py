@@ -13,7 +13,7 @@ from typing import Final
 import h11
 import trio
 
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 
 MAX_REQUEST_BODY_BYTES: Final = 65536
 """No endpoint of a relay takes more."""

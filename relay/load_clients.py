@@ -9,8 +9,8 @@ from typing import Final
 
 import trio
 
-from relay.dial import DialError, Target, dial
 from relay.load_run import LoadClient
+from traversal.io.dial import DialError, Target, dial
 from traversal.keys import NodePrivate
 
 CONCURRENT_DIALS: Final = 32

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from relay.tls import TlsEngine, TlsError
+from traversal.io.tls import TlsEngine, TlsError
 from traversal.wire.derp import HEADER, HEADER_LENGTH, MAX_PACKET_LENGTH, FrameType
 
 READ_BYTES: Final = 262144

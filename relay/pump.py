@@ -33,7 +33,7 @@ import trio
 from relay.counters import DropReason
 from relay.forwarding import BUFFER_SLACK, Address, Client, Switch, ViolationError
 from relay.limits import TokenBucket
-from relay.tls import TlsEngine, TlsError
+from traversal.io.tls import TlsEngine, TlsError
 from traversal.keys import NodePublic
 from traversal.wire.derp import KEEP_ALIVE
 

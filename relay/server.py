@@ -32,9 +32,9 @@ from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.logs import set_level
 from relay.service import Identity, Service
 from relay.snapshot import Snapshot
-from relay.stream import HandshakeStream, StreamEndedError
 from relay.stun import StunServer, StunServerError
 from relay.workers import WorkerError, WorkerPool
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")

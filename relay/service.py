@@ -29,9 +29,9 @@ from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
-from relay.stream import HandshakeStream, StreamEndedError
 from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate
 from traversal.wire.derp import DerpError, encode_health, encode_restarting
 

@@ -20,7 +20,7 @@ from relay.admission import Admission, Grant, Verdict
 from relay.http import Request
 from relay.limits import TokenBucket
 from relay.pump import Connection, Pump
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, Box, MeshKey, NodePrivate, NodePublic
 from traversal.wire.derp import (
     HEADER,

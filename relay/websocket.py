@@ -19,8 +19,8 @@ from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import RemoteProtocolError
 
 from relay.http import Request
-from relay.stream import HandshakeStream, StreamEndedError
 from relay.upgrade import RefusedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.wire.derp import DerpError
 
 SUBPROTOCOL: Final = "derp"

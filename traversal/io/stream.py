@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from relay.tls import TlsClosedError, TlsEngine, TlsError
+from traversal.io.tls import TlsClosedError, TlsEngine, TlsError
 
 READ_BYTES: Final = 16384
 

@@ -17,8 +17,8 @@ from typing import Final, Self
 import trio
 
 from relay.chain_check import check_chain, is_address
-from relay.stream import HandshakeStream, StreamEndedError
-from relay.tls import TlsEngine
+from traversal.io.stream import HandshakeStream, StreamEndedError
+from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
 from traversal.relay_map import (
     CertificateName,
