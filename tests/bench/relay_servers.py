@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from relay.dial import Target
+from traversal.io.dial import Target
 from traversal.relay_map import CertificateUnchecked, RelayMap
 
 START_SECONDS = 15.0

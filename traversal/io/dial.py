@@ -16,7 +16,7 @@ from typing import Final, Self
 
 import trio
 
-from relay.chain_check import check_chain, is_address
+from traversal.io.chain_check import check_chain, is_address
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
