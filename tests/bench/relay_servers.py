@@ -170,4 +170,4 @@ def _wait(
             return found
         time.sleep(0.02)
     tail = output.read_text(errors="replace")[-2000:]
-    raise ServerError(f"{process.args} did not start:\n{tail}")
+    raise ServerError(f"{process.args!r} did not start:\n{tail}")
