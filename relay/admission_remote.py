@@ -9,7 +9,7 @@ import logging
 import ssl
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import trio
@@ -34,14 +34,6 @@ class Answer:
 
     allow: bool
     reason: str
-
-
-class RemoteMethod(Protocol):
-    """Somebody to ask."""
-
-    async def ask(self, key: NodePublic, source: str) -> Answer:
-        """Ask about a key that connects from an IP address (empty if unknown)."""
-        ...
 
 
 @dataclass(slots=True)

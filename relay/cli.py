@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.demo import demo_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
 from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
 from traversal.relay_map import RelayMap, RelayMapError
@@ -360,6 +361,8 @@ def token_issue(
     click.echo(text)
     click.echo(f"id {claims.id}", err=True)
 
+
+main.add_command(demo_command)
 
 if __name__ == "__main__":
     main()

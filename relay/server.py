@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import trio
 
 from relay.acme import AcmeRenewer
 from relay.acme_files import http_challenge_answer
-from relay.admin import admin_responder
 from relay.admission import Admission
 from relay.certificate_files import CertificateError, load_or_create_self_signed
 from relay.certificates import Certificates
@@ -31,7 +31,7 @@ from relay.http import Responder, serve_http
 from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.logs import set_level
 from relay.service import Identity, Service
-from relay.snapshot import Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot, merge
 from relay.stun import StunServer, StunServerError
 from relay.workers import WorkerError, WorkerPool
 from traversal.io.stream import HandshakeStream, StreamEndedError
@@ -51,7 +51,7 @@ class DataPlane(Protocol):
     async def reconfigure(self, config: Config) -> None: ...
     async def reload_files(self) -> None: ...
     async def revoke(self, key: bytes, reason: str) -> int: ...
-    async def snapshots(self) -> list[Snapshot]: ...
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,6 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
-    if config.admin.token_file:
-        attempt(lambda: read_admin_token(config))
     return problems
 
 
@@ -181,6 +179,12 @@ class _Relay:
         self._sockets += sockets
         return sockets
 
+    async def collect(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """One picture of the whole relay."""
+        snapshot = merge(await self._plane.snapshots(max_clients))
+        stun = None if self._stun is None else self._stun.statistics()
+        return msgspec.structs.replace(snapshot, stun=stun)
+
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -195,20 +199,17 @@ class _Relay:
                 )
                 for listener in self._http:
                     nursery.start_soon(accept_loop, listener, _http_handler(plain))
-                admin = admin_responder(self)
-                for listener in self._admin:
-                    nursery.start_soon(accept_loop, listener, _http_handler(admin))
                 if self._config.tls.mode == "acme":
                     renewer = AcmeRenewer(acme, self._config.server.hostname)
                     nursery.start_soon(renewer.run)
-                (first, *_) = await self._plane.snapshots()
+                certificate = (await self.collect(0)).certificate
                 bound = Bound(
                     server_key=self._identity.private_key.public(),
                     derp=_places(self._derp),
                     stun=tuple(stun),
                     http=_places(self._http),
                     admin=_places(self._admin),
-                    pin=first.certificate.pin or "" if first.certificate else "",
+                    pin=certificate.pin if certificate is not None else "",
                 )
                 logger.info("serving DERP on %s, key %s", bound.derp, bound.server_key)
                 task_status.started(bound)

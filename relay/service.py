@@ -9,9 +9,10 @@ import ipaddress
 import logging
 import random
 import socket
-from collections import Counter
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,8 @@ from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
+from relay.sampling import Sampler
+from relay.snapshot import MAX_CLIENTS, Certificate, FrontCounters, Snapshot
 from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
 from traversal.io.stream import HandshakeStream, StreamEndedError
@@ -94,9 +97,9 @@ class Service:
         self.config = config
         self.admission = Admission(config.admission)
         self.refusals = Refusals(now)
-        self.tls_versions: Counter[str] = Counter()
-        self.websocket_accepts = 0
-        self.draining = False
+        self._front = FrontCounters()
+        self._started_at = now
+        self._draining = False
         self._identity = identity
         self.certificates = None
         if config.tls.mode != "off":
@@ -134,6 +137,7 @@ class Service:
         self.mesh = MeshLinks(
             self.pump, identity.private_key, identity.mesh_key, config.mesh.peers, siblings
         )
+        self._sampler = Sampler(self.pump)
         self._accepting = trio.CancelScope()
 
     # --- Tasks -----------------------------------------------------------------------------------
@@ -149,6 +153,7 @@ class Service:
             nursery.start_soon(
                 refresh_forever, self.bootstrap_dns, self._bootstrap_config, DnsResolver()
             )
+            nursery.start_soon(self._sampler.run)
             nursery.start_soon(self._accept)
             task_status.started()
 
@@ -169,7 +174,7 @@ class Service:
         Returns when every client is gone, after `seconds` at most. Mesh links stay up meanwhile, so
         that those who have moved can reach those who have not.
         """
-        self.draining = True
+        self._draining = True
         self._accepting.cancel()
         clients = [
             connection for connection in self.pump.connections.values() if not connection.is_mesh
@@ -188,6 +193,46 @@ class Service:
         for position, connection in enumerate(clients):
             await trio.sleep_until(started + seconds * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
+
+    def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """A picture of this process, with so many clients listed."""
+        accepts = self.accepts.statistics()
+        certificate = None
+        if self.certificates is not None:
+            status = self.certificates.status()
+            certificate = Certificate(
+                names=(status.hostname,),
+                not_after_unix_time=status.not_after_unix,
+                is_ready=status.ready,
+                pin=status.pin or "",
+            )
+        return Snapshot.of(
+            self.pump,
+            hostname=self.config.server.hostname,
+            version=version("underpass"),
+            server_key=self._identity.private_key.public(),
+            now=trio.current_time(),
+            unix_time=time.time(),
+            started_at=self._started_at,
+            sampler=self._sampler,
+            refusals=self.refusals,
+            front=replace(
+                self._front,
+                accepted_connections=accepts.accepted,
+                rejected_connections=accepts.rejected,
+            ),
+            is_draining=self._draining,
+            rate_limit=self._rate_limit(),
+            bootstrap_dns=self.bootstrap_dns.counters,
+            admission=self.admission.statistics(),
+            certificate=certificate,
+            mesh_peers=len(self.mesh.links),
+            max_clients=max_clients,
+        )
+
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
+        """The one that there is; a `WorkerPool` has several."""
+        return [self.snapshot(max_clients)]
 
     # --- Live changes ----------------------------------------------------------------------------
 
@@ -324,7 +369,7 @@ class Service:
         return replace(request, source=self._proxies.client_of(request.source, forwarded_for))
 
     def _count_websocket(self) -> None:
-        self.websocket_accepts += 1
+        self._front.websocket_accepts += 1
 
     async def _adopt(
         self, stream: HandshakeStream, request: Request, arrival: _Arrival, *, with_response: bool
@@ -351,7 +396,8 @@ class Service:
                 hello += data
             stream.put_back(hello)
             tls = await stream.start_tls(context, server_side=True)
-            self.tls_versions[tls.version() or ""] += 1
+            spoken = (tls.version() or "").removeprefix("TLSv")
+            self._front.tls_requests[spoken] = self._front.tls_requests.get(spoken, 0) + 1
         if timeout.cancelled_caught:
             raise StreamEndedError("no TLS handshake within 10 s")
 

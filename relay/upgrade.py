@@ -16,7 +16,7 @@ from typing import Final
 
 import trio
 
-from relay.admission import Admission, Grant, Verdict
+from relay.admission import MESH_VERDICT, Admission, Grant, Verdict
 from relay.http import Request
 from relay.limits import TokenBucket
 from relay.pump import Connection, Pump
@@ -46,8 +46,6 @@ HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 OWN_APP_NAME: Final = "underpass"
 """Clients whose AppName starts so are known to take HEALTH and RESTARTING; some others disconnect
 when they get one (DERP specification 20)."""
-
-_MESH_VERDICT: Final = Verdict(True, "it presented the mesh key")
 
 
 class RefusedError(Exception):
@@ -121,7 +119,7 @@ class Upgrader:
         is_mesh = self._mesh_key is not None and info.mesh_key == self._mesh_key
         if is_sibling and not is_mesh:
             raise RefusedError("it is no worker of this relay: its mesh key is wrong")
-        verdict = _MESH_VERDICT if is_mesh else await self._decide(key, request)
+        verdict = MESH_VERDICT if is_mesh else await self._decide(key, request)
         limit = None if is_mesh else self._limit_of(verdict.grant)
         server_info = ServerInfo()
         if limit is not None:
@@ -159,8 +157,10 @@ class Upgrader:
 
     async def _decide(self, key: NodePublic, request: Request) -> Verdict:
         """Ask whether the client may use this relay. Raises RefusedError."""
-        token = request.header("authorization").removeprefix("Bearer ").strip() or None
-        verdict = await self._admission.decide(key, request.source, token)
+        scheme, _, token = request.header("authorization").partition(" ")
+        if scheme.lower() != "bearer":
+            token = ""
+        verdict = await self._admission.decide(key, request.source, token.strip() or None)
         if not verdict.allow:
             raise RefusedError(f"{key.short()}: {verdict.reason}")
         problem = self._admission.recheck(key, verdict)

@@ -33,7 +33,7 @@ from relay.certificate_files import load_or_create_self_signed
 from relay.config import Config
 from relay.logs import set_up_logging
 from relay.service import Identity, Service
-from relay.snapshot import Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot
 
 logger = logging.getLogger("underpass.relay.workers")
 
@@ -116,7 +116,7 @@ class WorkerPool:
         await self._tell_all(_Command("drain", (seconds,)))
         deadline = trio.current_time() + seconds
         while trio.current_time() < deadline:
-            if not any(snapshot.clients for snapshot in await self.snapshots()):
+            if not any(each.connections.current for each in await self.snapshots(0)):
                 return
             await trio.sleep(DRAIN_POLL_SECONDS)
 
@@ -134,9 +134,9 @@ class WorkerPool:
         counts = await self._tell_all(_Command("revoke", (key, reason)))
         return sum(int(count) for count in counts)
 
-    async def snapshots(self) -> list[Snapshot]:
-        """One per worker that answers."""
-        return await self._tell_all(_Command("snapshot"))
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
+        """One per worker that answers. Raises WorkerError if none does."""
+        return await self._tell_all(_Command("snapshot", (max_clients,)))
 
     async def _tell_all(self, command: _Command) -> list[Any]:
         replies: list[Any] = []
