@@ -240,6 +240,10 @@ def _runs(
     servers: list[Server], rows: list[Row], idle: int, runs: int, console: Console
 ) -> Iterator[Figures]:
     """All single runs, the servers taking turns."""
+    if idle:  # first: what later rows leave behind in the allocator would hide the cost
+        for server in servers:
+            console.print(f"{idle} idle clients: {server.name}", style="dim")
+            yield measure_idle(server, idle)
     peaks: dict[tuple[str, str], float] = {}
     for row in rows:
         for number in range(runs):
@@ -249,10 +253,6 @@ def _runs(
                 key = (row.name, server.name)
                 peaks[key] = max(peaks.get(key, 0), figures.packets_per_second)
                 yield figures
-    if idle:
-        for server in servers:
-            console.print(f"{idle} idle clients: {server.name}", style="dim")
-            yield measure_idle(server, idle)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
