@@ -33,7 +33,8 @@ from relay.logs import set_level
 from relay.service import Identity, Service
 from relay.snapshot import MAX_CLIENTS, Snapshot, merge
 from relay.stun import StunServer, StunServerError
-from relay.workers import WorkerError, WorkerPool
+from relay.worker_pipe import WorkerError
+from relay.workers import WorkerPool
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
