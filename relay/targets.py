@@ -7,9 +7,7 @@ from urllib.parse import urlsplit
 
 from traversal.io.dial import Target
 from traversal.relay_map import (
-    CertificateName,
-    CertificatePolicy,
-    CertificateUnchecked,
+    DEFAULT_STUN_PORT,
     RelayMap,
     RelayMapError,
     RelayNode,
@@ -33,8 +31,13 @@ def parse_target(text: str, *, pin: str = "", insecure: bool = False) -> Target:
     return Target.of_node(node, plain=text.startswith("http://"))
 
 
-def parse_node(text: str, *, pin: str = "", insecure: bool = False) -> RelayNode:
-    """The same as a node of a relay map, region 1. Raises TargetError."""
+def parse_node(
+    text: str, *, pin: str = "", insecure: bool = False, stun_port: int = DEFAULT_STUN_PORT
+) -> RelayNode:
+    """The same as a node of a relay map, named like the text. A `stun_port` of -1 means none.
+
+    Raises TargetError.
+    """
     url = urlsplit(text if "://" in text else f"https://{text}")
     try:
         host, port = url.hostname, url.port
@@ -47,10 +50,11 @@ def parse_node(text: str, *, pin: str = "", insecure: bool = False) -> RelayNode
         )
     try:
         return RelayNode(
-            name="1a",
+            name=text,
             region_id=1,
             host_name=host,
             certificate_name=pin,
+            stun_port=None if stun_port == -1 else stun_port or DEFAULT_STUN_PORT,
             derp_port=port or (80 if url.scheme == "http" else 443),
             insecure_for_tests=insecure,
         )
@@ -66,14 +70,3 @@ def read_relay_map(path: Path) -> RelayMap:
         raise TargetError(f"{path}: {error.strerror}") from None
     except RelayMapError as error:
         raise TargetError(f"{path}: {error}") from None
-
-
-def describe_policy(policy: CertificatePolicy | None) -> str:
-    """For people: how the server's certificate is judged."""
-    if policy is None:
-        return "no TLS"
-    if isinstance(policy, CertificateUnchecked):
-        return "any certificate"
-    if isinstance(policy, CertificateName):
-        return f"a certificate for {policy.name}"
-    return f"the certificate with pin sha256-raw:{policy.sha256.hex()}"
