@@ -18,6 +18,7 @@ from rich.table import Table
 from relay.probe_checks import (
     FAILURES,
     Found,
+    ProbeError,
     check_bandwidth,
     check_handshakes,
     check_http,
@@ -32,6 +33,8 @@ from traversal.io.dial import Target
 from traversal.relay_map import RelayNode
 
 DEFAULT_TIMEOUT_SECONDS: Final = 15.0
+REACHABLE: Final = "TLS"
+"""The check without which the others of a relay make no sense."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,53 +48,70 @@ class Outcome:
     values: dict[str, object] = field(default_factory=dict)
 
 
-_Check = tuple[str, str, Callable[[], Awaitable[Found | None]]]
-"""Node, name of the check, and the check itself."""
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check to run; `relays` are the nodes whose relay it needs."""
+
+    node: str
+    name: str
+    run: Callable[[], Awaitable[Found | None]]
+    relays: tuple[str, ...] = ()
 
 
-def plan(nodes: list[RelayNode], *, plain: bool, load: bool) -> Iterator[_Check]:
+def plan(nodes: list[RelayNode], *, plain: bool, load: bool) -> Iterator[Check]:
     """The checks for some nodes, those of one region together; the ones with load come last."""
-    relays = [(node, Target.of_node(node, plain=plain)) for node in nodes if node.is_relay]
-    for node, target in relays:
-        yield node.name, "TLS", partial(check_tls, target)
-        yield node.name, "handshake", partial(check_handshakes, target)
-        yield node.name, "ping", partial(check_ping, target)
-        yield node.name, "HTTP", partial(check_http, target)
+    relays = {node.name: Target.of_node(node, plain=plain) for node in nodes if node.is_relay}
+    regions = {node.name: node.region_id for node in nodes}
+    for name, target in relays.items():
+        yield Check(name, REACHABLE, partial(check_tls, target), (name,))
+        yield Check(name, "handshake", partial(check_handshakes, target), (name,))
+        yield Check(name, "ping", partial(check_ping, target), (name,))
+        yield Check(name, "HTTP", partial(check_http, target), (name,))
     for node in nodes:
-        if node.stun_port is not None:
-            yield node.name, "STUN IPv4", partial(check_stun, node, 4)
-            yield node.name, "STUN IPv6", partial(check_stun, node, 6)
-    for sender, sender_at in relays:
-        for receiver, receiver_at in relays:
-            if sender.region_id == receiver.region_id:
-                path = f"{sender.name} > {receiver.name}"
-                yield path, "packet", partial(check_path, sender_at, receiver_at)
+        yield Check(node.name, "STUN IPv4", partial(check_stun, node, 4))
+        yield Check(node.name, "STUN IPv6", partial(check_stun, node, 6))
+    for sender, sender_at in relays.items():
+        for receiver, receiver_at in relays.items():
+            if regions[sender] == regions[receiver]:
+                run = partial(check_path, sender_at, receiver_at)
+                yield Check(f"{sender} > {receiver}", "packet", run, (sender, receiver))
     if load:
-        for node, target in relays:
-            yield node.name, "bandwidth", partial(check_bandwidth, target)
-            yield node.name, "queue delay", partial(check_queue_delay, target)
+        for name, target in relays.items():
+            yield Check(name, "bandwidth", partial(check_bandwidth, target), (name,))
+            yield Check(name, "queue delay", partial(check_queue_delay, target), (name,))
 
 
 async def run_checks(
-    checks: list[_Check],
+    checks: list[Check],
     timeout_seconds: float,
-    on_start: Callable[[str, str], None] = lambda _node, _check: None,
+    on_start: Callable[[Check], None] = lambda _check: None,
 ) -> list[Outcome]:
-    """Run one check after the other; a check that does not apply is left out."""
+    """Run one check after the other.
+
+    What does not apply is left out, and so is what needs a relay that can't be reached at all.
+    """
     outcomes = []
-    for node, name, check in checks:
-        on_start(node, name)
+    unreachable: set[str] = set()
+    for check in checks:
+        if not unreachable.isdisjoint(check.relays):
+            continue
+        on_start(check)
         try:
             with trio.fail_after(timeout_seconds):
-                found = await check()
-        except trio.TooSlowError:
-            outcomes.append(Outcome(node, name, False, f"not done within {timeout_seconds:g} s"))
+                found = await check.run()
         except FAILURES as error:
-            text = getattr(error, "strerror", None) or str(error)
-            outcomes.append(Outcome(node, name, False, text))
+            text = (
+                f"not done within {timeout_seconds:g} s"
+                if isinstance(error, trio.TooSlowError)
+                else getattr(error, "strerror", None) or str(error)
+            )
+            outcomes.append(Outcome(check.node, check.name, False, text))
+            if check.name == REACHABLE and not isinstance(error, ProbeError):
+                unreachable.add(check.node)
         else:
             if found is not None:
-                outcomes.append(Outcome(node, name, True, found.text, dict(found.values)))
+                values = dict(found.values)
+                outcomes.append(Outcome(check.node, check.name, True, found.text, values))
     return outcomes
 
 
@@ -178,7 +198,7 @@ def probe_command(
             run_checks,
             checks,
             timeout_seconds,
-            lambda node, check: status.update(f"{node}: {check}"),
+            lambda check: status.update(f"{check.node}: {check.name}"),
         )
     if as_json:
         click.echo(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))

@@ -48,6 +48,8 @@ def parse_node(
             f"{text!r} is no DERP server; write host, host:port or https://host:port "
             "(http:// for one without TLS; an IPv6 address in brackets)"
         )
+    if pin and not pin.startswith("sha256-raw:"):
+        raise TargetError(f"the pin {pin!r} does not start with sha256-raw:, as relays print it")
     try:
         return RelayNode(
             name=text,
