@@ -21,6 +21,7 @@ import trio
 
 from relay.acme import AcmeRenewer
 from relay.acme_files import http_challenge_answer
+from relay.admin import admin_responder, read_admin_token
 from relay.admission import Admission
 from relay.certificate_files import CertificateError, load_or_create_self_signed
 from relay.certificates import Certificates
@@ -114,6 +115,7 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
+    attempt(lambda: _admin_token(config))
     return problems
 
 
@@ -148,6 +150,7 @@ class _Relay:
         self._identity = identity
         self._sockets: list[socket.socket] = []
         self._stopping = False
+        self._admin_token = _admin_token(config)
         self._plane: DataPlane
         try:
             workers = config.server.workers
@@ -181,10 +184,16 @@ class _Relay:
         return sockets
 
     async def collect(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
-        """One picture of the whole relay."""
-        snapshot = merge(await self._plane.snapshots(max_clients))
+        """One picture of the whole relay. Raises WorkerError."""
+        snapshots = await self._plane.snapshots(max_clients)
+        if not snapshots:
+            raise WorkerError("no worker answers")
+        snapshot = merge(snapshots)
         stun = None if self._stun is None else self._stun.statistics()
         return msgspec.structs.replace(snapshot, stun=stun)
+
+    async def _revoke(self, key: NodePublic) -> int:
+        return await self._plane.revoke(key.raw, "the operator ended its sessions")
 
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
         async with trio.open_nursery() as nursery:
@@ -200,6 +209,14 @@ class _Relay:
                 )
                 for listener in self._http:
                     nursery.start_soon(accept_loop, listener, _http_handler(plain))
+                admin = admin_responder(
+                    collect=self.collect,
+                    revoke=self._revoke,
+                    token=lambda: self._admin_token,
+                    workers=self._config.server.workers,
+                )
+                for listener in self._admin:
+                    nursery.start_soon(accept_loop, listener, _http_handler(admin))
                 if self._config.tls.mode == "acme":
                     renewer = AcmeRenewer(acme, self._config.server.hostname)
                     nursery.start_soon(renewer.run)
@@ -210,7 +227,7 @@ class _Relay:
                     stun=tuple(stun),
                     http=_places(self._http),
                     admin=_places(self._admin),
-                    pin=certificate.pin if certificate is not None else "",
+                    pin=(certificate.pin or "") if certificate is not None else "",
                 )
                 logger.info("serving DERP on %s, key %s", bound.derp, bound.server_key)
                 task_status.started(bound)
@@ -233,17 +250,24 @@ class _Relay:
         """SIGHUP: configuration and files; what is wrong leaves everything as it was."""
         try:
             reload = diff_reload(self._config, self._load_again())
+            admin_token = _admin_token(reload.config)
             await self._plane.reconfigure(reload.config)
         except (ConfigError, WorkerError) as error:
             logger.error("the old configuration stays in use: %s", error)
             return
         self._config = reload.config
+        self._admin_token = admin_token
         set_level(reload.config.log)
         await self._plane.reload_files()
         if reload.applied:
             logger.info("reloaded: %s", ", ".join(reload.applied))
         if reload.needs_restart:
             logger.warning("these keys need a restart: %s", ", ".join(reload.needs_restart))
+
+
+def _admin_token(config: Config) -> str:
+    path = config.admin.token_file
+    return read_admin_token(path) if path else ""
 
 
 def _stun_server(config: Config) -> StunServer | None:
