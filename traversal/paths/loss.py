@@ -22,7 +22,7 @@ class LossWindow:
     __slots__ = ("_bits", "_count", "_run")
 
     def __init__(self) -> None:
-        self.clear()
+        self._bits = self._count = self._run = 0
 
     def record(self, *, is_answered: bool) -> None:
         """Note one more outcome."""
