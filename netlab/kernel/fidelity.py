@@ -68,8 +68,8 @@ def _nft_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[s
         return
     if behavior.filter_scope is FilterScope.ENDPOINT and behavior.mapping is not Mapping.EIM:
         yield "filters are per flow, not per inside endpoint"
-    if behavior.hairpin is not Hairpin.NONE and behavior.filtering is not Filtering.EIF:
-        yield "hairpinned packets pass unfiltered"
+    if behavior.hairpin is not Hairpin.NONE and behavior.mapping is not Mapping.EIM:
+        yield "a hairpinned packet would not get an external port of its own"
     if behavior.translation is Translation.ONE_TO_ONE:
         return
     yield from _mapping_shortcomings(behavior)

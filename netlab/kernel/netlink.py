@@ -16,6 +16,7 @@ import ipaddress
 import os
 import socket
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -36,16 +37,26 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_SETLINK = 16, 17, 19
+_RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
+_RTM_NEWRULE = 32
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
-_IFLA_NET_NS_FD, _IFLA_GSO_MAX_SEGS = 28, 40
+_IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 16, 28, 29
+_RTEXT_FILTER_SKIP_STATS = 0x8
+_IF_OPER_UNKNOWN, _IF_OPER_UP = 0, 6
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
+_FRA_IIFNAME, _FRA_PRIORITY, _FR_ACT_TO_TBL = 3, 6, 1
 _IFA_F_NODAD = 0x02
 _IFF_UP, _IFF_NOARP = 0x1, 0x80
-_RT_TABLE_MAIN, _RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST = 254, 4, 253, 1
+_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_BLACKHOLE = 4, 253, 1, 6
+
+MAIN_TABLE = 254
+"""The routing table that is asked when no rule says otherwise."""
+
+# Locally administered MAC addresses: the one of every veth end, and one that nobody sends to.
+_COMMON_ADDRESS, _DEAF_ADDRESS = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02"
 
 # A request batch stays below the default send buffer (212 992 bytes) with room to spare.
 _BATCH_BYTES = 32768
@@ -74,6 +85,17 @@ def attribute(kind: int, payload: bytes) -> bytes:
     return _ATTRIBUTE.pack(4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
 
 
+def find_attribute(data: bytes, offset: int, wanted: int) -> bytes | None:
+    """Return the payload of the first attribute of a kind, or None."""
+    while offset + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        # The two upper bits of the kind are flags (nested, byte order).
+        if kind & 0x3FFF == wanted:
+            return data[offset + 4 : offset + length]
+        offset += max(4, (length + 3) & ~3)
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class LinkEnd:
     """One end of a link: where it lives, what it is called, its index there."""
@@ -84,16 +106,16 @@ class LinkEnd:
     mtu_bytes: int = 1500
 
 
-def _encode_end(end: LinkEnd) -> bytes:
+def _encode_end(end: LinkEnd, *, up: bool) -> bytes:
     # Point-to-point without ARP: both ends share one MAC address, so that every frame is for
     # the receiver. ARP over a fresh link loses its first request now and then, and then waits
     # a second.
-    flags = _IFF_UP | _IFF_NOARP
+    flags = _IFF_NOARP | (_IFF_UP if up else 0)
     return b"".join(
         (
-            _IFINFO.pack(socket.AF_UNSPEC, 0, end.index, flags, flags),
+            _IFINFO.pack(socket.AF_UNSPEC, 0, end.index, flags, _IFF_NOARP | _IFF_UP),
             attribute(_IFLA_IFNAME, end.name.encode() + b"\0"),
-            attribute(_IFLA_ADDRESS, b"\x02\0\0\0\0\x01"),
+            attribute(_IFLA_ADDRESS, _COMMON_ADDRESS),
             attribute(_IFLA_MTU, struct.pack("=I", end.mtu_bytes)),
             attribute(_IFLA_NET_NS_FD, struct.pack("=i", end.namespace.descriptor)),
         )
@@ -101,29 +123,37 @@ def _encode_end(end: LinkEnd) -> bytes:
 
 
 def add_veth(left: LinkEnd, right: LinkEnd) -> Request:
-    """Create a veth pair whose ends appear in their namespaces, up and without ARP."""
-    data = attribute(_IFLA_INFO_DATA, attribute(_VETH_INFO_PEER, _encode_end(right)))
+    """Create a veth pair whose ends appear in their namespaces, without ARP.
+
+    The left end is up; the right one exists first and can't be up before its peer does.
+    """
+    peer = attribute(_VETH_INFO_PEER, _encode_end(right, up=False))
+    data = attribute(_IFLA_INFO_DATA, peer)
     info = attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"veth") + data)
     return Request(
         f"create the link {left.name} - {right.name}",
         _RTM_NEWLINK,
         NLM_F_CREATE | NLM_F_EXCL,
-        _encode_end(left) + info,
+        _encode_end(left, up=True) + info,
     )
 
 
-def set_link(index: int, *, up: bool, gso_max_segments: int | None = None) -> Request:
-    """Set a link up or down, and how many segments the kernel may leave in one packet."""
+def set_link(index: int, *, up: bool, mtu_bytes: int | None = None) -> Request:
+    """Set a link up or down, and its MTU."""
     body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, _IFF_UP if up else 0, _IFF_UP)
-    if gso_max_segments is not None:
-        body += attribute(_IFLA_GSO_MAX_SEGS, struct.pack("=I", gso_max_segments))
-    return Request(f"set link {index} {'up' if up else 'down'}", _RTM_SETLINK, 0, body)
+    if mtu_bytes is not None:
+        body += attribute(_IFLA_MTU, struct.pack("=I", mtu_bytes))
+    return Request(f"set link {index} {'up' if up else 'down'}", _RTM_NEWLINK, 0, body)
 
 
-def delete_link(index: int) -> Request:
-    """Remove a link, and a veth's other end with it."""
+def set_link_address(index: int, *, deaf: bool) -> Request:
+    """Change a veth end's MAC address so that neither side takes the other's frames, or back.
+
+    No route, address or carrier changes: to both sides it is a silent cut.
+    """
     body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0)
-    return Request(f"delete link {index}", _RTM_DELLINK, 0, body)
+    body += attribute(_IFLA_ADDRESS, _DEAF_ADDRESS if deaf else _COMMON_ADDRESS)
+    return Request(f"{'cut' if deaf else 'heal'} link {index}", _RTM_NEWLINK, 0, body)
 
 
 def _encode_address(index: int, address: IpInterface) -> bytes:
@@ -146,42 +176,57 @@ def delete_address(index: int, address: IpInterface) -> Request:
     return Request(f"delete address {address}", _RTM_DELADDR, 0, _encode_address(index, address))
 
 
-def _encode_route(index: int, destination: IpNetwork, source: IpAddress | None) -> bytes:
-    family = socket.AF_INET6 if destination.version == 6 else socket.AF_INET
-    header = struct.pack(
-        "=BBBBBBBBI",
-        family,
-        destination.prefixlen,
-        0,
-        0,
-        _RT_TABLE_MAIN,
-        _RTPROT_STATIC,
-        _RT_SCOPE_LINK if destination.version == 4 else 0,
-        _RTN_UNICAST,
-        0,
-    )
-    body = header + attribute(_RTA_OIF, struct.pack("=i", index))
-    if destination.prefixlen:
-        body += attribute(_RTA_DST, destination.network_address.packed)
-    if source is not None:
-        body += attribute(_RTA_PREFSRC, source.packed)
-    return body
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Packets for `destination` leave by the interface `index`; by none, they vanish."""
+
+    destination: IpNetwork
+    index: int | None
+    table: int = MAIN_TABLE
+    source: IpAddress | None = None
+    """The source address of this machine's own packets."""
+
+    def encode(self) -> bytes:
+        """Return the body of a request about this route (`struct rtmsg` and attributes)."""
+        is_ipv4 = self.destination.version == 4
+        body = struct.pack(
+            "=BBBBBBBBI",
+            socket.AF_INET if is_ipv4 else socket.AF_INET6,
+            self.destination.prefixlen,
+            0,
+            0,
+            self.table,
+            _RTPROT_STATIC,
+            _RT_SCOPE_LINK if is_ipv4 and self.index is not None else 0,
+            _RTN_BLACKHOLE if self.index is None else _RTN_UNICAST,
+            0,
+        )
+        if self.index is not None:
+            body += attribute(_RTA_OIF, struct.pack("=i", self.index))
+        if self.destination.prefixlen:
+            body += attribute(_RTA_DST, self.destination.network_address.packed)
+        if self.source is not None:
+            body += attribute(_RTA_PREFSRC, self.source.packed)
+        return body
 
 
-def replace_route(index: int, destination: IpNetwork, source: IpAddress | None = None) -> Request:
-    """Route `destination` out of the interface; `source` is what own packets carry."""
-    return Request(
-        f"route {destination}",
-        _RTM_NEWROUTE,
-        NLM_F_CREATE | NLM_F_REPLACE,
-        _encode_route(index, destination, source),
-    )
+def replace_route(route: Route) -> Request:
+    """Add a route, in place of one to the same destination."""
+    flags = NLM_F_CREATE | NLM_F_REPLACE
+    return Request(f"route {route.destination}", _RTM_NEWROUTE, flags, route.encode())
 
 
-def delete_route(index: int, destination: IpNetwork) -> Request:
-    """Remove the route to `destination` by this interface."""
-    body = _encode_route(index, destination, None)
-    return Request(f"delete route {destination}", _RTM_DELROUTE, 0, body)
+def delete_route(route: Route) -> Request:
+    """Remove a route."""
+    return Request(f"delete route {route.destination}", _RTM_DELROUTE, 0, route.encode())
+
+
+def add_rule(interface: str, table: int) -> Request:
+    """Route IPv4 packets that came in by `interface` with `table` first."""
+    header = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, table, 0, 0, _FR_ACT_TO_TBL, 0)
+    name = attribute(_FRA_IIFNAME, interface.encode() + b"\0")
+    priority = attribute(_FRA_PRIORITY, struct.pack("=I", 100))
+    return Request(f"rule for {interface}", _RTM_NEWRULE, NLM_F_CREATE, header + name + priority)
 
 
 class Netlink:
@@ -223,6 +268,31 @@ class Netlink:
                 batch, size = [], 0
         if batch:
             self._run_batch(batch)
+
+    def wait_until_up(self, index: int, *, timeout_seconds: float = 2.0) -> None:
+        """Wait until a link whose peer just came up carries packets.
+
+        The kernel notices a new carrier in the background and drops everything until then.
+        Asking makes Linux 6.8 and later notice at once; older ones take some milliseconds.
+
+        Raises:
+            NetlinkError: it didn't come up.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        mask = attribute(_IFLA_EXT_MASK, struct.pack("=I", _RTEXT_FILTER_SKIP_STATS))
+        body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, 0, 0) + mask
+        while True:
+            self._sequence += 1
+            self._socket.send(
+                _MESSAGE.pack(16 + len(body), _RTM_GETLINK, NLM_F_REQUEST, self._sequence, 0) + body
+            )
+            answer = self._socket.recv(65536)
+            state = find_attribute(answer, 16 + _IFINFO.size, _IFLA_OPERSTATE)
+            if state is not None and state[0] in (_IF_OPER_UNKNOWN, _IF_OPER_UP):
+                return
+            if time.monotonic() > deadline:
+                raise NetlinkError(errno.ETIMEDOUT, f"link {index} does not come up")
+            time.sleep(0.0005)
 
     def _run_batch(self, batch: Sequence[Request]) -> None:
         first = self._sequence + 1

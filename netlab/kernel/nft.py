@@ -27,6 +27,9 @@ from netlab.kernel.fidelity import Engine
 
 WAN = "wan"
 LAN = "lan"
+NAT_INSIDE, NAT_OUTSIDE = "natin", "natout"
+"""The TUN devices of a router whose NAT is the user engine."""
+
 DROP_LOG_GROUP = 7
 """The NFLOG group that carries dropped packets, with the reason as their prefix."""
 
@@ -298,15 +301,21 @@ def _timers(router: Router) -> Iterator[str]:
 
 def _filter(router: Router) -> Iterator[str]:
     """What may cross the router, in both directions."""
-    if router.engine is not Engine.NFT:
-        return
     behavior, inside = router.behavior, router.plan.inside_ipv4
     lan, wan = f"iifname {router.lan_glob}", f'iifname "{WAN}"'
-    outward = f'{lan} oifname "{WAN}"'
     rules: list[str] = []
     if inside is not None:
         # BCP 38: what keeps an old address after a move must not leave by the new uplink.
         rules += router.drop("spoofed", f"{lan} meta nfproto ipv4 ip saddr != {inside}")
+    if behavior.firewall.captive_portal:
+        yield f"  set {LOGGED_IN} {{"
+        yield "    type ipv4_addr;"
+        yield "  }"
+    if router.engine is Engine.USER:
+        rules += _outbound_firewall(router, f'{lan} oifname {{ "{WAN}", "{NAT_INSIDE}" }}')
+        yield from _chain("forward", "filter hook forward priority 0", rules)
+        return
+    outward = f'{lan} oifname "{WAN}"'
     rules += _outbound_firewall(router, outward)
     if not behavior.tcp.simultaneous_open:
         rules += router.drop("bare-syn", f"{wan} tcp flags & (syn | ack) == syn")
@@ -338,10 +347,6 @@ def _filter(router: Router) -> Iterator[str]:
         rules += router.drop("filtered", ipv4)
     if behavior.tcp.reset_after_idle:
         rules.append(f"{lan} tcp flags & (syn | ack) == ack ct state new reject with tcp reset")
-    if behavior.firewall.captive_portal:
-        yield f"  set {LOGGED_IN} {{"
-        yield "    type ipv4_addr;"
-        yield "  }"
     yield from _chain("forward", "filter hook forward priority 0", rules)
 
 
