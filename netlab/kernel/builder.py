@@ -153,11 +153,15 @@ class Built:
                 "install the package nftables"
             )
 
-    def close(self) -> None:
-        """Let go of everything; the kernel reclaims it."""
+    def close_tuns(self) -> None:
+        """Let go of the TUN devices, which live on while another process holds them."""
         for descriptor in self.tuns.values():
             os.close(descriptor)
         self.tuns.clear()
+
+    def close(self) -> None:
+        """Let go of everything; the kernel reclaims it."""
+        self.close_tuns()
         for namespace in self.namespaces.values():
             namespace.close()
         self.namespaces = {}

@@ -148,7 +148,7 @@ class Fabric:
             _, _, device, packet = heapq.heappop(in_flight)
             self._write(device, packet)
 
-    def _write(self, device: int, packet: bytes | memoryview) -> None:
+    def _write(self, device: int, packet: bytes | bytearray) -> None:
         try:
             os.write(device, packet)
         except OSError:

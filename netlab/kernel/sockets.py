@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from contextvars import ContextVar, Token
-from ipaddress import IPv4Address, IPv6Address
-from types import TracebackType
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import trio
 import trio.abc
 
 from netlab.kernel.namespaces import NetworkNamespace
 
-_current_namespace: ContextVar[NetworkNamespace | None] = ContextVar(
-    "_current_namespace", default=None
-)
+_Stack: TypeAlias = "tuple[NetworkNamespace, _Stack | None]"
+_entered: ContextVar[_Stack | None] = ContextVar("_entered", default=None)
+"""The namespaces that the running task has entered, innermost first."""
 
 
 class HostSocketFactory(trio.abc.SocketFactory):
@@ -34,16 +31,16 @@ class HostSocketFactory(trio.abc.SocketFactory):
         type: socket.SocketKind | int = socket.SOCK_STREAM,
         proto: int = 0,
     ) -> trio.socket.SocketType:
-        namespace = _current_namespace.get()
-        if namespace is None:
+        stack = _entered.get()
+        if stack is None:
             return trio.socket.from_stdlib_socket(socket.socket(family, type, proto))
-        return trio.socket.from_stdlib_socket(namespace.socket(family, type, proto))
+        return trio.socket.from_stdlib_socket(stack[0].socket(family, type, proto))
 
 
 class LabResolver(trio.abc.HostnameResolver):
     """Resolves the names of a lab's machines, and nothing else."""
 
-    def __init__(self, addresses: Mapping[str, tuple[IPv4Address | IPv6Address, ...]]) -> None:
+    def __init__(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
         self._addresses = addresses
 
     # The loose element types are those of trio.abc.HostnameResolver.
@@ -60,10 +57,10 @@ class LabResolver(trio.abc.HostnameResolver):
         name = (host or b"").decode("ascii", errors="replace")
         found: list[tuple[Any, ...]] = []
         for address in self._addresses.get(name.lower(), ()):
-            of_family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+            of_family = socket.AF_INET6 if ":" in address else socket.AF_INET
             if family in (0, of_family):
                 found += socket.getaddrinfo(
-                    str(address), port, of_family, type, proto, flags | socket.AI_NUMERICHOST
+                    address, port, of_family, type, proto, flags | socket.AI_NUMERICHOST
                 )
         if not found:
             raise socket.gaierror(
@@ -77,24 +74,16 @@ class LabResolver(trio.abc.HostnameResolver):
         return socket.getnameinfo(sockaddr, flags | socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
 
 
-class InsideHost(AbstractContextManager[None]):
-    """Marks the running task, and those it starts, as being inside a namespace."""
+def enter_namespace(namespace: NetworkNamespace) -> None:
+    """Put the running task, and those that it starts, into a namespace."""
+    _entered.set((namespace, _entered.get()))
 
-    def __init__(self, namespace: NetworkNamespace) -> None:
-        self._namespace = namespace
-        self._token: Token[NetworkNamespace | None] | None = None
 
-    def __enter__(self) -> None:
-        self._token = _current_namespace.set(self._namespace)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        assert self._token is not None
-        _current_namespace.reset(self._token)
+def leave_namespace() -> None:
+    """Go back to where the task was before the last `enter_namespace`."""
+    stack = _entered.get()
+    assert stack is not None
+    _entered.set(stack[1])
 
 
 def install_hooks(resolver: LabResolver) -> Callable[[], None]:

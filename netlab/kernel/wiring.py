@@ -67,6 +67,11 @@ class Cable:
     """Whether the fabric process carries the packets, instead of a veth pair."""
 
     @property
+    def key(self) -> str:
+        """What the fabric process and its events call this cable."""
+        return f"{self.owner} - {self.network}"
+
+    @property
     def mtu_bytes(self) -> int:
         """The MTU that both interfaces show; a black hole shows the usual one."""
         links = (self.upload, self.download)
@@ -110,19 +115,6 @@ class Wiring:
     machines: Mapping[str, Machine]
     cables: tuple[Cable, ...]
     user_nats: tuple[UserNat, ...]
-
-    def cable(self, owner: str, network: str | None = None) -> Cable:
-        """Return a machine's cable: the one to `network`, or its first.
-
-        Raises:
-            KeyError: there is no such cable; the message says which there are.
-        """
-        own = [cable for cable in self.cables if cable.owner == owner]
-        for cable in own:
-            if network in (None, cable.network):
-                return cable
-        choices = ", ".join(f"{cable.owner} - {cable.network}" for cable in own)
-        raise KeyError(f'no cable from "{owner}" to "{network}"; it has: {choices or "none"}')
 
 
 def is_impaired(link: Link) -> bool:
