@@ -183,6 +183,11 @@ class KernelLab:
                         nursery.start_soon(self._follow_events, self._fabric)
                     yield
                     nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                # This nursery is ours: the body's own error should look as if it weren't there.
+                if len(group.exceptions) == 1:
+                    raise group.exceptions[0] from None
+                raise
             finally:
                 restore()
         finally:
