@@ -41,7 +41,7 @@ _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
 _RTM_NEWRULE = 32
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
-_IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 16, 28, 29
+_IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 13, 16, 28, 29
 _RTEXT_FILTER_SKIP_STATS = 0x8
 _IF_OPER_UNKNOWN, _IF_OPER_UP = 0, 6
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
@@ -138,11 +138,15 @@ def add_veth(left: LinkEnd, right: LinkEnd) -> Request:
     )
 
 
-def set_link(index: int, *, up: bool, mtu_bytes: int | None = None) -> Request:
-    """Set a link up or down, and its MTU."""
+def set_link(
+    index: int, *, up: bool, mtu_bytes: int | None = None, queue_packets: int | None = None
+) -> Request:
+    """Set a link up or down, its MTU and the length of its transmit queue."""
     body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, _IFF_UP if up else 0, _IFF_UP)
     if mtu_bytes is not None:
         body += attribute(_IFLA_MTU, struct.pack("=I", mtu_bytes))
+    if queue_packets is not None:
+        body += attribute(_IFLA_TXQLEN, struct.pack("=I", queue_packets))
     return Request(f"set link {index} {'up' if up else 'down'}", _RTM_NEWLINK, 0, body)
 
 
