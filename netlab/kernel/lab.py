@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from netlab.kernel.namespaces import NetworkNamespace
 from netlab.kernel.nft import Router
 from netlab.kernel.sockets import LabResolver, install_hooks
 from netlab.kernel.wiring import Wiring, plan_wiring
-from netlab.model import Topology
-from netlab.timeline import Event, NetworkChanged, Timeline
+from netlab.model import INTERNET, Topology
+from netlab.timeline import Event, NetworkChanged, Note, Timeline
 
 _MAX_EVENT_BYTES = 65536
 
@@ -40,6 +40,9 @@ class KernelLab:
     Args:
         topology: the lab.
         seed: replaces the topology's.
+        timeline: where events go; a new one if absent.
+        names: extra names for the resolver, with their addresses. Servers, and hosts that are
+            on the internet itself, have their own names anyway.
         engines: NATs that must use this engine, whatever the fidelity table says.
         adjustable: owners of links that `set_link` may change later.
         nat_time_scale: how many seconds of NAT lifetime pass in one real second on the user
@@ -56,6 +59,8 @@ class KernelLab:
         topology: Topology,
         *,
         seed: int | None = None,
+        timeline: Timeline | None = None,
+        names: Mapping[str, Iterable[str]] | None = None,
         engines: Mapping[str, Engine] | None = None,
         adjustable: Collection[str] = (),
         nat_time_scale: float = 1.0,
@@ -67,7 +72,8 @@ class KernelLab:
             for name, machine in self.wiring.machines.items()
             if machine.router is not None
         }
-        self.timeline = Timeline()
+        self.timeline = Timeline() if timeline is None else timeline
+        self._extra_names = {name.lower(): tuple(found) for name, found in (names or {}).items()}
         self._nat_time_scale = nat_time_scale
         self._built = Built(self.wiring)
         self._fabric: FabricProcess | None = None
@@ -82,7 +88,7 @@ class KernelLab:
     # --- looking -------------------------------------------------------------------------
 
     @property
-    def addresses(self) -> AddressPlan:
+    def plan(self) -> AddressPlan:
         """Every address as planned; `KernelNat.external` follows renumbering."""
         return self.wiring.addresses
 
@@ -130,6 +136,10 @@ class KernelLab:
         known = [name for name, m in self._machines.items() if isinstance(m, KernelNat)]
         raise ModelError(f'nat "{name}"', f"no such NAT; {suggest(name, known)}")
 
+    def note(self, text: str) -> None:
+        """Put a remark on the timeline."""
+        self.timeline.add(Note(at=self.now(), text=text))
+
     # --- changing ------------------------------------------------------------------------
 
     def advance_nats(self, seconds: float) -> None:
@@ -176,7 +186,7 @@ class KernelLab:
             self._make_machines()
             if self._fabric is not None:
                 self._connect_fabric(self._fabric)
-            restore = install_hooks(LabResolver(self._names()))
+            restore = install_hooks(LabResolver(self._public_names() | self._extra_names))
             try:
                 async with trio.open_nursery() as nursery:
                     if self._fabric is not None:
@@ -194,7 +204,7 @@ class KernelLab:
             self._close()
 
     def _make_machines(self) -> None:
-        plans, namespaces = self.addresses, self.namespaces
+        plans, namespaces = self.plan, self.namespaces
         for host in self.topology.hosts:
             self._machines[host.name] = KernelHost(
                 self, host.name, namespaces[host.name], plans.hosts[host.name]
@@ -206,11 +216,13 @@ class KernelLab:
         for nat in self.topology.nats:
             self._machines[nat.name] = KernelNat(self, nat.name, namespaces[nat.name])
 
-    def _names(self) -> dict[str, tuple[str, ...]]:
+    def _public_names(self) -> dict[str, tuple[str, ...]]:
+        interfaces = {name: plan for name, plan in self.plan.servers.items()}
+        for name, plans in self.plan.hosts.items():
+            interfaces |= {name: plan for plan in plans if plan.network == INTERNET}
         return {
-            name.lower(): machine.addresses
-            for name, machine in self._machines.items()
-            if isinstance(machine, KernelHost)
+            name.lower(): tuple(map(str, (*plan.ipv4, *plan.ipv6)))
+            for name, plan in interfaces.items()
         }
 
     def _connect_fabric(self, fabric: FabricProcess) -> None:

@@ -98,7 +98,7 @@ async def test_programs_run_in_hosts_and_end_with_the_lab() -> None:
     async with KernelLab(reference_topology()) as lab:
         done = await lab.host("a").run_process(["ip", "-br", "addr"], capture_stdout=True)
         left = await lab.host("b").open_process(["sleep", "600"])
-    assert lab.addresses.hosts["a"][0].ipv4[0].exploded in done.stdout.decode()
+    assert lab.plan.hosts["a"][0].ipv4[0].exploded in done.stdout.decode()
     with trio.fail_after(5):
         assert await left.wait() == -9
 
