@@ -217,9 +217,11 @@ class KernelLab:
             self._machines[nat.name] = KernelNat(self, nat.name, namespaces[nat.name])
 
     def _public_names(self) -> dict[str, tuple[str, ...]]:
-        interfaces = {name: plan for name, plan in self.plan.servers.items()}
+        interfaces = dict(self.plan.servers)
         for name, plans in self.plan.hosts.items():
-            interfaces |= {name: plan for plan in plans if plan.network == INTERNET}
+            for plan in plans:
+                if plan.network == INTERNET:
+                    interfaces[name] = plan
         return {
             name.lower(): tuple(map(str, (*plan.ipv4, *plan.ipv6)))
             for name, plan in interfaces.items()

@@ -138,6 +138,13 @@ def add_veth(left: LinkEnd, right: LinkEnd) -> Request:
     )
 
 
+def add_link_kind(kind: str) -> Request:
+    """Create a link of a kind that needs no parameters, with a name of the kernel's choice."""
+    info = attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, kind.encode()))
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + info
+    return Request(f"create a {kind} link", _RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
 def set_link(
     index: int, *, up: bool, mtu_bytes: int | None = None, queue_packets: int | None = None
 ) -> Request:
