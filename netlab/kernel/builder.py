@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from netlab.behavior import Firewall, Ipv6
+from netlab.kernel.fidelity import Engine
 from netlab.kernel.namespaces import NetworkNamespace, create_namespaces, move_descriptor_up
 from netlab.kernel.netfilter import load_ruleset, nft_way
 from netlab.kernel.netlink import (
@@ -139,8 +141,7 @@ class Built:
             requests.append(add_rule(NAT_OUTSIDE, AFTER_NAT_TABLE))
         with namespace.entered():
             # Connection tracking, and with it some of the sysctls, starts with the rules.
-            if machine.rules:
-                self._check_nft(machine)
+            if machine.rules and self._must_load_rules(machine):
                 load_ruleset(namespace, machine.rules)
             for name, value in machine.sysctls.items():
                 write_sysctl(name, value)
@@ -148,12 +149,19 @@ class Built:
                 netlink.run(requests)
 
     @staticmethod
-    def _check_nft(machine: Machine) -> None:
-        if nft_way() is None:
-            raise BuildError(
-                f'"{machine.name}" needs nftables, which is not installed; '
-                "install the package nftables"
-            )
+    def _must_load_rules(machine: Machine) -> bool:
+        """Return False where nftables is missing and only its spoofing filter is lost by that."""
+        if nft_way() is not None:
+            return True
+        router = machine.router
+        assert router is not None
+        plain = router.behavior.firewall == Firewall() and router.behavior.ipv6 is Ipv6.NONE
+        if router.engine is Engine.USER and plain:
+            return False
+        raise BuildError(
+            f'NAT "{machine.name}" needs nftables, which is not installed: install the package '
+            'nftables, or give a NAT without firewall and IPv6 the engine "user"'
+        )
 
     def close_tuns(self) -> None:
         """Let go of the TUN devices, which live on while another process holds them."""
