@@ -133,3 +133,5 @@ def _port_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[
         yield "a limit of mappings per host"
     if behavior.addresses > 1 and behavior.pooling is Pooling.ARBITRARY:
         yield "arbitrary pooling per mapping"
+    if behavior.addresses > 1 and behavior.hairpin is Hairpin.EXTERNAL:
+        yield "hairpinning with several external addresses"

@@ -220,28 +220,30 @@ def _nat(router: Router) -> Iterator[str]:
 
 def _source_nat(router: Router) -> Iterator[str]:
     behavior, addresses = router.behavior, router.plan.outside.ipv4
-    ports, out = behavior.ports, f'oifname "{WAN}"'
-    # Masquerade forgets its flows when the address goes, as home routers do. It knows one
-    # address only; the first of a pool starts a range.
-    single = len(addresses) == 1
-    action = "masquerade" if single else f"snat ip to {addresses[0]}-{addresses[-1]}"
-    if ports.preserved:
-        numbers = ", ".join(map(str, ports.preserved))
-        yield f"{out} udp sport {{ {numbers} }} {action}"
-    span = ports.ranges[0]
-    if ports.assignment in (PortAssignment.HASH, PortAssignment.SEQUENTIAL):
-        yield f"{out} meta l4proto {{ tcp, udp }} {_computed_port(router, span)}"
-    limited = span != _ALL_PORTS
+    ports, span = behavior.ports, behavior.ports.ranges[0]
     suffix = " random" if behavior.mapping is not Mapping.EIM else ""
-    if limited:
-        to = f"{action} to" if single else action
-        yield f"{out} meta l4proto {{ tcp, udp }} {to} :{span.first}-{span.last}{suffix}"
-    yield f"{out} {action}{suffix}"
+    for number, address in enumerate(addresses):
+        out = f'oifname "{WAN}"'
+        # Masquerade forgets its flows when the address goes, as home routers do, but knows one
+        # address only. From a pool, which is no range, a hash of the host picks its address.
+        action, to = "masquerade", "masquerade to "
+        if len(addresses) > 1:
+            out += f" jhash ip saddr mod {len(addresses)} seed 0x1 == {number}"
+            action, to = f"snat to {address}", f"snat to {address}"
+        if ports.preserved:
+            numbers = ", ".join(map(str, ports.preserved))
+            yield f"{out} udp sport {{ {numbers} }} {action}"
+        if ports.assignment in (PortAssignment.HASH, PortAssignment.SEQUENTIAL):
+            port = _computed_port(router, span)
+            yield f"{out} meta l4proto {{ tcp, udp }} snat to {address} : {port}"
+        elif span != _ALL_PORTS:
+            yield f"{out} meta l4proto {{ tcp, udp }} {to}:{span.first}-{span.last}{suffix}"
+        yield f"{out} {action}{suffix}"
 
 
 def _computed_port(router: Router, span: PortRange) -> str:
-    """Return a source NAT whose port follows from a hash or a counter."""
-    behavior, address = router.behavior, router.plan.outside.ipv4[0]
+    """Return an expression for a port that follows from a hash or a counter."""
+    behavior = router.behavior
     if behavior.ports.assignment is PortAssignment.SEQUENTIAL:
         # A number used as a port directly comes out byte-swapped; a map keeps the order.
         step = behavior.ports.step
@@ -251,7 +253,7 @@ def _computed_port(router: Router, span: PortRange) -> str:
             f"{n} : {span.first + (start - span.first + n * step) % len(span)}"
             for n in range(length)
         )
-        return f"snat to {address} : numgen inc mod {length} map {{ {entries} }}"
+        return f"numgen inc mod {length} map {{ {entries} }}"
     key = {
         Mapping.EIM: "ip saddr . th sport",
         Mapping.ADM: "ip saddr . th sport . ip daddr",
@@ -260,7 +262,7 @@ def _computed_port(router: Router, span: PortRange) -> str:
     # The hash comes out byte-swapped as a port, hence anywhere above 1023 whatever the range
     # says: 2^14 values from 20000 stay clear of the well-known ports either way.
     seed = zlib.crc32(f"{router.seed} {router.name}".encode())
-    return f"snat to {address} : jhash {key} mod 16384 seed {seed:#x} offset 20000"
+    return f"jhash {key} mod 16384 seed {seed:#x} offset 20000"
 
 
 def _learn(router: Router) -> Iterator[str]:
