@@ -23,6 +23,7 @@ from netlab.kernel.jail import JailError, in_jail
 from netlab.kernel.machines import KernelHost, KernelMachine, KernelNat
 from netlab.kernel.namespaces import NetworkNamespace
 from netlab.kernel.nft import Router
+from netlab.kernel.observe import NatObserver
 from netlab.kernel.sockets import LabResolver, install_hooks
 from netlab.kernel.wiring import Wiring, plan_wiring
 from netlab.model import INTERNET, Topology
@@ -45,6 +46,8 @@ class KernelLab:
             on the internet itself, have their own names anyway.
         engines: NATs that must use this engine, whatever the fidelity table says.
         adjustable: owners of links that `set_link` may change later.
+        observe: whether mappings and drops of NATs in the kernel go on the timeline, as those of
+            the user engine always do. It costs two sockets for each.
         nat_time_scale: how many seconds of NAT lifetime pass in one real second on the user
             engine. The kernel's own timers can't be scaled.
 
@@ -63,10 +66,13 @@ class KernelLab:
         names: Mapping[str, Iterable[str]] | None = None,
         engines: Mapping[str, Engine] | None = None,
         adjustable: Collection[str] = (),
+        observe: bool = True,
         nat_time_scale: float = 1.0,
     ) -> None:
         self.topology = topology if seed is None else replace(topology, seed=seed)
-        self.wiring: Wiring = plan_wiring(self.topology, engines=engines, pumped=adjustable)
+        self.wiring: Wiring = plan_wiring(
+            self.topology, engines=engines, pumped=adjustable, log_drops=observe
+        )
         self.routers: dict[str, Router] = {
             name: machine.router
             for name, machine in self.wiring.machines.items()
@@ -74,6 +80,8 @@ class KernelLab:
         }
         self.timeline = Timeline() if timeline is None else timeline
         self._extra_names = {name.lower(): tuple(found) for name, found in (names or {}).items()}
+        self._observe = observe
+        self.observers: dict[str, NatObserver] = {}
         self._nat_time_scale = nat_time_scale
         self._built = Built(self.wiring)
         self._fabric: FabricProcess | None = None
@@ -184,6 +192,8 @@ class KernelLab:
             self._built.build()
             self._started = time.monotonic()
             self._make_machines()
+            if self._observe:
+                self._start_observing()
             if self._fabric is not None:
                 self._connect_fabric(self._fabric)
             restore = install_hooks(LabResolver(self._public_names() | self._extra_names))
@@ -191,6 +201,8 @@ class KernelLab:
                 async with trio.open_nursery() as nursery:
                     if self._fabric is not None:
                         nursery.start_soon(self._follow_events, self._fabric)
+                    for observer in self.observers.values():
+                        nursery.start_soon(observer.run)
                     yield
                     nursery.cancel_scope.cancel()
             except BaseExceptionGroup as group:
@@ -215,6 +227,13 @@ class KernelLab:
             )
         for nat in self.topology.nats:
             self._machines[nat.name] = KernelNat(self, nat.name, namespaces[nat.name])
+
+    def _start_observing(self) -> None:
+        for name, router in self.routers.items():
+            if self.wiring.machines[name].rules:
+                namespace = self.namespaces[name]
+                observer = NatObserver(router.name, namespace, self.now, self.timeline.add)
+                self.observers[name] = observer
 
     def _public_names(self) -> dict[str, tuple[str, ...]]:
         interfaces = dict(self.plan.servers)
@@ -282,6 +301,9 @@ class KernelLab:
                 self._fabric.close()
         finally:
             self._fabric = None
+            for observer in self.observers.values():
+                observer.close()
+            self.observers.clear()
             self._machines.clear()
             self._built.close()
 

@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,9 +33,9 @@ SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_CAP_ACK = 10
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
-NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLMSG_ERROR = 2
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
@@ -83,6 +83,15 @@ class Request:
 def attribute(kind: int, payload: bytes) -> bytes:
     """Encode one attribute with its padding."""
     return _ATTRIBUTE.pack(4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
+
+
+def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (type, whole message) of each netlink message in what was received."""
+    position = 0
+    while position + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, position)
+        yield kind, data[position : position + length]
+        position += max(16, (length + 3) & ~3)
 
 
 def find_attribute(data: bytes, offset: int, wanted: int) -> bytes | None:
@@ -324,16 +333,13 @@ class Netlink:
         missing = len(batch)
         refused: tuple[int, Request] | None = None
         while missing:
-            answer = self._socket.recv(65536)
-            position = 0
-            while position < len(answer):
-                length, kind, _, sequence, _ = _MESSAGE.unpack_from(answer, position)
+            for kind, message in messages(self._socket.recv(65536)):
+                (sequence,) = struct.unpack_from("=I", message, 8)
                 if kind == NLMSG_ERROR and sequence >= first:
-                    (code,) = struct.unpack_from("=i", answer, position + 16)
+                    (code,) = struct.unpack_from("=i", message, 16)
                     missing -= 1
                     if code and refused is None:
                         refused = (-code, batch[sequence - first])
-                position += (length + 3) & ~3
         if refused is not None:
             number, request = refused
             raise NetlinkError(

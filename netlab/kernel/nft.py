@@ -23,6 +23,7 @@ from netlab.behavior import (
     Translation,
     Unsolicited,
 )
+from netlab.drops import DropReason
 from netlab.kernel.fidelity import Engine
 
 WAN = "wan"
@@ -58,10 +59,11 @@ class Router:
     seed: int = 0
     lan_glob: str = field(default=f'"{LAN}*"', init=False)
 
-    def drop(self, reason: str, condition: str) -> Iterator[str]:
+    def drop(self, reason: DropReason, condition: str) -> Iterator[str]:
         """Rules that drop what meets the condition, and tell why where drops are observed."""
         if self.log_drops:
-            yield f'{condition} log group {DROP_LOG_GROUP} queue-threshold 1 prefix "{reason}"'
+            log = f"log group {DROP_LOG_GROUP} queue-threshold 1"
+            yield f'{condition} {log} prefix "{reason.value}"'
         yield f"{condition} drop"
 
     @property
@@ -171,10 +173,10 @@ def _guard(router: Router) -> Iterator[str]:
     if unsolicited in (Unsolicited.RESET, Unsolicited.REJECT):
         rules.append(f"{new} meta l4proto {{ tcp, udp }} reject with icmpx type port-unreachable")
     if unsolicited is not Unsolicited.ACCEPT:
-        rules += router.drop("unsolicited", new)
+        rules += router.drop(DropReason.NO_MAPPING, new)
     if router.translates and router.behavior.hairpin is Hairpin.NONE:
         rules += router.drop(
-            "no-hairpin", f"iifname {router.lan_glob} ip daddr {{ {router.external} }}"
+            DropReason.NO_HAIRPIN, f"iifname {router.lan_glob} ip daddr {{ {router.external} }}"
         )
     yield from _chain("input", "filter hook input priority 0", rules)
 
@@ -308,7 +310,7 @@ def _filter(router: Router) -> Iterator[str]:
     rules: list[str] = []
     if inside is not None:
         # BCP 38: what keeps an old address after a move must not leave by the new uplink.
-        rules += router.drop("spoofed", f"{lan} meta nfproto ipv4 ip saddr != {inside}")
+        rules += router.drop(DropReason.SPOOFED, f"{lan} meta nfproto ipv4 ip saddr != {inside}")
     if behavior.firewall.captive_portal:
         yield f"  set {LOGGED_IN} {{"
         yield "    type ipv4_addr;"
@@ -320,7 +322,7 @@ def _filter(router: Router) -> Iterator[str]:
     outward = f'{lan} oifname "{WAN}"'
     rules += _outbound_firewall(router, outward)
     if not behavior.tcp.simultaneous_open:
-        rules += router.drop("bare-syn", f"{wan} tcp flags & (syn | ack) == syn")
+        rules += router.drop(DropReason.SYN_FILTERED, f"{wan} tcp flags & (syn | ack) == syn")
     if inside is not None and behavior.filtering is Filtering.ADF:
         yield "  set seen {"
         yield "    type inet_proto . ipv4_addr . inet_service . ipv4_addr;"
@@ -346,7 +348,7 @@ def _filter(router: Router) -> Iterator[str]:
         if behavior.filtering is Filtering.EIF:
             translated = " ct status dnat" if router.translates else ""
             rules.append(f"{ipv4}{translated} accept")
-        rules += router.drop("filtered", ipv4)
+        rules += router.drop(DropReason.FILTERED, ipv4)
     if behavior.tcp.reset_after_idle:
         rules.append(f"{lan} tcp flags & (syn | ack) == ack ct state new reject with tcp reset")
     yield from _chain("forward", "filter hook forward priority 0", rules)
@@ -357,9 +359,11 @@ def _outbound_firewall(router: Router, outward: str) -> Iterator[str]:
     if firewall.captive_portal:
         guest = f"{outward} ip saddr != @{LOGGED_IN}"
         yield f"{guest} meta l4proto tcp reject with tcp reset"
-        yield from router.drop("captive-portal", guest)
+        yield from router.drop(DropReason.CAPTIVE_PORTAL, guest)
     if firewall.block_stun:
-        yield from router.drop("stun-blocked", f"{outward} meta l4proto udp @th,96,32 0x2112a442")
+        yield from router.drop(
+            DropReason.STUN_BLOCKED, f"{outward} meta l4proto udp @th,96,32 0x2112a442"
+        )
     for protocol, ports, refusal in (
         ("udp", firewall.udp_ports, "reject with icmpx type admin-prohibited"),
         ("tcp", firewall.tcp_ports, "reject with tcp reset"),
@@ -372,7 +376,7 @@ def _outbound_firewall(router: Router, outward: str) -> Iterator[str]:
         if firewall.reject:
             yield f"{blocked} {refusal}"
         else:
-            yield from router.drop("firewall", blocked)
+            yield from router.drop(DropReason.FIREWALL, blocked)
 
 
 def _firewall_ipv6(router: Router) -> Iterator[str]:
@@ -399,7 +403,7 @@ def _firewall_ipv6(router: Router) -> Iterator[str]:
             "meta l4proto . ip6 daddr . th dport . ip6 saddr @seen6 accept"
         )
     rules.append(f"{wan} icmpv6 type {{ {errors}, echo-request }} accept")
-    rules += router.drop("filtered", wan)
+    rules += router.drop(DropReason.FILTERED, wan)
     yield from _chain("forward", "filter hook forward priority 0", rules)
 
 

@@ -7,6 +7,7 @@ import socket
 import pytest
 import trio
 
+from netlab.drops import DropReason
 from netlab.kernel.fidelity import Engine
 from netlab.kernel.lab import KernelLab
 from netlab.model import (
@@ -19,6 +20,7 @@ from netlab.model import (
     Topology,
     Uplink,
 )
+from netlab.timeline import Event, MappingBorn, MappingDied, PacketDropped
 
 pytestmark = pytest.mark.jail
 
@@ -210,3 +212,43 @@ async def test_a_link_delays_and_loses_as_told() -> None:
                     await client.recvfrom(100)
                 assert waited.cancelled_caught
         nursery.cancel_scope.cancel()
+
+
+def heard(lab: KernelLab, kind: type[Event]) -> trio.Event:
+    """Return what is set when an event of a kind is on the timeline."""
+    happened = trio.Event()
+    lab.timeline.sinks.append(lambda e: happened.set() if isinstance(e, kind) else None)
+    return happened
+
+
+@pytest.mark.parametrize("engine", list(Engine))
+async def test_the_timeline_tells_of_mappings_and_drops(engine: Engine) -> None:
+    """Both engines report the birth and death of a mapping, and why a stranger got nowhere."""
+    async with (
+        KernelLab(reference_topology(), engines={"home": engine}) as lab,
+        trio.open_nursery() as nursery,
+    ):
+        await nursery.start(echo_server, lab, "s1", 3478)
+        dropped, ended = heard(lab, PacketDropped), heard(lab, MappingDied)
+        async with lab.host("a"):
+            client = trio.socket.socket(type=socket.SOCK_DGRAM)
+        async with lab.host("s2"):
+            stranger = trio.socket.socket(type=socket.SOCK_DGRAM)
+        with client, stranger, trio.fail_after(5):
+            await client.bind(("0.0.0.0", 40000))
+            address, port = (await ask(client, lab, "s1", 3478)).split()
+            await stranger.sendto(b"?", (address, int(port)))
+            await dropped.wait()
+            lab.nat("home").reboot()
+            await ended.wait()
+        inside, server = lab.host("a").addresses[0], lab.host("s1").addresses[0]
+        nursery.cancel_scope.cancel()
+    (born,) = (event for event in lab.timeline if isinstance(event, MappingBorn))
+    assert (born.nat, born.protocol) == ("home", "udp")
+    assert (born.inside, born.external) == (f"{inside}:40000", f"{address}:{port}")
+    assert born.remote == f"{server}:3478"
+    (drop,) = (event for event in lab.timeline if isinstance(event, PacketDropped))
+    assert (drop.where, drop.reason) == ("home", DropReason.FILTERED)
+    assert drop.destination == f"{address}:{port}"
+    (died,) = (event for event in lab.timeline if isinstance(event, MappingDied))
+    assert (died.external, died.cause) == (born.external, "reboot")
