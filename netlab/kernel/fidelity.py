@@ -62,8 +62,6 @@ def choose_engine(behavior: NatBehavior, inside_machines: int) -> Fidelity:
 
 def _nft_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[str]:
     yield from _lifetime_shortcomings(behavior)
-    if behavior.nat64:
-        yield "nat64 needs header translation"
     if behavior.translation is Translation.NONE:
         return
     if behavior.filter_scope is FilterScope.ENDPOINT and behavior.mapping is not Mapping.EIM:

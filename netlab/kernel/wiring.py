@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from netlab.addresses import AddressPlan, InterfacePlan, NatPlan, plan_addresses
-from netlab.behavior import Link
+from netlab.behavior import Link, ModelError
 from netlab.kernel.fidelity import Engine, Fidelity, choose_engine
 from netlab.kernel.netlink import IpInterface, Route
 from netlab.kernel.nft import (
@@ -159,7 +159,8 @@ def plan_wiring(
         log_drops: whether dropped packets are reported through NFLOG.
 
     Raises:
-        ModelError: the topology does not fit the address plan.
+        ModelError: the topology does not fit the address plan, or needs what the kernel back
+            end doesn't have.
     """
     planner = _Planner(topology, dict(engines or {}), frozenset(pumped), log_drops)
     return planner.plan()
@@ -258,6 +259,11 @@ class _Planner:
 
     def _add_nat(self, nat: Nat) -> None:
         plan, behavior = self._addresses.nats[nat.name], nat.behavior
+        if behavior.nat64:
+            raise ModelError(
+                f'nat "{nat.name}": nat64',
+                "the kernel back end translates no IPv6 to IPv4; use the simulated one",
+            )
         inside = self._inside[nat.name]
         fidelity = choose_engine(behavior, len(inside))
         engine = self._engines.get(nat.name, fidelity.engine)

@@ -18,6 +18,7 @@ from netlab.model import (
     Lifetimes,
     Link,
     Mapping,
+    ModelError,
     Nat,
     NatBehavior,
     PortAllocation,
@@ -228,7 +229,6 @@ def test_nftables_is_used_where_it_is_faithful(behavior: dict[str, object]) -> N
         ({"refresh": Refresh.OUTBOUND}, "inbound packets renew"),
         ({"lifetimes": Lifetimes(udp_seconds=0.5)}, "whole seconds"),
         ({"max_mappings_per_host": 5}, "limit"),
-        ({"nat64": True, "ipv6": Ipv6.ROUTED}, "nat64"),
     ],
 )
 def test_the_user_engine_is_used_elsewhere_and_says_why(
@@ -255,6 +255,12 @@ def test_the_choice_can_be_overridden() -> None:
     fidelity = wiring.machines["n"].fidelity
     assert fidelity is not None
     assert fidelity.reasons
+
+
+def test_nat64_is_refused_with_the_way_out() -> None:
+    """The kernel back end has none, and says who has."""
+    with pytest.raises(ModelError, match=r'nat "n": nat64: .* use the simulated one'):
+        plan_wiring(home(NatBehavior(nat64=True, ipv6=Ipv6.ROUTED)))
 
 
 def test_a_user_nat_owns_no_external_address_but_gets_its_packets() -> None:
