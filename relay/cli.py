@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.demo import demo_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
 from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
 from traversal.relay_map import RelayMap, RelayMapError
@@ -142,12 +143,23 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
                 if dev:
                     click.echo(_dev_banner(bound, text))
 
+    problems: list[str] = []
     try:
         config = load()
         set_up_logging(config.log)
-        trio.run(run, config, strict_exception_groups=False)
-    except (*StartError, RelayMapError) as error:
-        raise click.ClickException(str(error)) from None
+        trio.run(run, config)
+    except* (*StartError, RelayMapError) as group:
+        problems = _messages(group)
+    if problems:
+        raise click.ClickException("\n".join(problems))
+
+
+def _messages(group: BaseExceptionGroup[Any]) -> list[str]:
+    """The texts of the errors in a group, however deep."""
+    texts = []
+    for error in group.exceptions:
+        texts += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return texts
 
 
 def _map_of_running(config: Config, bound: Any) -> RelayMap:
@@ -169,7 +181,7 @@ def _dev_banner(bound: Any, map_text: str) -> str:
         f"  DERP    {places(bound.derp)} (TLS)\n"
         f"  STUN    {places(bound.stun)} (UDP)\n"
         f"  HTTP    {places(bound.http)}\n"
-        f"  status  http://{places(bound.admin)}/\n"
+        f"  status  {f'http://{places(bound.admin)}/' if bound.admin else 'off'}\n"
         f"  key     {bound.server_key}\n"
         f"  pin     {bound.pin or 'none'}\n\n"
         f"Relay map to give to clients:\n\n{map_text}\n"
@@ -360,6 +372,8 @@ def token_issue(
     click.echo(text)
     click.echo(f"id {claims.id}", err=True)
 
+
+main.add_command(demo_command)
 
 if __name__ == "__main__":
     main()

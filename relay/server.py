@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import trio
 
 from relay.acme import AcmeRenewer
 from relay.acme_files import http_challenge_answer
-from relay.admin import admin_responder
+from relay.admin import admin_responder, read_admin_token
 from relay.admission import Admission
 from relay.certificate_files import CertificateError, load_or_create_self_signed
 from relay.certificates import Certificates
@@ -31,9 +32,10 @@ from relay.http import Responder, serve_http
 from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.logs import set_level
 from relay.service import Identity, Service
-from relay.snapshot import Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot, merge
 from relay.stun import StunServer, StunServerError
-from relay.workers import WorkerError, WorkerPool
+from relay.worker_pipe import WorkerError
+from relay.workers import WorkerPool
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
@@ -51,7 +53,7 @@ class DataPlane(Protocol):
     async def reconfigure(self, config: Config) -> None: ...
     async def reload_files(self) -> None: ...
     async def revoke(self, key: bytes, reason: str) -> int: ...
-    async def snapshots(self) -> list[Snapshot]: ...
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,7 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
-    if config.admin.token_file:
-        attempt(lambda: read_admin_token(config))
+    attempt(lambda: _admin_token(config))
     return problems
 
 
@@ -149,6 +150,7 @@ class _Relay:
         self._identity = identity
         self._sockets: list[socket.socket] = []
         self._stopping = False
+        self._admin_token = _admin_token(config)
         self._plane: DataPlane
         try:
             workers = config.server.workers
@@ -181,6 +183,18 @@ class _Relay:
         self._sockets += sockets
         return sockets
 
+    async def collect(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """One picture of the whole relay. Raises WorkerError."""
+        snapshots = await self._plane.snapshots(max_clients)
+        if not snapshots:
+            raise WorkerError("no worker answers")
+        snapshot = merge(snapshots)
+        stun = None if self._stun is None else self._stun.statistics()
+        return msgspec.structs.replace(snapshot, stun=stun)
+
+    async def _revoke(self, key: NodePublic) -> int:
+        return await self._plane.revoke(key.raw, "the operator ended its sessions")
+
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -195,20 +209,25 @@ class _Relay:
                 )
                 for listener in self._http:
                     nursery.start_soon(accept_loop, listener, _http_handler(plain))
-                admin = admin_responder(self)
+                admin = admin_responder(
+                    collect=self.collect,
+                    revoke=self._revoke,
+                    token=lambda: self._admin_token,
+                    workers=self._config.server.workers,
+                )
                 for listener in self._admin:
                     nursery.start_soon(accept_loop, listener, _http_handler(admin))
                 if self._config.tls.mode == "acme":
                     renewer = AcmeRenewer(acme, self._config.server.hostname)
                     nursery.start_soon(renewer.run)
-                (first, *_) = await self._plane.snapshots()
+                certificate = (await self.collect(0)).certificate
                 bound = Bound(
                     server_key=self._identity.private_key.public(),
                     derp=_places(self._derp),
                     stun=tuple(stun),
                     http=_places(self._http),
                     admin=_places(self._admin),
-                    pin=first.certificate.pin or "" if first.certificate else "",
+                    pin=(certificate.pin or "") if certificate is not None else "",
                 )
                 logger.info("serving DERP on %s, key %s", bound.derp, bound.server_key)
                 task_status.started(bound)
@@ -231,17 +250,24 @@ class _Relay:
         """SIGHUP: configuration and files; what is wrong leaves everything as it was."""
         try:
             reload = diff_reload(self._config, self._load_again())
+            admin_token = _admin_token(reload.config)
             await self._plane.reconfigure(reload.config)
         except (ConfigError, WorkerError) as error:
             logger.error("the old configuration stays in use: %s", error)
             return
         self._config = reload.config
+        self._admin_token = admin_token
         set_level(reload.config.log)
         await self._plane.reload_files()
         if reload.applied:
             logger.info("reloaded: %s", ", ".join(reload.applied))
         if reload.needs_restart:
             logger.warning("these keys need a restart: %s", ", ".join(reload.needs_restart))
+
+
+def _admin_token(config: Config) -> str:
+    path = config.admin.token_file
+    return read_admin_token(path) if path else ""
 
 
 def _stun_server(config: Config) -> StunServer | None:

@@ -54,6 +54,8 @@ MAX_WAITING_LINKS: Final = 64
 STRANGERS_PER_SECOND: Final = 50.0
 STRANGERS_BURST: Final = 200.0
 """Introductions of unknown keys that are opened: each costs a key agreement of 30 us."""
+HOME_PATIENCE_SECONDS: Final = 2.0
+"""How long opening a node waits for its home relay, so that peers can reach it at once."""
 ANNOUNCE_AT_ONCE: Final = 16
 ANNOUNCE_PAUSE_SECONDS: Final = 0.05
 """A relay queue holds 32 packets: announcements to a thousand peers must not overrun it."""
@@ -101,7 +103,8 @@ async def open_node(
 ) -> AsyncIterator[Node]:
     """Open a node for the length of the block; leaving it closes every socket and link.
 
-    On entry the first net check is over (0.1 to 5 s) and a home relay is chosen, if any answered.
+    On entry the first net check is over (0.1 to 5 s), a home relay is chosen and, unless that takes
+    more than 2 s, connected.
 
     Args:
         port: local UDP port for both families; 0 lets the kernel choose.
@@ -317,6 +320,8 @@ class Node:
                 nursery.start_soon(self._announce_forever)
                 await nursery.start(self._relays.run)
                 await nursery.start(self._endpoints.run)
+                with trio.move_on_after(HOME_PATIENCE_SECONDS):
+                    await self._relays.wait_for_home()
                 task_status.started()
         finally:
             self._udp.close()

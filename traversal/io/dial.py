@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Self
 
 import trio
 
-from relay.chain_check import check_chain, is_address
+from traversal.io.chain_check import check_chain, is_address
 from traversal.io.proxy import Proxy
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
@@ -206,8 +207,8 @@ async def dial(
     """
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        stream, tls = await _open_stream(target, progress, make_context, proxy)
-        try:
+        stream, tls = await _open(target, progress, make_context, proxy)
+        with _closed_on_error(stream):
             return await _shake_hands(
                 stream,
                 tls,
@@ -219,55 +220,20 @@ async def dial(
                 ideal_node=ideal_node,
                 fast_start=fast_start,
             )
-        except BaseException:
-            stream.close()
-            raise
     raise progress.timeout()
 
 
-async def open_stream(
+async def connect(
     target: Target,
     *,
     make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     proxy: Proxy | None = None,
-) -> HandshakeStream:
-    """Connect to a DERP server's port and check its certificate, for plain HTTP requests.
-
-    Raises DialError, after 10 s at the latest.
-    """
+) -> tuple[HandshakeStream, TlsEngine | None]:
+    """Connect by TCP and TLS only, within 10 s, for HTTP requests. Raises DialError."""
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        return (await _open_stream(target, progress, make_context, proxy))[0]
+        return await _open(target, progress, make_context, proxy)
     raise progress.timeout()
-
-
-async def _open_stream(
-    target: Target,
-    progress: _Progress,
-    make_context: Callable[[], ssl.SSLContext],
-    proxy: Proxy | None,
-) -> tuple[HandshakeStream, TlsEngine | None]:
-    if proxy is None:
-        stream = HandshakeStream(await _connect(target, progress))
-    else:
-        stream = HandshakeStream(await _connect(Target(proxy.host, proxy.port, None), progress))
-    try:
-        if proxy is not None:
-            await _tunnel(stream, str(target), proxy, progress)
-        if target.policy is None:
-            return stream, None
-        progress.enter("tls")
-        tls = await _start_tls(stream, target, make_context)
-        problem = check_chain(
-            tls.peer_chain(), target.policy, target.server_name, datetime.now(UTC)
-        )
-        if problem is not None:
-            progress.step = "certificate"
-            raise progress.error(problem)
-        return stream, tls
-    except BaseException:
-        stream.close()
-        raise
 
 
 async def _tunnel(stream: HandshakeStream, target: str, proxy: Proxy, progress: _Progress) -> None:
@@ -292,14 +258,11 @@ async def dial_path(path: str, private_key: NodePrivate, *, info: ClientInfo) ->
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
         sock = trio.socket.socket(socket.AF_UNIX)
         stream = HandshakeStream(sock)
-        try:
+        with _closed_on_error(stream):
             await sock.connect(path)
             return await _shake_hands(
                 stream, None, private_key, progress, host="localhost", info=info
             )
-        except BaseException:
-            stream.close()
-            raise
     raise progress.timeout()
 
 
@@ -341,6 +304,39 @@ class _Progress:
             raise self.error(reason.removeprefix(_VERIFICATION)) from None
         if isinstance(error, OSError):
             raise self.error(_reason(error)) from None
+
+
+@contextmanager
+def _closed_on_error(stream: HandshakeStream) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stream.close()
+        raise
+
+
+async def _open(
+    target: Target,
+    progress: _Progress,
+    make_context: Callable[[], ssl.SSLContext],
+    proxy: Proxy | None,
+) -> tuple[HandshakeStream, TlsEngine | None]:
+    first = target if proxy is None else Target(proxy.host, proxy.port, None)
+    stream = HandshakeStream(await _connect(first, progress))
+    with _closed_on_error(stream):
+        if proxy is not None:
+            await _tunnel(stream, str(target), proxy, progress)
+        if target.policy is None:
+            return stream, None
+        progress.enter("tls")
+        tls = await _start_tls(stream, target, make_context)
+        problem = check_chain(
+            tls.peer_chain(), target.policy, target.server_name, datetime.now(UTC)
+        )
+        if problem is not None:
+            progress.step = "certificate"
+            raise progress.error(problem)
+    return stream, tls
 
 
 async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketType:

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from traversal.io.dial import DialError, Target, open_stream
+from traversal.io.dial import DialError, Target, connect
 from traversal.io.relay_client import RelayOptions
 from traversal.io.resolver import Resolver
 from traversal.io.stream import StreamEndedError
@@ -120,7 +120,7 @@ class NetCheck:
         began = trio.current_time()
         answered = trio.Event()
         for probe in probes:
-            with trio.move_on_after(began + probe.delay_seconds - trio.current_time()):
+            with trio.move_on_at(began + probe.delay_seconds):
                 await answered.wait()
             if answered.is_set() or not self._report.would_help(probe):
                 return
@@ -162,7 +162,7 @@ class NetCheck:
                 return
 
     async def _time_request(self, target: Target) -> float | None:
-        stream = await open_stream(target, make_context=self._options.make_context)
+        stream, _ = await connect(target, make_context=self._options.make_context)
         try:
             began = trio.current_time()
             request = (

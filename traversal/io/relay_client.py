@@ -130,6 +130,7 @@ class RelayClient:
         self._queue: deque[tuple[bytes, bytes]] = deque(maxlen=QUEUE_PACKETS)
         self._connection: _Connection | None = None
         self._retry_now = trio.Event()
+        self._was_connected = trio.Event()
         self._sent = 0
         self._received = 0
         self._dropped = 0
@@ -140,6 +141,10 @@ class RelayClient:
     def is_connected(self) -> bool:
         """Whether packets can leave now."""
         return self._connection is not None
+
+    async def wait_connected(self) -> None:
+        """Until it is connected for the first time."""
+        await self._was_connected.wait()
 
     def statistics(self) -> RelayStatistics:
         """A snapshot."""
@@ -302,6 +307,7 @@ class RelayClient:
     async def _converse(self, connection: _Connection) -> None:
         if self._is_home:
             connection.send_control(encode_note_preferred(True))
+        self._was_connected.set()
         self._last_error = self._health = ""
         self._handler.handle_relay_change(self.region.region_id, is_up=True)
         try:

@@ -84,6 +84,12 @@ class Relays:
         for number, (client, _) in self._clients.items():
             client.set_home(number == region)
 
+    async def wait_for_home(self) -> None:
+        """Until the home, if there is one, was connected to for the first time."""
+        entry = self._clients.get(self.home)
+        if entry is not None:
+            await entry[0].wait_connected()
+
     def handle_network_change(self, own_hosts: frozenset[str]) -> None:
         """The host's addresses are these now (empty: unknown): replace what can't work any more."""
         for client, _ in self._clients.values():

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -88,7 +87,7 @@ class Candidate:
     pinged_at: float = -math.inf
     pinged_back_at: float = -math.inf
     answered_at: float = -math.inf
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCY_SAMPLES))
+    latencies: tuple[float, ...] = ()
     loss: LossWindow = field(default_factory=LossWindow)
     shelved_at: float | None = None
     wire_mtu_bytes: int = 0
@@ -110,6 +109,10 @@ class Candidate:
         """The greatest of the last three round trips: what a time-out must allow for."""
         return max(self.latencies, default=DEFAULT_RTT_SECONDS)
 
+    def note_latency(self, seconds: float) -> None:
+        """A Pong came after so long."""
+        self.latencies = (*self.latencies, seconds)[-LATENCY_SAMPLES:]
+
     def measured(self) -> Measured:
         """For comparison with another."""
         return Measured(self.path, self.latency_seconds, self.wire_mtu_bytes)
@@ -129,7 +132,7 @@ class Candidate:
         it is configured, and when the peer last pinged from there."""
         self.called_at = None
         self.pinged_at = self.pinged_back_at = self.answered_at = -math.inf
-        self.latencies.clear()
+        self.latencies = ()
         self.loss.clear()
         self.shelved_at = None
         self.wire_mtu_bytes = 0

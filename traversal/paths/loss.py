@@ -8,7 +8,6 @@ of one in a thousand per try.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Final
 
 WINDOW: Final = 16
@@ -18,33 +17,32 @@ HEALED_RUN: Final = 10
 
 
 class LossWindow:
-    """The outcomes of the last 16 heartbeats on one path."""
+    """The outcomes of the last 16 heartbeats on one path, as bits (1 is lost), newest lowest."""
 
-    __slots__ = ("_outcomes", "_run")
+    __slots__ = ("_bits", "_count", "_run")
 
     def __init__(self) -> None:
-        self._outcomes: deque[bool] = deque(maxlen=WINDOW)
-        self._run = 0
+        self._bits = self._count = self._run = 0
 
     def record(self, *, is_answered: bool) -> None:
         """Note one more outcome."""
-        self._outcomes.append(is_answered)
+        self._bits = (self._bits << 1 | (not is_answered)) & (1 << WINDOW) - 1
+        self._count = min(self._count + 1, WINDOW)
         self._run = self._run + 1 if is_answered else 0
 
     def clear(self) -> None:
         """Forget everything: the path died and is another one now, or was moved away from."""
-        self._outcomes.clear()
-        self._run = 0
+        self._bits = self._count = self._run = 0
 
     @property
     def lost(self) -> int:
         """How many of the remembered heartbeats were lost."""
-        return self._outcomes.count(False)
+        return self._bits.bit_count()
 
     @property
     def ratio(self) -> float:
         """Lost heartbeats, 0.0 to 1.0; 0.0 before the first."""
-        return self.lost / len(self._outcomes) if self._outcomes else 0.0
+        return self.lost / self._count if self._count else 0.0
 
     @property
     def is_suspicious(self) -> bool:

@@ -270,7 +270,7 @@ class Peer:
         if ping.purpose is Purpose.USER:
             self._effects.append(PingAnswered(candidate.path, latency, seen_as))
         if not ping.padding_bytes:
-            candidate.latencies.append(latency)
+            candidate.note_latency(latency)
         candidate.answered_at = now
         self._learn(candidate.path.address)
         if source != candidate.path.address:
@@ -344,7 +344,7 @@ class Peer:
     ) -> None:
         """A handshake with a UDP peer relay is complete; `server` names the relay."""
         candidate = Candidate(path)
-        candidate.latencies.append(latency_seconds)
+        candidate.note_latency(latency_seconds)
         candidate.answered_at = now
         best = self._best
         is_same_server = best is not None and best.path.vni != 0 and self._best_server == server

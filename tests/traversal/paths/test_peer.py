@@ -140,10 +140,10 @@ class TestPingBack:
         assert pongs == pytest.approx(40 + 200, abs=2)
 
     def test_replays_from_many_sources_are_bounded(self):
-        """Ten thousand forged sources leave a hundred candidates, all unmapped in the end."""
+        """Thousands of forged sources leave a hundred candidates, all unmapped in the end."""
         peer = make_peer(X)
         learned, forgotten, pings = 0, 0, 0
-        for i in range(10_000):
+        for i in range(4000):
             source = Address(f"198.18.{i // 250}.{i % 250}", 1)
             peer.handle_ping(b"recorded-one", Path(source), i / 1000)
             for effect in peer.poll_effects():
@@ -255,10 +255,10 @@ class TestLiveness:
     @pytest.mark.parametrize("is_one_way", [True, False])
     def test_dead_path_costs_less_than_a_second(self, world, delay, is_one_way):
         """At round trips of 2, 100 and 300 ms, one-way or not, a dead path loses < 1 s."""
-        for seed in range(10):
+        for seed in range(5):
             w = world(seed, delay=delay).join()
             log = w.talk(*((w.a,) if is_one_way else (w.a, w.b)), every=0.01, until=20.0)
-            start = 10.0 + seed * 0.317
+            start = 10.0 + seed * 0.617
             w.run(start)
             w.is_down = True
             w.run(20.0)
@@ -307,7 +307,7 @@ class TestLoss:
         w.run(55.0)
         assert w.a.peer.state is PathState.DIRECT
 
-    @pytest.mark.parametrize("seed", range(5))
+    @pytest.mark.parametrize("seed", range(3))
     def test_no_flapping(self, world, seed):
         """Under steady heavy loss the route settles; under light loss it never leaves."""
         heavy = world(seed).join()
@@ -406,7 +406,7 @@ def test_send_error_clears_the_path():
     assert peer.route.relay
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(EASY),
