@@ -31,6 +31,7 @@ MAX_WAITING_BYTES: Final = 4 << 20
 """What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
 SENDS_PER_CHECKPOINT: Final = 16
 """Half a relay queue: its writer gets a turn before the queue overflows."""
+MAX_EXTRA_CHECKPOINTS: Final = 8
 MAX_WAITING_CHANGES: Final = 64
 
 
@@ -207,10 +208,9 @@ class Link:
         Raises LinkClosedError, and LinkError for a datagram that can't be sent at all.
         """
         self.send_nowait(datagram)
-        if self._sent % SENDS_PER_CHECKPOINT:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        else:
-            await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._sent % SENDS_PER_CHECKPOINT == 0:
+            await self._let_others_run()
 
     async def send_many(self, datagrams: Sequence[bytes]) -> None:
         """Send several; on a direct path, runs of one size leave in one system call.
@@ -230,6 +230,16 @@ class Link:
             fault = self._udp.send_many(datagrams, route.path.address)
             self._follow_up(route, fault)
         await trio.lowlevel.checkpoint()
+
+    async def _let_others_run(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._machine.route.relay:
+            # The relay's writer needs a few turns for what it queued; more than these means that
+            # the network is slower than we are, and then datagrams are dropped, not held up.
+            for _ in range(MAX_EXTRA_CHECKPOINTS):
+                if self._relays.backlog(self._session.relay_region) < SENDS_PER_CHECKPOINT:
+                    return
+                await trio.lowlevel.checkpoint()
 
     def send_nowait(self, datagram: bytes) -> None:
         """`send` without a checkpoint, for those who make their own."""

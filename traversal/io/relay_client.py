@@ -142,6 +142,11 @@ class RelayClient:
         """Whether packets can leave now."""
         return self._connection is not None
 
+    @property
+    def backlog(self) -> int:
+        """How many packets wait."""
+        return len(self._queue)
+
     async def wait_connected(self) -> None:
         """Until it is connected for the first time."""
         await self._was_connected.wait()

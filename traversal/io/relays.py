@@ -52,6 +52,11 @@ class Relays:
         entry = self._clients.get(region)
         return entry is not None and entry[0].is_connected
 
+    def backlog(self, region: int) -> int:
+        """How many packets wait for a region's connection, 0 while there is none."""
+        entry = self._clients.get(region)
+        return entry[0].backlog if entry is not None and entry[0].is_connected else 0
+
     def heard_at(self) -> dict[int, float]:
         """When something came last from each region (monotonic seconds)."""
         return {

@@ -112,7 +112,12 @@ class HandshakeStream:
         """Close at once, with TLS's close alert where the kernel takes it; harmless repeated."""
         if self._sock.fileno() < 0:
             return
-        sock, tls = self.detach()
+        try:
+            sock, tls = self.detach()
+        except NotImplementedError:
+            # A simulated socket, from which there is nothing to detach.
+            self._sock.close()
+            return
         with sock:
             if tls is not None:
                 tls.close()
