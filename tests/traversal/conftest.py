@@ -78,6 +78,7 @@ class TinyRelay:
             self.stun_port = stun.getsockname()[1]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve_stun, stun)
+                nursery.start_soon(self._keep_alive)
                 task_status.started()
                 while True:
                     sock, _ = await listener.accept()
@@ -89,6 +90,12 @@ class TinyRelay:
             if not self.mutes_stun:
                 request = parse_binding_request(data)
                 await sock.sendto(encode_binding_response(request.transaction_id, source), source)
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await trio.sleep(60)
+            for stream in list(self.clients.values()):
+                await stream.send_all(KEEP_ALIVE)
 
     async def _serve_client(self, stream: HandshakeStream) -> None:
         key = b""
