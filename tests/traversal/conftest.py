@@ -17,6 +17,7 @@ from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NodePrivate, NodePublic
 from traversal.relay_map import Dial, Region, RelayMap, RelayNode
 from traversal.wire.derp import (
+    KEEP_ALIVE,
     FrameSplitter,
     FrameType,
     GoneReason,
