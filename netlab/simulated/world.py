@@ -21,10 +21,6 @@ from netlab.timeline import (
     Timeline,
 )
 
-# Events are carried out in their own order, but on ticks of 0.1 ms: each instant at which anything
-# happens costs Trio some 100 us, and jitter gives every packet an instant of its own.
-_TICKS_PER_SECOND = 10_000
-
 # The clock arrives at a tick only up to floating-point error; without this the pump would wake
 # just before an event and go round once more.
 _ROUNDING_SECONDS = 1e-9
@@ -52,7 +48,10 @@ class World:
     instant happen in the order in which they were scheduled, which makes runs repeatable.
     """
 
-    def __init__(self, timeline: Timeline, record_packets: bool) -> None:
+    def __init__(self, timeline: Timeline, record_packets: bool, tick_seconds: float) -> None:
+        # Events happen in their own order, but on ticks: each instant at which anything happens
+        # costs Trio some 100 us, and jitter gives every packet an instant of its own.
+        self._tick_seconds = tick_seconds
         self.timeline = timeline
         self._record_packets = record_packets
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -78,7 +77,7 @@ class World:
 
     def _wake_at(self, at: float) -> float:
         """Return when to wake for an event: on the next tick, in Trio's time."""
-        return math.ceil(at * _TICKS_PER_SECOND) / _TICKS_PER_SECOND + self._started_at
+        return math.ceil(at / self._tick_seconds) * self._tick_seconds + self._started_at
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Carry out scheduled calls until cancelled."""
