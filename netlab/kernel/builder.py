@@ -26,8 +26,8 @@ from netlab.kernel.netlink import (
     replace_route,
     set_link,
 )
-from netlab.kernel.nft import NAT_OUTSIDE
-from netlab.kernel.wiring import AFTER_NAT_TABLE, Cable, End, Machine, Wiring
+from netlab.kernel.nft import NAT_OUTSIDE, WAN
+from netlab.kernel.wiring import AFTER_NAT_TABLE, BEFORE_NAT_TABLE, Cable, End, Machine, Wiring
 
 _LOOPBACK_INDEX = 1
 _TUN_DEVICE = "/dev/net/tun"
@@ -139,6 +139,7 @@ class Built:
         requests += map(replace_route, machine.routes)
         if any(route.table == AFTER_NAT_TABLE for route in machine.routes):
             requests.append(add_rule(NAT_OUTSIDE, AFTER_NAT_TABLE))
+            requests.append(add_rule(WAN, BEFORE_NAT_TABLE))
         with namespace.entered():
             # Connection tracking, and with it some of the sysctls, starts with the rules.
             if machine.rules and self._must_load_rules(machine):

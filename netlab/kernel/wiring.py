@@ -8,7 +8,7 @@ own, point to point, with /32 and /128 addresses and routes to devices: no subne
 A NAT of the user engine has two more interfaces in its router, TUN devices whose other sides the
 fabric process holds:
 
-    lan0 ── (main table) ── natin  ══ engine ══  natout ── (its own table) ── wan
+    lan0 ── (main table) ── natin  ══ engine ══  natout ── (tables of their own) ── wan
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from netlab.model import INTERNET, Nat, Topology, Uplink
 
 AFTER_NAT_TABLE = 200
 """The routing table of packets that the user engine has translated."""
+
+BEFORE_NAT_TABLE = 201
+"""The routing table of packets from outside for the user engine. Those that come from inside for
+an external address have to enter the engine on the inside: that is hairpinning."""
 
 _LOOPBACK_INDEX = 1
 # The kernel's own fallback devices (tunl0, sit0, ...) have the first numbers of a namespace.
@@ -310,4 +314,4 @@ class _Planner:
 
 def translated_routes(plan: NatPlan, index: int) -> list[Route]:
     """Return the routes by which a user NAT's external addresses reach its engine."""
-    return [Route(IPv4Network(address), index) for address in plan.outside.ipv4]
+    return [Route(IPv4Network(address), index, BEFORE_NAT_TABLE) for address in plan.outside.ipv4]
