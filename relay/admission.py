@@ -5,7 +5,8 @@
 * a valid token admits its holder with the token's limits, and nothing else is asked;
 * otherwise every configured method (key list, hook, local tailscaled) must allow the key.
 
-Mesh peers are never asked about (DERP specification 8). The server's part of the contract:
+Mesh peers are never asked about (DERP specification 8); theirs is `MESH_VERDICT`. The server's
+part of the contract:
 
 1. `await decide(...)` once the client has proved that it owns its key;
 2. `recheck(...)` when it registers the session, since rules may have changed meanwhile;
@@ -26,7 +27,7 @@ from typing import Final, NoReturn, Protocol, TypeVar
 
 import trio
 
-from relay.admission_remote import Hook, HookCounters, RemoteMethod, TailscaledWhois
+from relay.admission_remote import Hook, HookCounters, TailscaledWhois
 from relay.config_schema import AdmissionConfig
 from relay.config_sources import ConfigError, read_text_file
 from relay.file_watch import POLL_SECONDS, FileWatch
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Nearly a million keys with a comment each.
 _MAX_LIST_BYTES: Final = 64 << 20
+_HOOK_FAILURE_COUNTS_SECONDS: Final = 60.0
 
 # A check takes about a microsecond; everybody's packets wait for no more than a millisecond.
 _SWEEP_RUN: Final = 1000
@@ -65,6 +67,12 @@ class Verdict:
     asked: frozenset[str] = frozenset()
     """Who else was asked: hook, tailscaled."""
     token: Token | None = None
+    is_exempt: bool = False
+    """No rule applies, now or later."""
+
+
+MESH_VERDICT: Final = Verdict(True, "it presented the mesh key", is_exempt=True)
+"""The verdict for mesh peers, about whom `Admission.decide` is not asked."""
 
 
 class Session(Protocol):
@@ -97,6 +105,11 @@ class AdmissionStatistics:
     hook_failures: int
     hook_cached_answers: int
     hook_failed_open: int
+    hook_is_failing: bool
+    """The last question to the hook got no answer, and that was within the last minute.
+
+    Not longer, since a relay that is taken out of service for it is asked no questions any more.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +137,8 @@ class Admission:
         self._is_stale = False
         self._next_expiry = math.inf
         self._config = AdmissionConfig()
-        self._remotes: tuple[RemoteMethod, ...] = ()
+        self._hook: Hook | None = None
+        self._tailscaled: TailscaledWhois | None = None
         self._watch = _watch(config)
         self._adopt(config, _load(config))
 
@@ -141,15 +155,20 @@ class Admission:
         return verdict
 
     def recheck(self, key: NodePublic, verdict: Verdict) -> str | None:
-        """Why an allowed client may no longer stay, if so. Waits for nothing, asks nobody."""
+        """Why an allowed client may no longer stay, if so. Waits for nothing, asks nobody.
+
+        From the first call on, `run` knows when the client's token expires.
+        """
         rules = self._rules
-        if rules.is_open:
+        if rules.is_open or verdict.is_exempt:
             return None
         if verdict.token is not None:
-            self._next_expiry = min(self._next_expiry, verdict.token.claims.expires_unix)
-            return verdict.token.problem(
+            problem = verdict.token.problem(
                 rules.token_keys, unix_time=self._unix_clock(), revoked=rules.revoked
             )
+            if problem is None:
+                self._next_expiry = min(self._next_expiry, verdict.token.claims.expires_unix)
+            return problem
         if rules.keys is not None and key not in rules.keys:
             return "its key is not in the key list"
         if rules.keys is None and not rules.others:
@@ -208,6 +227,8 @@ class Admission:
             hook_failures=counters.failures,
             hook_cached_answers=counters.cached_answers,
             hook_failed_open=counters.failed_open,
+            hook_is_failing=counters.is_failing
+            and trio.current_time() - counters.failed_at < _HOOK_FAILURE_COUNTS_SECONDS,
         )
 
     async def _sweep(
@@ -222,7 +243,7 @@ class Admission:
                 cut(session, reason)
 
     async def _decide(self, key: NodePublic, source: str, token: str | None) -> Verdict:
-        rules, remotes = self._rules, self._remotes
+        rules, others = self._rules, (self._hook, self._tailscaled)
         if rules.is_open:
             return Verdict(True, "admission is open")
         token_problem = ""
@@ -238,8 +259,10 @@ class Admission:
         if rules.keys is not None and key not in rules.keys:
             return Verdict(False, f"its key is not in the key list{token_problem}")
         reason = "its key is in the key list"
-        for remote in remotes:
-            answer = await remote.ask(key, source)
+        for other in others:
+            if other is None:
+                continue
+            answer = await other.ask(key, source)
             if not answer.allow:
                 return Verdict(False, answer.reason + token_problem)
             reason = answer.reason
@@ -259,16 +282,11 @@ class Admission:
         return Verdict(True, f"token {claims.id} is valid", grant, token=token)
 
     def _adopt(self, config: AdmissionConfig, rules: _Rules) -> None:
-        # A hook keeps its last known answers as long as its own settings are the same.
-        if config.hook != self._config.hook or (
-            config.tailscaled_socket != self._config.tailscaled_socket
-        ):
-            remotes: list[RemoteMethod] = []
-            if config.hook.url:
-                remotes.append(Hook(config.hook, self._counters))
-            if config.tailscaled_socket:
-                remotes.append(TailscaledWhois(config.tailscaled_socket))
-            self._remotes = tuple(remotes)
+        # The hook keeps its last known answers as long as its settings are the same.
+        if config.hook != self._config.hook:
+            self._hook = Hook(config.hook, self._counters) if config.hook.url else None
+        path = config.tailscaled_socket
+        self._tailscaled = TailscaledWhois(path) if path else None
         self._config, self._rules = config, rules
         self._is_stale = True
 

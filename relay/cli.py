@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.demo import demo_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
 from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
 from traversal.relay_map import RelayMap, RelayMapError
@@ -83,17 +85,23 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, object]:
     return overrides
 
 
+def _config_path(options: Mapping[str, Any]) -> str:
+    """The configuration file; empty if none is named and there is none at the usual place."""
+    named: str | None = options["config_path"]
+    if named is not None:
+        return named
+    return DEFAULT_CONFIG_PATH if Path(DEFAULT_CONFIG_PATH).exists() else ""
+
+
 def _loader(options: Mapping[str, Any], *, dev: bool = False) -> Callable[[], Config]:
     """A function that reads the configuration, now and at each reload."""
     overrides = _overrides(options)
-    path = Path(options["config_path"] or DEFAULT_CONFIG_PATH)
     if dev:
         if options["config_path"]:
             raise click.UsageError("--dev needs no configuration file; leave --config out")
         return lambda: Config.dev(overrides)
-    if options["config_path"] is None and not path.exists():
-        return lambda: Config.load(None, os.environ, overrides)
-    return lambda: Config.load(path, os.environ, overrides)
+    path = _config_path(options)
+    return lambda: Config.load(Path(path) if path else None, os.environ, overrides)
 
 
 def _load(options: Mapping[str, Any]) -> Config:
@@ -127,13 +135,17 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
     import trio
 
     from relay.logs import set_up_logging
-    from relay.server import Bound, StartError, serve
+    from relay.server import Bound, StartError
+    from relay.server import serve as serve_relay
 
     load = _loader(options, dev=dev)
+    path = "" if dev else _config_path(options)
 
     async def run(config: Config) -> None:
         async with trio.open_nursery() as nursery:
-            bound: Bound = await nursery.start(serve, config, load)
+            bound: Bound = await nursery.start(
+                functools.partial(serve_relay, config, load, config_path=path)
+            )
             if dev or dev_map:
                 text = _map_of_running(config, bound).to_json()
                 if dev_map:
@@ -141,12 +153,23 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
                 if dev:
                     click.echo(_dev_banner(bound, text))
 
+    problems: list[str] = []
     try:
         config = load()
         set_up_logging(config.log)
-        trio.run(run, config, strict_exception_groups=False)
-    except (ConfigError, StartError, RelayMapError) as error:
-        raise click.ClickException(str(error)) from None
+        trio.run(run, config)
+    except* (*StartError, RelayMapError) as group:
+        problems = _messages(group)
+    if problems:
+        raise click.ClickException("\n".join(problems))
+
+
+def _messages(group: BaseExceptionGroup[Any]) -> list[str]:
+    """The texts of the errors in a group, however deep."""
+    texts = []
+    for error in group.exceptions:
+        texts += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return texts
 
 
 def _map_of_running(config: Config, bound: Any) -> RelayMap:
@@ -168,7 +191,7 @@ def _dev_banner(bound: Any, map_text: str) -> str:
         f"  DERP    {places(bound.derp)} (TLS)\n"
         f"  STUN    {places(bound.stun)} (UDP)\n"
         f"  HTTP    {places(bound.http)}\n"
-        f"  status  http://{places(bound.admin)}/\n"
+        f"  status  {f'http://{places(bound.admin)}/' if bound.admin else 'off'}\n"
         f"  key     {bound.server_key}\n"
         f"  pin     {bound.pin or 'none'}\n\n"
         f"Relay map to give to clients:\n\n{map_text}\n"
@@ -292,7 +315,7 @@ def print_map(
             ipv4=ipv4,
             ipv6=ipv6,
         )
-    except (RelayMapError, ConfigError, StartError) as error:
+    except (*StartError, RelayMapError) as error:
         raise click.ClickException(str(error)) from None
     click.echo(relay_map.to_json() if form == "json" else relay_map.to_headscale_yaml())
 
@@ -359,6 +382,8 @@ def token_issue(
     click.echo(text)
     click.echo(f"id {claims.id}", err=True)
 
+
+main.add_command(demo_command)
 
 if __name__ == "__main__":
     main()

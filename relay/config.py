@@ -200,7 +200,7 @@ def _build(settings: Mapping[str, Setting]) -> Config:
     values: dict[str, object] = {}
     for key, setting in settings.items():
         if key not in _FIELDS:
-            problems.append(f"{setting.origin}: there is no key {key}{_hint(key)}")
+            problems.append(f"{setting.origin}: {_unknown(key)}")
             continue
         try:
             values[key] = _convert(_FIELDS[key], setting)
@@ -225,11 +225,14 @@ def _build(settings: Mapping[str, Setting]) -> Config:
     return config
 
 
-def _hint(key: str) -> str:
+def _unknown(key: str) -> str:
+    if any(known.startswith(f"{key}.") for known in _FIELDS):
+        return f"{key} is a section, not a value; write [{key}] above its keys"
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in _FIELDS if known.rpartition(".")[2] == leaf]
     near = same_leaf or difflib.get_close_matches(key, _FIELDS, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no key {key}{hint}"
 
 
 def _convert(wanted: Any, setting: Setting) -> object:

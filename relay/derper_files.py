@@ -17,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from relay.config_schema import MIN_CLIENT_BURST_BYTES
 from relay.config_sources import ConfigError, read_text_file
 from traversal.keys import Entropy, KeyFormatError, MeshKey, NodePrivate
 
@@ -38,7 +39,7 @@ class _RateFile(
 
 @dataclass(frozen=True, slots=True)
 class RateConfig:
-    """What each client may send: bytes per second (None: anything) and burst in bytes."""
+    """What each client may send: bytes per second and burst in bytes. Both None: anything."""
 
     bytes_per_second: int | None
     burst_bytes: int | None
@@ -82,7 +83,8 @@ def read_mesh_key(path: Path) -> MeshKey:
 
 
 def read_rate_config(path: Path) -> RateConfig:
-    """derper's --rate-config file. A rate of 0 means no limit. Raises ConfigError."""
+    """derper's --rate-config file. A rate of 0 means no limit; a burst below one maximum frame is
+    raised to it. Raises ConfigError."""
     text = read_text_file(path, "rate configuration", _LIMIT)
     try:
         file = msgspec.json.decode(text, type=_RateFile)
@@ -92,7 +94,7 @@ def read_rate_config(path: Path) -> RateConfig:
         raise ConfigError(f"{path}: a rate or burst must not be negative")
     if file.rate == 0:
         return RateConfig(None, None)
-    return RateConfig(file.rate, file.burst or None)
+    return RateConfig(file.rate, max(file.burst, MIN_CLIENT_BURST_BYTES))
 
 
 def write_private_file(path: Path, data: bytes, *, replace: bool = True) -> None:

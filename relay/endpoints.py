@@ -8,10 +8,11 @@ debug pages are not here at all: operators have the admin listener.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 from urllib.parse import parse_qs
 
+from relay.acme_files import HTTP_CHALLENGE_PATH
 from relay.http import Request, Responder, Response
 
 TEXT: Final = ("Content-Type", "text/plain; charset=utf-8")
@@ -27,7 +28,6 @@ BROWSER_HEADERS: Final = (
     ("X-Frame-Options", "DENY"),
     NOSNIFF,
 )
-ACME_PREFIX: Final = "/.well-known/acme-challenge/"
 
 _PROBES: Final = ("/derp/probe", "/derp/latency-check")
 _ROBOTS: Final = b"User-agent: *\nDisallow: /\n"
@@ -78,11 +78,13 @@ def public_responder(*, home_page: Callable[[], str], bootstrap_dns: BootstrapAn
     return respond
 
 
-def plain_http_responder(*, challenges: Mapping[str, str], https_port: int = 443) -> Responder:
+def plain_http_responder(
+    *, acme_answer: Callable[[str], bytes | None], https_port: int = 443
+) -> Responder:
     """What the plain HTTP port answers.
 
     Args:
-        challenges: for ACME's HTTP-01, from token to key authorization; read at each request.
+        acme_answer: for ACME's HTTP-01, from the path to what is to be answered.
         https_port: where the main listener is, as clients see it.
     """
     port = "" if https_port == 443 else f":{https_port}"
@@ -91,11 +93,11 @@ def plain_http_responder(*, challenges: Mapping[str, str], https_port: int = 443
         path = request.path
         if path == "/generate_204":
             return _answer_captive_portal_check(request)
-        if path.startswith(ACME_PREFIX):
-            answer = challenges.get(path.removeprefix(ACME_PREFIX))
+        if path.startswith(HTTP_CHALLENGE_PATH):
+            answer = acme_answer(path)
             if answer is None:
                 return plain_text(404, "there is no such challenge")
-            return Response(200, [("Content-Type", "application/octet-stream")], answer.encode())
+            return Response(200, [("Content-Type", "application/octet-stream")], answer)
         if _is_debug(path):
             return plain_text(403, "debug access denied")
         host = _HOST.fullmatch(request.header("host"))

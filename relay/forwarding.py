@@ -21,7 +21,7 @@ from typing import Final
 
 from relay.backlog import Backlog, Waiting
 from relay.counters import Counters, DropReason, Kind
-from traversal.keys import NodePublic
+from traversal.keys import KEY_LENGTH, NodePublic
 from traversal.wire.derp import (
     DISCO_MAGIC,
     HEADER,
@@ -45,6 +45,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PACKET_HEADER_LENGTH: Final = HEADER_LENGTH + 32
 """A SEND_PACKET or RECV_PACKET up to its payload."""
+FORWARD_HEADER_LENGTH: Final = HEADER_LENGTH + 64
+"""A FORWARD_PACKET up to its payload."""
 BUFFER_SLACK: Final = 64
 """Bytes that must be readable after the data in the shared buffer: headers are unpacked before it
 is known that they are complete."""
@@ -56,6 +58,10 @@ NOT_HERE_BURST: Final = 3
 NOT_HERE_PER_SECOND: Final = 1.0
 """PEER_GONE "not here" notices per connection (DERP specification 7.3)."""
 HOME_MOVE_GRACE_SECONDS: Final = 5.0
+MAX_CONTROL_FRAMES: Final = 8192
+"""Frames that are never dropped and wait for one client, some 400 KB. It may have heard from a few
+thousand peers that leave at once; a client that reads a byte now and then, and so never times out,
+must not collect notices for ever. Mesh peers have to know of every change, and are trusted."""
 
 DUPLICATE_WARNING: Final = (
     "another connection uses the same node key; "
@@ -301,8 +307,10 @@ class Switch:
         if client.closed:
             return
         client.closed = True
+        self.drop_unwritten(client, client.out, DropReason.GONE_DISCONNECTED)
         client.out.clear()
         client.out_bytes = 0
+        client.control = None
         self._drop_backlog(client)
         self._watchers.discard(client)
         self._siblings.discard(client)
@@ -461,13 +469,17 @@ class Switch:
         unpack = _PACKET.unpack_from
         pack = _PACKET.pack_into
         last = end - HEADER_LENGTH
+        # A server that we dialed relays nothing through us: there type 4 is one more unknown frame.
+        send_packet = -1 if client.is_outgoing else 4
         run: Client | None = None  # the destination of the frames in view[run_start:position]
         run_start = position
         packets = disco = 0
         while position <= last:
             frame_type, length, key = unpack(buffer, position)
-            if frame_type == 4:  # SEND_PACKET
+            if frame_type == send_packet:
                 if not 32 <= length <= _MAX_SEND:
+                    if packets and run is not None:
+                        self._end_run(client, run, view[run_start:position], packets, disco, now)
                     raise ViolationError(f"SEND_PACKET of {length} bytes")
                 frame_end = position + HEADER_LENGTH + length
                 if frame_end > end:
@@ -499,6 +511,8 @@ class Switch:
                 self._end_run(client, run, view[run_start:position], packets, disco, now)
                 packets = disco = 0
             run = None
+            if client.closed:  # by a write to itself: it must not come back into the tables
+                return end
             next_position = self._handle_other(client, frame_type, length, view, position, end, now)
             if next_position < 0:
                 break
@@ -575,7 +589,7 @@ class Switch:
             return
         link = self.forwarder_of(key)
         if link is not None:
-            self._forward(client.key, key, payload, link, kind, now)
+            self._forward(client.key, key, payload, link, now)
             return
         counters.drop(DropReason.UNKNOWN_DEST, kind, len(payload))
         client.packets_dropped += 1
@@ -583,12 +597,12 @@ class Switch:
             self._send_not_here(client, key, now)
 
     def _forward(
-        self, source: bytes, key: bytes, payload: memoryview, link: Client, kind: Kind, now: float
+        self, source: bytes, key: bytes, payload: memoryview, link: Client, now: float
     ) -> None:
         frame = encode_frame(FrameType.FORWARD_PACKET, b"".join((source, key, payload)))
         self.counters.packets_forwarded_out += 1
         if link.blocked:
-            self._queue(link, kind, Waiting(frame, source, now), HEADER_LENGTH + 64)
+            self._queue(link, Waiting(frame, source, now))
             return
         self._send(link, frame)
         if link.out_bytes > EARLY_FLUSH_BYTES:
@@ -618,7 +632,7 @@ class Switch:
         body_start = position + HEADER_LENGTH
         frame_end = body_start + length
         if client.is_outgoing:
-            known = frame_type in _LINK_FRAMES and length <= MAX_PING_LENGTH
+            known = _LINK_FRAMES.get(frame_type, MAX_PING_LENGTH + 1) <= length <= MAX_PING_LENGTH
         else:
             known = frame_type in _CLIENT_FRAMES
         if not known:
@@ -695,7 +709,7 @@ class Switch:
             return
         link = self.forwarder_of(key)
         if link is not None and link.is_sibling and not client.is_sibling:
-            self._forward(source, key, payload, link, kind, now)
+            self._forward(source, key, payload, link, now)
             return
         self.counters.drop(DropReason.UNKNOWN_DEST_ON_FWD, kind, len(payload))
         if kind is Kind.DISCO:
@@ -703,8 +717,6 @@ class Switch:
 
     def _handle_link_frame(self, link: Client, frame_type: int, body: bytes) -> None:
         """A frame from a server that we watch."""
-        if len(body) < 32:
-            return
         key = body[:32]
         if frame_type == FrameType.PEER_PRESENT:
             self._add_forwarder(key, link)
@@ -723,6 +735,8 @@ class Switch:
             if client.control is None:
                 client.control = deque()
             client.control.append(frame)
+            if len(client.control) == MAX_CONTROL_FRAMES and not client.is_mesh:
+                self.doomed.append((client, "it does not read what it is told"))
             return
         if not client.out:
             self.dirty.append(client)
@@ -744,10 +758,29 @@ class Switch:
                 self._uncount_sent(client, chunk)
                 self._queue_run(bytes(chunk[5:37]), client, memoryview(chunk), now)
             elif chunk[0] == FrameType.FORWARD_PACKET:
-                kind = Kind.DISCO if looks_like_disco(chunk[69:]) else Kind.OTHER
-                self._queue(client, kind, Waiting(bytes(chunk), bytes(chunk[5:37]), now), 69)
+                self._queue(client, Waiting(bytes(chunk), bytes(chunk[5:37]), now))
             else:
                 self._send(client, bytes(chunk))
+
+    def drop_unwritten(
+        self, client: Client, chunks: Iterable[memoryview | bytes], reason: DropReason
+    ) -> None:
+        """Count as dropped what was on its way out when the connection ended."""
+        for chunk in chunks:
+            if chunk[0] == FrameType.RECV_PACKET:
+                self._uncount_sent(client, chunk)
+            elif chunk[0] != FrameType.FORWARD_PACKET:
+                continue
+            for frame in _split(memoryview(chunk)):
+                self._count_drop(client, _kind_of(frame), frame, reason)
+
+    def _count_drop(
+        self, client: Client, kind: Kind, frame: memoryview | bytes, reason: DropReason
+    ) -> None:
+        forwarded = frame[0] == FrameType.FORWARD_PACKET
+        header_length = FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH
+        self.counters.drop(reason, kind, len(frame) - header_length)
+        client.packets_dropped += 1
 
     def _uncount_sent(self, client: Client, run: memoryview | bytes) -> None:
         packets = sum(1 for _ in _split(memoryview(run)))
@@ -761,14 +794,13 @@ class Switch:
         self, source: bytes, destination: Client, frames: memoryview, now: float
     ) -> None:
         for frame in _split(frames):
-            kind = Kind.DISCO if looks_like_disco(frame[37:]) else Kind.OTHER
-            self._queue(destination, kind, Waiting(bytes(frame), source, now), 37)
+            self._queue(destination, Waiting(bytes(frame), source, now))
 
-    def _queue(self, client: Client, kind: Kind, waiting: Waiting, header_length: int) -> None:
+    def _queue(self, client: Client, waiting: Waiting) -> None:
         size = len(waiting.frame)
+        kind = _kind_of(waiting.frame)
         if self.waiting_bytes + size > self.memory_bytes:
-            self.counters.drop(DropReason.QUEUE_TAIL, kind, size - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, waiting.frame, DropReason.QUEUE_TAIL)
             return
         if client.backlog is None:
             client.backlog = Backlog(self.queue_depth)
@@ -776,8 +808,7 @@ class Switch:
         self.waiting_bytes += size
         if victim is not None:
             self.waiting_bytes -= len(victim.frame)
-            self.counters.drop(DropReason.QUEUE_HEAD, kind, len(victim.frame) - header_length)
-            client.packets_dropped += 1
+            self._count_drop(client, kind, victim.frame, DropReason.QUEUE_HEAD)
 
     def take_waiting(self, client: Client, max_bytes: int, now: float) -> list[bytes]:
         """Frames that have waited for a client which takes bytes again, control frames first."""
@@ -806,7 +837,7 @@ class Switch:
             return
         for kind, waiting in client.backlog.clear():
             self.waiting_bytes -= len(waiting.frame)
-            self.counters.drop(DropReason.GONE_DISCONNECTED, kind, len(waiting.frame) - 37)
+            self._count_drop(client, kind, waiting.frame, DropReason.GONE_DISCONNECTED)
         client.backlog = None
 
 
@@ -821,8 +852,20 @@ _CLIENT_FRAMES: Final[dict[int, tuple[int, int]]] = {
 _MESH_FRAMES: Final = frozenset(
     {FrameType.FORWARD_PACKET, FrameType.WATCH_CONNS, FrameType.CLOSE_PEER}
 )
-_LINK_FRAMES: Final = frozenset({FrameType.PEER_PRESENT, FrameType.PEER_GONE, FrameType.PING})
-"""Frames from a server that we watch which mean anything to us."""
+_LINK_FRAMES: Final[dict[int, int]] = {
+    FrameType.PEER_PRESENT: KEY_LENGTH,
+    FrameType.PEER_GONE: KEY_LENGTH,
+    FrameType.PING: MIN_PING_LENGTH,
+}
+"""Frames from a server that we watch which mean anything to us, with their least length; shorter
+ones are skipped (DERP specification 6)."""
+
+
+def _kind_of(frame: memoryview | bytes) -> Kind:
+    """The kind of a RECV_PACKET or FORWARD_PACKET."""
+    forwarded = frame[0] == FrameType.FORWARD_PACKET
+    payload = frame[FORWARD_HEADER_LENGTH if forwarded else PACKET_HEADER_LENGTH :]
+    return Kind.DISCO if looks_like_disco(payload) else Kind.OTHER
 
 
 def _may_exchange(source: Client, destination: Client) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final
 
 import h11
 import trio
 
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 
 MAX_REQUEST_BODY_BYTES: Final = 65536
 """No endpoint of a relay takes more."""
@@ -85,7 +86,7 @@ async def serve_http(
             return Upgrade(request)
         answer = respond(request)
         response = answer if isinstance(answer, Response) else await answer
-        await _send_response(stream, connection, request, response)
+        await _send_response(stream, connection, request.method, response)
         if connection.our_state is h11.MUST_CLOSE or connection.our_state is h11.CLOSED:
             return None
         connection.start_next_cycle()
@@ -109,23 +110,23 @@ async def _receive_request(
             try:
                 event = connection.next_event()
             except h11.RemoteProtocolError as error:
-                await _send_refusal(stream, connection, error.error_status_hint, str(error))
+                await _send_refusal(stream, connection, head, error.error_status_hint, str(error))
                 return None
             if event is h11.NEED_DATA:
                 connection.receive_data(await stream.receive())
-            elif event is h11.PAUSED:
-                # The client asks for an upgrade (or CONNECT): what follows is not HTTP.
-                assert head is not None
-                return _request_of(head, bytes(body), source, over_tls)
             elif isinstance(event, h11.Request):
                 head = event
+                if head.method == b"CONNECT":
+                    await _send_refusal(stream, connection, head, 403, "CONNECT not enabled")
+                    return None
                 request = _request_of(head, b"", source, over_tls)
                 if request.path == "/derp" and wanted_protocol(request):
                     return request
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > MAX_REQUEST_BODY_BYTES:
-                    await _send_refusal(stream, connection, 413, "the request body is too long")
+                    reason = "the request body is too long"
+                    await _send_refusal(stream, connection, head, 413, reason)
                     return None
             elif isinstance(event, h11.EndOfMessage):
                 assert head is not None
@@ -151,15 +152,18 @@ def _request_of(head: h11.Request, body: bytes, source: str, over_tls: bool) -> 
 
 
 async def _send_response(
-    stream: HandshakeStream, connection: h11.Connection, request: Request, response: Response
+    stream: HandshakeStream, connection: h11.Connection, method: str, response: Response
 ) -> None:
     headers = list(response.headers)
     if response.status not in (204, 304):
         headers.append(("Content-Length", str(len(response.body))))
     if response.close:
         headers.append(("Connection", "close"))
-    data = connection.send(h11.Response(status_code=response.status, headers=headers)) or b""
-    if response.body and request.method != "HEAD":
+    head = h11.Response(
+        status_code=response.status, headers=headers, reason=HTTPStatus(response.status).phrase
+    )
+    data = connection.send(head) or b""
+    if response.body and method != "HEAD":
         data += connection.send(h11.Data(data=response.body)) or b""
     data += connection.send(h11.EndOfMessage()) or b""
     with trio.move_on_after(WRITE_TIMEOUT_SECONDS) as timeout:
@@ -169,11 +173,16 @@ async def _send_response(
 
 
 async def _send_refusal(
-    stream: HandshakeStream, connection: h11.Connection, status: int, reason: str
+    stream: HandshakeStream,
+    connection: h11.Connection,
+    head: h11.Request | None,
+    status: int,
+    reason: str,
 ) -> None:
     if connection.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
         return
     refusal = Response(
         status, [("Content-Type", "text/plain; charset=utf-8")], f"{reason}\n".encode(), close=True
     )
-    await _send_response(stream, connection, Request("GET", ""), refusal)
+    method = "GET" if head is None else head.method.decode("latin-1")
+    await _send_response(stream, connection, method, refusal)

@@ -22,6 +22,7 @@ BACKLOG: Final = 4096
 should wait there and not be refused."""
 
 _RESOURCE_ERRORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_LISTENER_ERRORS: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 
 
 class ListenError(Exception):
@@ -81,6 +82,7 @@ async def accept_loop(
     """Accept for ever and start `handle` for each connection, in a nursery of this loop.
 
     `handle` must not raise. Cancelling cancels the connections that are still in a handler.
+    Raises OSError only where the listener itself is broken.
     """
     sock = trio.socket.from_stdlib_socket(listener)
     async with trio.open_nursery() as nursery:
@@ -94,5 +96,7 @@ async def accept_loop(
                         error.strerror,
                     )
                     await trio.sleep(0.1)
+                elif error.errno in _LISTENER_ERRORS:
+                    raise
                 continue  # others concern the one connection, which is gone already
             nursery.start_soon(handle, connection)

@@ -18,8 +18,8 @@ from typing import Final
 import trio
 
 from relay.config import MeshPeer
-from relay.dial import Dialed, DialError, Target, dial, dial_path
 from relay.pump import Connection, Pump
+from traversal.io.dial import Dialed, DialError, Target, dial, dial_path
 from traversal.keys import MeshKey, NodePrivate
 from traversal.relay_map import CertificateName
 from traversal.wire.derp import PROTOCOL_VERSION, ClientInfo

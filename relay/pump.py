@@ -30,9 +30,10 @@ from typing import Final
 
 import trio
 
+from relay.counters import DropReason
 from relay.forwarding import BUFFER_SLACK, Address, Client, Switch, ViolationError
 from relay.limits import TokenBucket
-from relay.tls import TlsEngine, TlsError
+from traversal.io.tls import TlsEngine, TlsError
 from traversal.keys import NodePublic
 from traversal.wire.derp import KEEP_ALIVE
 
@@ -55,6 +56,9 @@ before, always fits, and the engine is drained."""
 BUFFER_BYTES: Final = 4 * MAX_READ_BYTES
 WRITE_BATCH_BYTES: Final = 65536
 """How much is encrypted at once for a client that reads slowly."""
+MAX_REST_BYTES: Final = 2 * MAX_READ_BYTES
+"""Ciphertext that may wait for one client: more than any flush. Only answers of TLS are added to
+what waits, 23 bytes for each key update that a client asks for."""
 WRITE_TIMEOUT_SECONDS: Final = 2.0
 MESH_WRITE_TIMEOUT_SECONDS: Final = 30.0
 KEEP_ALIVE_SECONDS: Final = 60.0
@@ -73,6 +77,7 @@ class Connection(Client):
         "on_close",
         "partial",
         "paused",
+        "progress_timer",
         "read_bytes",
         "rest",
         "sock",
@@ -129,6 +134,7 @@ class Connection(Client):
         self.read_bytes = MIN_READ_BYTES
         self.rest: memoryview | None = None
         self.write_deadline = 0.0
+        self.progress_timer = False
         self.paused = False
 
 
@@ -167,6 +173,7 @@ class Pump:
         # (deadline, tie-breaker, what to do, connection); entries of closed connections are ignored
         self._timers: list[tuple[float, int, Callable[[Connection], None], Connection]] = []
         self._timer_count = 0
+        self._closed_with_timers = 0
         self._timers_changed = trio.Event()
 
     # --- Tasks -----------------------------------------------------------------------------------
@@ -207,6 +214,14 @@ class Pump:
         if self._timers[0][1] == self._timer_count:
             self._timers_changed.set()
 
+    def _forget_timers(self) -> None:
+        """Keep the heap from filling up with closed connections where many come and go."""
+        self._closed_with_timers += 1
+        if 2 * self._closed_with_timers > len(self._timers):
+            self._timers = [entry for entry in self._timers if not entry[3].closed]
+            heapq.heapify(self._timers)
+            self._closed_with_timers = 0
+
     # --- Connections -----------------------------------------------------------------------------
 
     def adopt(self, connection: Connection, first_frame: bytes, received: bytes) -> None:
@@ -237,6 +252,12 @@ class Pump:
         else:
             self._drain_tls(connection, connection.tls)
 
+    def set_rate(self, connection: Connection, bucket: TokenBucket | None) -> None:
+        """Limit what is read from a connection in another way, from now on."""
+        connection.bucket = bucket
+        if connection.paused:
+            self._resume(connection)
+
     def close(self, connection: Connection, reason: str) -> None:
         """End a connection now; harmless when repeated."""
         if connection.closed:
@@ -251,6 +272,8 @@ class Pump:
         except OSError:
             pass
         connection.sock.close()
+        self._forget_timers()
+        connection.partial = b""
         connection.rest = None
         connection.tls = None
         if connection.on_close is not None:
@@ -307,6 +330,8 @@ class Pump:
         wanted = min(connection.read_bytes, self._read_bytes)
         if connection.tls is None:
             start, end = self._place_partial(connection, wanted)
+            if connection.closed:  # by the flush that made room
+                return
             count = _recv_into(connection.sock, self._view[end : end + wanted])
             if count > 0:
                 self._handle_frames(connection, start, end + count)
@@ -324,17 +349,18 @@ class Pump:
 
     def _drain_tls(self, connection: Connection, tls: TlsEngine) -> None:
         start, end = self._place_partial(connection, TLS_ROOM_BYTES)
-        ended: TlsError | None = None
+        if connection.closed:  # by the flush that made room
+            return
         try:
             end += tls.read_into(self._view[end : end + TLS_ROOM_BYTES])
-        except TlsError as error:
-            ended = error
+        except TlsError:
+            pass  # it is raised below, after the answer (an alert) has left
         answer = tls.data_to_send()
         if answer:
             self._write_ciphertext(connection, answer)
-        if ended is not None:
-            raise ended
         self._handle_frames(connection, start, end)
+        if tls.failure is not None:
+            raise tls.failure
 
     def _handle_frames(self, connection: Connection, start: int, end: int) -> None:
         self._used = end
@@ -413,28 +439,33 @@ class Pump:
         chunks = connection.out
         connection.out = []
         connection.out_bytes = 0
-        connection.pong_waits = False
         if connection.blocked:
             self.switch.defer(connection, chunks, self._now)
             return
+        connection.pong_waits = False
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if connection.tls is not None:
-            connection.tls.write(data)
-            data = connection.tls.data_to_send()
-        self._write_ciphertext(connection, data)
+        try:
+            if connection.tls is not None:
+                connection.tls.write(data)
+                data = connection.tls.data_to_send()
+            self._write_ciphertext(connection, data)
+        except (TlsError, OSError):
+            self.switch.drop_unwritten(connection, chunks, DropReason.WRITE_ERROR)
+            raise
 
     def _write_ciphertext(self, connection: Connection, data: bytes | memoryview) -> None:
         """Bytes that must go as they are; what the kernel does not take now waits in `rest`."""
         if connection.rest is not None:
+            if len(connection.rest) + len(data) > MAX_REST_BYTES:
+                raise TlsError("it asks for TLS key updates and does not read the answers")
             connection.rest = memoryview(bytes(connection.rest) + bytes(data))
             return
-        try:
-            count = connection.sock.send(data)
-        except BlockingIOError:
-            count = 0
+        count = _send(connection.sock, data)
         if count < len(data):
             connection.rest = memoryview(bytes(data[count:]))
             connection.blocked = True
+            if connection.out:  # the data was an answer of TLS: what is pending waits in order
+                self._write_out(connection, 0)
             self._watch_events(connection)
             self._expect_progress(connection)
 
@@ -442,8 +473,9 @@ class Pump:
         """A blocked connection takes bytes again."""
         while connection.blocked:
             if connection.rest is not None:
-                count = connection.sock.send(connection.rest)
-                connection.write_deadline = self._now + self._timeout(connection)
+                count = _send(connection.sock, connection.rest)
+                if count:
+                    connection.write_deadline = self._now + self._timeout(connection)
                 if count < len(connection.rest):
                     connection.rest = connection.rest[count:]
                     return
@@ -458,10 +490,7 @@ class Pump:
             if connection.tls is not None:
                 connection.tls.write(data)
                 data = connection.tls.data_to_send()
-            try:
-                count = connection.sock.send(data)
-            except BlockingIOError:
-                count = 0
+            count = _send(connection.sock, data)
             connection.rest = memoryview(data)[count:] if count < len(data) else None
             if connection.rest is not None:
                 return
@@ -473,12 +502,17 @@ class Pump:
 
     def _expect_progress(self, connection: Connection) -> None:
         connection.write_deadline = self._now + self._timeout(connection)
-        self._at(connection.write_deadline, self._check_progress, connection)
+        # One timer per connection, however often it blocks and goes on before the timer is due.
+        if not connection.progress_timer:
+            connection.progress_timer = True
+            self._at(connection.write_deadline, self._check_progress, connection)
 
     def _check_progress(self, connection: Connection) -> None:
+        connection.progress_timer = False
         if not connection.blocked:
             return
         if self._now < connection.write_deadline:
+            connection.progress_timer = True
             self._at(connection.write_deadline, self._check_progress, connection)
             return
         self.switch.counters.write_timeouts += 1
@@ -496,3 +530,11 @@ def _recv_into(sock: socket.socket, buffer: memoryview) -> int:
         return sock.recv_into(buffer)
     except BlockingIOError:
         return -1
+
+
+def _send(sock: socket.socket, data: bytes | memoryview) -> int:
+    """How many bytes the kernel took; 0 if it takes none now."""
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0

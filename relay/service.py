@@ -9,9 +9,11 @@ import ipaddress
 import logging
 import random
 import socket
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -29,9 +31,11 @@ from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
-from relay.stream import HandshakeStream, StreamEndedError
+from relay.sampling import Sampler
+from relay.snapshot import MAX_CLIENTS, Snapshot
 from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate
 from traversal.wire.derp import DerpError, encode_health, encode_restarting
 
@@ -94,9 +98,10 @@ class Service:
         self.config = config
         self.admission = Admission(config.admission)
         self.refusals = Refusals(now)
-        self.tls_versions: Counter[str] = Counter()
-        self.websocket_accepts = 0
-        self.draining = False
+        self._websocket_accepts = 0
+        self._tls_handshakes: Counter[str] = Counter()
+        self._started_at = now
+        self._draining = False
         self._identity = identity
         self.certificates = None
         if config.tls.mode != "off":
@@ -134,6 +139,7 @@ class Service:
         self.mesh = MeshLinks(
             self.pump, identity.private_key, identity.mesh_key, config.mesh.peers, siblings
         )
+        self._sampler = Sampler(self.pump)
         self._accepting = trio.CancelScope()
 
     # --- Tasks -----------------------------------------------------------------------------------
@@ -149,6 +155,7 @@ class Service:
             nursery.start_soon(
                 refresh_forever, self.bootstrap_dns, self._bootstrap_config, DnsResolver()
             )
+            nursery.start_soon(self._sampler.run)
             nursery.start_soon(self._accept)
             task_status.started()
 
@@ -169,7 +176,7 @@ class Service:
         Returns when every client is gone, after `seconds` at most. Mesh links stay up meanwhile, so
         that those who have moved can reach those who have not.
         """
-        self.draining = True
+        self._draining = True
         self._accepting.cancel()
         clients = [
             connection for connection in self.pump.connections.values() if not connection.is_mesh
@@ -188,6 +195,35 @@ class Service:
         for position, connection in enumerate(clients):
             await trio.sleep_until(started + seconds * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
+
+    def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
+        """A picture of this process, with so many clients listed."""
+        certificates = self.certificates
+        return Snapshot.of(
+            self.pump,
+            hostname=self.config.server.hostname,
+            version=version("underpass"),
+            server_key=self._identity.private_key.public(),
+            now=trio.current_time(),
+            unix_time=time.time(),
+            started_at=self._started_at,
+            sampler=self._sampler,
+            refusals=self.refusals,
+            accepts=self.accepts.statistics(),
+            websocket_accepts=self._websocket_accepts,
+            tls_handshakes=self._tls_handshakes,
+            is_draining=self._draining,
+            rate_limit=self._rate_limit(),
+            bootstrap_dns=self.bootstrap_dns.counters,
+            admission=self.admission.statistics(),
+            certificate=None if certificates is None else certificates.status(),
+            mesh_links=self.mesh.links,
+            max_clients=max_clients,
+        )
+
+    async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
+        """The one that there is; a `WorkerPool` has several."""
+        return [self.snapshot(max_clients)]
 
     # --- Live changes ----------------------------------------------------------------------------
 
@@ -209,11 +245,8 @@ class Service:
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
-                connection.bucket = (
-                    None
-                    if limit is None
-                    else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
-                )
+                bucket = limit and TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
+                self.pump.set_rate(connection, bucket)
 
     async def reload_files(self) -> None:
         """Read certificates and key lists again, whether they look changed or not (SIGHUP)."""
@@ -324,7 +357,7 @@ class Service:
         return replace(request, source=self._proxies.client_of(request.source, forwarded_for))
 
     def _count_websocket(self) -> None:
-        self.websocket_accepts += 1
+        self._websocket_accepts += 1
 
     async def _adopt(
         self, stream: HandshakeStream, request: Request, arrival: _Arrival, *, with_response: bool
@@ -351,7 +384,7 @@ class Service:
                 hello += data
             stream.put_back(hello)
             tls = await stream.start_tls(context, server_side=True)
-            self.tls_versions[tls.version() or ""] += 1
+            self._tls_handshakes[tls.version() or ""] += 1
         if timeout.cancelled_caught:
             raise StreamEndedError("no TLS handshake within 10 s")
 

@@ -16,11 +16,11 @@ from typing import Final
 
 import trio
 
-from relay.admission import Admission, Grant, Verdict
+from relay.admission import MESH_VERDICT, Admission, Grant, Verdict
 from relay.http import Request
 from relay.limits import TokenBucket
 from relay.pump import Connection, Pump
-from relay.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, Box, MeshKey, NodePrivate, NodePublic
 from traversal.wire.derp import (
     HEADER,
@@ -46,8 +46,6 @@ HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 OWN_APP_NAME: Final = "underpass"
 """Clients whose AppName starts so are known to take HEALTH and RESTARTING; some others disconnect
 when they get one (DERP specification 20)."""
-
-_MESH_VERDICT: Final = Verdict(True, "it presented the mesh key")
 
 
 class RefusedError(Exception):
@@ -121,7 +119,7 @@ class Upgrader:
         is_mesh = self._mesh_key is not None and info.mesh_key == self._mesh_key
         if is_sibling and not is_mesh:
             raise RefusedError("it is no worker of this relay: its mesh key is wrong")
-        verdict = _MESH_VERDICT if is_mesh else await self._decide(key, request)
+        verdict = MESH_VERDICT if is_mesh else await self._decide(key, request)
         limit = None if is_mesh else self._limit_of(verdict.grant)
         server_info = ServerInfo()
         if limit is not None:
@@ -130,6 +128,8 @@ class Upgrader:
                 token_bucket_bytes_burst=limit.burst_bytes,
             )
         now = trio.current_time()
+        # Before the socket changes hands: an address that does not parse must not leak it.
+        address = ipaddress.ip_address(request.source) if request.source else None
         peers = verdict.grant.peers
         sock, tls = stream.detach()
         connection = Connection(
@@ -141,7 +141,7 @@ class Upgrader:
             if limit is None
             else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now),
             connected_at=now,
-            address=ipaddress.ip_address(request.source) if request.source else None,
+            address=address,
             port=port,
             is_mesh=is_mesh,
             is_sibling=is_sibling,
@@ -157,8 +157,10 @@ class Upgrader:
 
     async def _decide(self, key: NodePublic, request: Request) -> Verdict:
         """Ask whether the client may use this relay. Raises RefusedError."""
-        token = request.header("authorization").removeprefix("Bearer ").strip() or None
-        verdict = await self._admission.decide(key, request.source, token)
+        scheme, _, token = request.header("authorization").partition(" ")
+        if scheme.lower() != "bearer":
+            token = ""
+        verdict = await self._admission.decide(key, request.source, token.strip() or None)
         if not verdict.allow:
             raise RefusedError(f"{key.short()}: {verdict.reason}")
         problem = self._admission.recheck(key, verdict)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import trio
 
-from relay.admission import Admission, Verdict
+from relay.admission import MESH_VERDICT, Admission, Verdict
 from relay.admission_remote import LAST_KNOWN_SECONDS, LastKnown
 from relay.config import AdmissionConfig, ConfigError, HookConfig, TokensConfig
 from relay.tokens import Claims, TokenSigner
@@ -211,6 +211,11 @@ class TestRevoking:
         assert "connect again to be checked" in reason
         await admission.reconfigure(AdmissionConfig())
         assert admission.recheck(BOB, bob.verdict) is None
+
+    async def test_mesh_peers_are_never_cut(self, tmp_path: Path) -> None:
+        """No key list names them (DERP specification 8)."""
+        admission = Admission(closed(keys_file=key_list(tmp_path, ALICE)))
+        assert admission.recheck(BOB, MESH_VERDICT) is None
 
     async def test_rules_that_change_during_a_decision_count_at_registration(
         self, tmp_path: Path

@@ -145,6 +145,7 @@ class TestErrors:
             ('[server]\nhostname="x"\nhome_page="nope"\n', ":3: server.home_page: must be"),
             (MINIMAL + '[admission]\nmode="closed"\n', "nobody could be admitted"),
             (MINIMAL + '[admission]\nkeys_file="k"\n', 'is "open" but a way'),
+            (MINIMAL + '[[mesh]]\npeers=["a"]\n', "mesh is a section, not a value; write [mesh]"),
             (MINIMAL + '[mesh]\npeers=["a"]\n', "needs server.mesh_key_file"),
             (MINIMAL + '[proxy]\nprotocol="x-forwarded-for"\n', "proxy.trusted: is empty"),
             (MINIMAL + '[tls]\ncert_file="c"\n', "go together"),

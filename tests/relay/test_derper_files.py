@@ -70,7 +70,7 @@ def test_mesh_key_is_64_hex_digits_with_white_space_around(tmp_path: Path) -> No
     ("text", "expected"),
     [
         ("{}", RateConfig(None, None)),
-        ('{"PerClientRateLimitBytesPerSec": 5, "Other": 1}', RateConfig(5, None)),
+        ('{"PerClientRateLimitBytesPerSec": 5, "Other": 1}', RateConfig(5, 65568)),
         ('{"PerClientRateBurstBytes": 5}', RateConfig(None, None)),
         (
             '{"PerClientRateLimitBytesPerSec": 1250000, "PerClientRateBurstBytes": 2500000}',

@@ -25,7 +25,8 @@ def ask_plain(
     method: str, path: str, *, query: str = "", port: int = 443, **headers: str
 ) -> Response:
     """What the plain HTTP port answers."""
-    respond = plain_http_responder(challenges={"token": "token.thumbprint"}, https_port=port)
+    challenges = {"/.well-known/acme-challenge/token": b"token.thumbprint"}
+    respond = plain_http_responder(acme_answer=challenges.get, https_port=port)
     answer = respond(_request(method, path, query, headers))
     assert isinstance(answer, Response)
     return answer

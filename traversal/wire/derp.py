@@ -163,6 +163,8 @@ class ClientInfo:
                 mesh_key = MeshKey.parse(digits)
             except KeyFormatError as error:
                 raise DerpError(f"meshKey: {error}") from None
+            if not any(mesh_key.raw):
+                mesh_key = None  # zero stands for no key, never for a right one
         return cls(
             mesh_key=mesh_key,
             version=_member(members, "version", int, 0),

@@ -17,20 +17,29 @@ class TlsError(Exception):
     """The TLS connection failed or was closed; the text says why, in OpenSSL's words."""
 
 
+class TlsClosedError(TlsError):
+    """The other side closed the TLS connection in due form."""
+
+
 class TlsEngine:
     """One connection's TLS state.
 
     Pass bytes from the network to `receive_data`, take decrypted bytes with `read_into`, encrypt
     with `write`; after each of these send what `data_to_send` returns.
+
+    Attributes:
+        failure: why nothing can be read any more; it may be set by a `read_into` that still
+            returned data.
     """
 
-    __slots__ = ("_incoming", "_object", "_outgoing")
+    __slots__ = ("_incoming", "_object", "_outgoing", "failure")
 
     def __init__(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
+        self.failure: TlsError | None = None
         self._object = context.wrap_bio(
             self._incoming,
             self._outgoing,
@@ -63,8 +72,11 @@ class TlsEngine:
         """Decrypt into `buffer` until it is full or nothing is left.
 
         Returns the number of bytes; drain until it returns less than there was room for. Raises
-        TlsError at the end of the connection, but not before all data was returned.
+        TlsError at the end of the connection, TlsClosedError where it ended in due form, but not
+        before all data was returned.
         """
+        if self.failure is not None:
+            raise self.failure
         size = 0
         room = len(buffer)
         # typeshed does not know that with a buffer the number of bytes comes back.
@@ -80,8 +92,10 @@ class TlsEngine:
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLError, OSError) as error:
+            closed = isinstance(error, ssl.SSLZeroReturnError)
+            self.failure = (TlsClosedError if closed else TlsError)(_describe(error))
             if size == 0:
-                raise TlsError(_describe(error)) from None
+                raise self.failure from None
         return size
 
     def write(self, data: bytes | bytearray | memoryview) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from relay.tls import TlsEngine, TlsError
+from traversal.io.tls import TlsClosedError, TlsEngine, TlsError
 
 READ_BYTES: Final = 16384
 
@@ -66,6 +66,8 @@ class HandshakeStream:
         while True:
             try:
                 count = self._tls.read_into(self._buffer)
+            except TlsClosedError:
+                return b""
             except TlsError as error:
                 raise StreamEndedError(str(error)) from None
             answer = self._tls.data_to_send()
