@@ -182,8 +182,9 @@ class Peer:
         reason = ""
         choice = self._choice
         for ping in self._pinger.poll_expired(now):
-            if ping.candidate is choice.best and choice.is_dead(now):
-                reason = f"{ping.candidate and ping.candidate.path} did not answer for 5 s"
+            best = choice.best
+            if best is not None and ping.candidate is best and choice.is_dead(now):
+                reason = f"{best.path} did not answer for 5 s"
                 choice.lose(now)
                 self._recovery_at = min(self._recovery_at, now + RECOVERY_SECONDS)
         for candidate in self._pinger.poll_overdue_heartbeats(now):
