@@ -31,10 +31,11 @@ from typing import Any
 import msgspec
 
 from netlab.behavior import Link, NatBehavior
-from netlab.drops import Drop, DropReason, address_text, endpoint_text
+from netlab.drops import Drop, DropReason
+from netlab.kernel.packets import describe
 from netlab.kernel.tun_nat import Side, TunNat
 from netlab.link import LinkDirection
-from netlab.nat import Protocol, Translator
+from netlab.nat import Translator
 from netlab.timeline import Event, MappingBorn, MappingDied, PacketDropped, encode_event
 
 MAX_COMMAND_BYTES = 1 << 20
@@ -348,7 +349,7 @@ class Fabric:
             self._lost_events += 1
             return
         self._drop_budget -= 1
-        protocol, source, destination = _describe(packet)
+        protocol, source, destination = describe(packet)
         self._report(
             PacketDropped(
                 at=time.monotonic() - self._started,
@@ -361,26 +362,6 @@ class Fabric:
                 destination=destination,
             )
         )
-
-
-def _describe(packet: bytes) -> tuple[str, str, str]:
-    """Return protocol, source and destination of a raw packet as text."""
-    if len(packet) >= 40 and packet[0] >> 4 == 6:
-        offset, number = 40, packet[6]
-        source, destination = packet[8:24], packet[24:40]
-    elif len(packet) >= 20 and packet[0] >> 4 == 4:
-        offset, number = (packet[0] & 15) * 4, packet[9]
-        source, destination = packet[12:16], packet[16:20]
-    else:
-        return "unknown", "", ""
-    try:
-        protocol = Protocol(number).name.lower()
-    except ValueError:
-        protocol = str(number)
-    if number in (6, 17) and len(packet) >= offset + 4:
-        ports = struct.unpack_from("!HH", packet, offset)
-        return protocol, endpoint_text((source, ports[0])), endpoint_text((destination, ports[1]))
-    return protocol, address_text(source), address_text(destination)
 
 
 def main(arguments: list[str]) -> None:

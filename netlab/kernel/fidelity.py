@@ -62,8 +62,6 @@ def choose_engine(behavior: NatBehavior, inside_machines: int) -> Fidelity:
 
 def _nft_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[str]:
     yield from _lifetime_shortcomings(behavior)
-    if behavior.nat64:
-        yield "nat64 needs header translation"
     if behavior.translation is Translation.NONE:
         return
     if behavior.filter_scope is FilterScope.ENDPOINT and behavior.mapping is not Mapping.EIM:
@@ -133,3 +131,5 @@ def _port_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[
         yield "a limit of mappings per host"
     if behavior.addresses > 1 and behavior.pooling is Pooling.ARBITRARY:
         yield "arbitrary pooling per mapping"
+    if behavior.addresses > 1 and behavior.hairpin is Hairpin.EXTERNAL:
+        yield "hairpinning with several external addresses"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from netlab.kernel.jail import JailError, in_jail
 from netlab.kernel.machines import KernelHost, KernelMachine, KernelNat
 from netlab.kernel.namespaces import NetworkNamespace
 from netlab.kernel.nft import Router
+from netlab.kernel.observe import NatObserver
 from netlab.kernel.sockets import LabResolver, install_hooks
 from netlab.kernel.wiring import Wiring, plan_wiring
-from netlab.model import Topology
-from netlab.timeline import Event, NetworkChanged, Timeline
+from netlab.model import INTERNET, Topology
+from netlab.timeline import Event, NetworkChanged, Note, Timeline
 
 _MAX_EVENT_BYTES = 65536
 
@@ -40,8 +41,13 @@ class KernelLab:
     Args:
         topology: the lab.
         seed: replaces the topology's.
+        timeline: where events go; a new one if absent.
+        names: extra names for the resolver, with their addresses. Servers, and hosts that are
+            on the internet itself, have their own names anyway.
         engines: NATs that must use this engine, whatever the fidelity table says.
         adjustable: owners of links that `set_link` may change later.
+        observe: whether mappings and drops of NATs in the kernel go on the timeline, as those of
+            the user engine always do. It costs two sockets for each.
         nat_time_scale: how many seconds of NAT lifetime pass in one real second on the user
             engine. The kernel's own timers can't be scaled.
 
@@ -56,18 +62,26 @@ class KernelLab:
         topology: Topology,
         *,
         seed: int | None = None,
+        timeline: Timeline | None = None,
+        names: Mapping[str, Iterable[str]] | None = None,
         engines: Mapping[str, Engine] | None = None,
         adjustable: Collection[str] = (),
+        observe: bool = True,
         nat_time_scale: float = 1.0,
     ) -> None:
         self.topology = topology if seed is None else replace(topology, seed=seed)
-        self.wiring: Wiring = plan_wiring(self.topology, engines=engines, pumped=adjustable)
+        self.wiring: Wiring = plan_wiring(
+            self.topology, engines=engines, pumped=adjustable, log_drops=observe
+        )
         self.routers: dict[str, Router] = {
             name: machine.router
             for name, machine in self.wiring.machines.items()
             if machine.router is not None
         }
-        self.timeline = Timeline()
+        self.timeline = Timeline() if timeline is None else timeline
+        self._extra_names = {name.lower(): tuple(found) for name, found in (names or {}).items()}
+        self._observe = observe
+        self.observers: dict[str, NatObserver] = {}
         self._nat_time_scale = nat_time_scale
         self._built = Built(self.wiring)
         self._fabric: FabricProcess | None = None
@@ -82,7 +96,7 @@ class KernelLab:
     # --- looking -------------------------------------------------------------------------
 
     @property
-    def addresses(self) -> AddressPlan:
+    def plan(self) -> AddressPlan:
         """Every address as planned; `KernelNat.external` follows renumbering."""
         return self.wiring.addresses
 
@@ -130,6 +144,10 @@ class KernelLab:
         known = [name for name, m in self._machines.items() if isinstance(m, KernelNat)]
         raise ModelError(f'nat "{name}"', f"no such NAT; {suggest(name, known)}")
 
+    def note(self, text: str) -> None:
+        """Put a remark on the timeline."""
+        self.timeline.add(Note(at=self.now(), text=text))
+
     # --- changing ------------------------------------------------------------------------
 
     def advance_nats(self, seconds: float) -> None:
@@ -174,13 +192,17 @@ class KernelLab:
             self._built.build()
             self._started = time.monotonic()
             self._make_machines()
+            if self._observe:
+                self._start_observing()
             if self._fabric is not None:
                 self._connect_fabric(self._fabric)
-            restore = install_hooks(LabResolver(self._names()))
+            restore = install_hooks(LabResolver(self._public_names() | self._extra_names))
             try:
                 async with trio.open_nursery() as nursery:
                     if self._fabric is not None:
                         nursery.start_soon(self._follow_events, self._fabric)
+                    for observer in self.observers.values():
+                        nursery.start_soon(observer.run)
                     yield
                     nursery.cancel_scope.cancel()
             except BaseExceptionGroup as group:
@@ -194,7 +216,7 @@ class KernelLab:
             self._close()
 
     def _make_machines(self) -> None:
-        plans, namespaces = self.addresses, self.namespaces
+        plans, namespaces = self.plan, self.namespaces
         for host in self.topology.hosts:
             self._machines[host.name] = KernelHost(
                 self, host.name, namespaces[host.name], plans.hosts[host.name]
@@ -206,11 +228,22 @@ class KernelLab:
         for nat in self.topology.nats:
             self._machines[nat.name] = KernelNat(self, nat.name, namespaces[nat.name])
 
-    def _names(self) -> dict[str, tuple[str, ...]]:
+    def _start_observing(self) -> None:
+        for name, router in self.routers.items():
+            if self.wiring.machines[name].rules:
+                namespace = self.namespaces[name]
+                observer = NatObserver(router.name, namespace, self.now, self.timeline.add)
+                self.observers[name] = observer
+
+    def _public_names(self) -> dict[str, tuple[str, ...]]:
+        interfaces = dict(self.plan.servers)
+        for name, plans in self.plan.hosts.items():
+            for plan in plans:
+                if plan.network == INTERNET:
+                    interfaces[name] = plan
         return {
-            name.lower(): machine.addresses
-            for name, machine in self._machines.items()
-            if isinstance(machine, KernelHost)
+            name.lower(): tuple(map(str, (*plan.ipv4, *plan.ipv6)))
+            for name, plan in interfaces.items()
         }
 
     def _connect_fabric(self, fabric: FabricProcess) -> None:
@@ -268,6 +301,9 @@ class KernelLab:
                 self._fabric.close()
         finally:
             self._fabric = None
+            for observer in self.observers.values():
+                observer.close()
+            self.observers.clear()
             self._machines.clear()
             self._built.close()
 

@@ -213,8 +213,16 @@ class KernelNat(KernelMachine):
         flush = flush_dynamic_sets(router)
         if flush:
             load_ruleset(self.namespace, flush)
-        flush_conntrack(self.namespace)
+        self._forget_flows("reboot")
         self._lab.record_change("reboot", self.name, "")
+
+    def _forget_flows(self, cause: str) -> None:
+        observer = self._lab.observers.get(self.name)
+        if observer is not None:
+            observer.drain()
+        flush_conntrack(self.namespace)
+        if observer is not None:
+            observer.drain(cause)
 
     def renumber(self, external: tuple[bytes, ...]) -> None:
         """Take other external IPv4 addresses (packed), which nobody else may have."""
@@ -245,7 +253,7 @@ class KernelNat(KernelMachine):
             netlink.run(requests)
         if router.engine is Engine.NFT:
             load_ruleset(self.namespace, router_rules(router))
-            flush_conntrack(self.namespace)
+            self._forget_flows("renumbered")
         self._lab.routers[self.name] = router
         self._lab.record_change("renumber", self.name, ", ".join(map(str, outside.ipv4)))
 

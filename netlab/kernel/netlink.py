@@ -17,7 +17,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,15 +33,15 @@ SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP = 1
 NETLINK_CAP_ACK = 10
 
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
+NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
-NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLMSG_ERROR = 2
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
 _RTM_NEWRULE = 32
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
-_IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 16, 28, 29
+_IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 13, 16, 28, 29
 _RTEXT_FILTER_SKIP_STATS = 0x8
 _IF_OPER_UNKNOWN, _IF_OPER_UP = 0, 6
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
@@ -83,6 +83,15 @@ class Request:
 def attribute(kind: int, payload: bytes) -> bytes:
     """Encode one attribute with its padding."""
     return _ATTRIBUTE.pack(4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
+
+
+def messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (type, whole message) of each netlink message in what was received."""
+    position = 0
+    while position + 16 <= len(data):
+        length, kind = struct.unpack_from("=IH", data, position)
+        yield kind, data[position : position + length]
+        position += max(16, (length + 3) & ~3)
 
 
 def find_attribute(data: bytes, offset: int, wanted: int) -> bytes | None:
@@ -138,11 +147,22 @@ def add_veth(left: LinkEnd, right: LinkEnd) -> Request:
     )
 
 
-def set_link(index: int, *, up: bool, mtu_bytes: int | None = None) -> Request:
-    """Set a link up or down, and its MTU."""
+def add_link_kind(kind: str) -> Request:
+    """Create a link of a kind that needs no parameters, with a name of the kernel's choice."""
+    info = attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, kind.encode()))
+    body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + info
+    return Request(f"create a {kind} link", _RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+
+
+def set_link(
+    index: int, *, up: bool, mtu_bytes: int | None = None, queue_packets: int | None = None
+) -> Request:
+    """Set a link up or down, its MTU and the length of its transmit queue."""
     body = _IFINFO.pack(socket.AF_UNSPEC, 0, index, _IFF_UP if up else 0, _IFF_UP)
     if mtu_bytes is not None:
         body += attribute(_IFLA_MTU, struct.pack("=I", mtu_bytes))
+    if queue_packets is not None:
+        body += attribute(_IFLA_TXQLEN, struct.pack("=I", queue_packets))
     return Request(f"set link {index} {'up' if up else 'down'}", _RTM_NEWLINK, 0, body)
 
 
@@ -313,16 +333,13 @@ class Netlink:
         missing = len(batch)
         refused: tuple[int, Request] | None = None
         while missing:
-            answer = self._socket.recv(65536)
-            position = 0
-            while position < len(answer):
-                length, kind, _, sequence, _ = _MESSAGE.unpack_from(answer, position)
+            for kind, message in messages(self._socket.recv(65536)):
+                (sequence,) = struct.unpack_from("=I", message, 8)
                 if kind == NLMSG_ERROR and sequence >= first:
-                    (code,) = struct.unpack_from("=i", answer, position + 16)
+                    (code,) = struct.unpack_from("=i", message, 16)
                     missing -= 1
                     if code and refused is None:
                         refused = (-code, batch[sequence - first])
-                position += (length + 3) & ~3
         if refused is not None:
             number, request = refused
             raise NetlinkError(

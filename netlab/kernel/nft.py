@@ -23,6 +23,7 @@ from netlab.behavior import (
     Translation,
     Unsolicited,
 )
+from netlab.drops import DropReason
 from netlab.kernel.fidelity import Engine
 
 WAN = "wan"
@@ -58,10 +59,11 @@ class Router:
     seed: int = 0
     lan_glob: str = field(default=f'"{LAN}*"', init=False)
 
-    def drop(self, reason: str, condition: str) -> Iterator[str]:
+    def drop(self, reason: DropReason, condition: str) -> Iterator[str]:
         """Rules that drop what meets the condition, and tell why where drops are observed."""
         if self.log_drops:
-            yield f'{condition} log group {DROP_LOG_GROUP} queue-threshold 1 prefix "{reason}"'
+            log = f"log group {DROP_LOG_GROUP} queue-threshold 1"
+            yield f'{condition} {log} prefix "{reason.value}"'
         yield f"{condition} drop"
 
     @property
@@ -105,7 +107,6 @@ def router_sysctls(router: Router) -> dict[str, str]:
     values = {
         "ipv4/conf/all/rp_filter": "0",
         "ipv4/conf/default/rp_filter": "0",
-        "ipv4/conf/all/promote_secondaries": "1",
         "ipv4/ip_forward": "1",
     }
     if behavior.ipv6 is not Ipv6.NONE:
@@ -171,10 +172,10 @@ def _guard(router: Router) -> Iterator[str]:
     if unsolicited in (Unsolicited.RESET, Unsolicited.REJECT):
         rules.append(f"{new} meta l4proto {{ tcp, udp }} reject with icmpx type port-unreachable")
     if unsolicited is not Unsolicited.ACCEPT:
-        rules += router.drop("unsolicited", new)
+        rules += router.drop(DropReason.NO_MAPPING, new)
     if router.translates and router.behavior.hairpin is Hairpin.NONE:
         rules += router.drop(
-            "no-hairpin", f"iifname {router.lan_glob} ip daddr {{ {router.external} }}"
+            DropReason.NO_HAIRPIN, f"iifname {router.lan_glob} ip daddr {{ {router.external} }}"
         )
     yield from _chain("input", "filter hook input priority 0", rules)
 
@@ -220,28 +221,30 @@ def _nat(router: Router) -> Iterator[str]:
 
 def _source_nat(router: Router) -> Iterator[str]:
     behavior, addresses = router.behavior, router.plan.outside.ipv4
-    ports, out = behavior.ports, f'oifname "{WAN}"'
-    # Masquerade forgets its flows when the address goes, as home routers do. It knows one
-    # address only; the first of a pool starts a range.
-    single = len(addresses) == 1
-    action = "masquerade" if single else f"snat ip to {addresses[0]}-{addresses[-1]}"
-    if ports.preserved:
-        numbers = ", ".join(map(str, ports.preserved))
-        yield f"{out} udp sport {{ {numbers} }} {action}"
-    span = ports.ranges[0]
-    if ports.assignment in (PortAssignment.HASH, PortAssignment.SEQUENTIAL):
-        yield f"{out} meta l4proto {{ tcp, udp }} {_computed_port(router, span)}"
-    limited = span != _ALL_PORTS
+    ports, span = behavior.ports, behavior.ports.ranges[0]
     suffix = " random" if behavior.mapping is not Mapping.EIM else ""
-    if limited:
-        to = f"{action} to" if single else action
-        yield f"{out} meta l4proto {{ tcp, udp }} {to} :{span.first}-{span.last}{suffix}"
-    yield f"{out} {action}{suffix}"
+    for number, address in enumerate(addresses):
+        out = f'oifname "{WAN}"'
+        # Masquerade forgets its flows when the address goes, as home routers do, but knows one
+        # address only. From a pool, which is no range, a hash of the host picks its address.
+        action, to = "masquerade", "masquerade to "
+        if len(addresses) > 1:
+            out += f" jhash ip saddr mod {len(addresses)} seed 0x1 == {number}"
+            action, to = f"snat to {address}", f"snat to {address}"
+        if ports.preserved:
+            numbers = ", ".join(map(str, ports.preserved))
+            yield f"{out} udp sport {{ {numbers} }} {action}"
+        if ports.assignment in (PortAssignment.HASH, PortAssignment.SEQUENTIAL):
+            port = _computed_port(router, span)
+            yield f"{out} meta l4proto {{ tcp, udp }} snat to {address} : {port}"
+        elif span != _ALL_PORTS:
+            yield f"{out} meta l4proto {{ tcp, udp }} {to}:{span.first}-{span.last}{suffix}"
+        yield f"{out} {action}{suffix}"
 
 
 def _computed_port(router: Router, span: PortRange) -> str:
-    """Return a source NAT whose port follows from a hash or a counter."""
-    behavior, address = router.behavior, router.plan.outside.ipv4[0]
+    """Return an expression for a port that follows from a hash or a counter."""
+    behavior = router.behavior
     if behavior.ports.assignment is PortAssignment.SEQUENTIAL:
         # A number used as a port directly comes out byte-swapped; a map keeps the order.
         step = behavior.ports.step
@@ -251,7 +254,7 @@ def _computed_port(router: Router, span: PortRange) -> str:
             f"{n} : {span.first + (start - span.first + n * step) % len(span)}"
             for n in range(length)
         )
-        return f"snat to {address} : numgen inc mod {length} map {{ {entries} }}"
+        return f"numgen inc mod {length} map {{ {entries} }}"
     key = {
         Mapping.EIM: "ip saddr . th sport",
         Mapping.ADM: "ip saddr . th sport . ip daddr",
@@ -260,7 +263,7 @@ def _computed_port(router: Router, span: PortRange) -> str:
     # The hash comes out byte-swapped as a port, hence anywhere above 1023 whatever the range
     # says: 2^14 values from 20000 stay clear of the well-known ports either way.
     seed = zlib.crc32(f"{router.seed} {router.name}".encode())
-    return f"snat to {address} : jhash {key} mod 16384 seed {seed:#x} offset 20000"
+    return f"jhash {key} mod 16384 seed {seed:#x} offset 20000"
 
 
 def _learn(router: Router) -> Iterator[str]:
@@ -306,7 +309,7 @@ def _filter(router: Router) -> Iterator[str]:
     rules: list[str] = []
     if inside is not None:
         # BCP 38: what keeps an old address after a move must not leave by the new uplink.
-        rules += router.drop("spoofed", f"{lan} meta nfproto ipv4 ip saddr != {inside}")
+        rules += router.drop(DropReason.SPOOFED, f"{lan} meta nfproto ipv4 ip saddr != {inside}")
     if behavior.firewall.captive_portal:
         yield f"  set {LOGGED_IN} {{"
         yield "    type ipv4_addr;"
@@ -318,7 +321,7 @@ def _filter(router: Router) -> Iterator[str]:
     outward = f'{lan} oifname "{WAN}"'
     rules += _outbound_firewall(router, outward)
     if not behavior.tcp.simultaneous_open:
-        rules += router.drop("bare-syn", f"{wan} tcp flags & (syn | ack) == syn")
+        rules += router.drop(DropReason.SYN_FILTERED, f"{wan} tcp flags & (syn | ack) == syn")
     if inside is not None and behavior.filtering is Filtering.ADF:
         yield "  set seen {"
         yield "    type inet_proto . ipv4_addr . inet_service . ipv4_addr;"
@@ -344,7 +347,7 @@ def _filter(router: Router) -> Iterator[str]:
         if behavior.filtering is Filtering.EIF:
             translated = " ct status dnat" if router.translates else ""
             rules.append(f"{ipv4}{translated} accept")
-        rules += router.drop("filtered", ipv4)
+        rules += router.drop(DropReason.FILTERED, ipv4)
     if behavior.tcp.reset_after_idle:
         rules.append(f"{lan} tcp flags & (syn | ack) == ack ct state new reject with tcp reset")
     yield from _chain("forward", "filter hook forward priority 0", rules)
@@ -355,9 +358,11 @@ def _outbound_firewall(router: Router, outward: str) -> Iterator[str]:
     if firewall.captive_portal:
         guest = f"{outward} ip saddr != @{LOGGED_IN}"
         yield f"{guest} meta l4proto tcp reject with tcp reset"
-        yield from router.drop("captive-portal", guest)
+        yield from router.drop(DropReason.CAPTIVE_PORTAL, guest)
     if firewall.block_stun:
-        yield from router.drop("stun-blocked", f"{outward} meta l4proto udp @th,96,32 0x2112a442")
+        yield from router.drop(
+            DropReason.STUN_BLOCKED, f"{outward} meta l4proto udp @th,96,32 0x2112a442"
+        )
     for protocol, ports, refusal in (
         ("udp", firewall.udp_ports, "reject with icmpx type admin-prohibited"),
         ("tcp", firewall.tcp_ports, "reject with tcp reset"),
@@ -370,7 +375,7 @@ def _outbound_firewall(router: Router, outward: str) -> Iterator[str]:
         if firewall.reject:
             yield f"{blocked} {refusal}"
         else:
-            yield from router.drop("firewall", blocked)
+            yield from router.drop(DropReason.FIREWALL, blocked)
 
 
 def _firewall_ipv6(router: Router) -> Iterator[str]:
@@ -397,7 +402,7 @@ def _firewall_ipv6(router: Router) -> Iterator[str]:
             "meta l4proto . ip6 daddr . th dport . ip6 saddr @seen6 accept"
         )
     rules.append(f"{wan} icmpv6 type {{ {errors}, echo-request }} accept")
-    rules += router.drop("filtered", wan)
+    rules += router.drop(DropReason.FILTERED, wan)
     yield from _chain("forward", "filter hook forward priority 0", rules)
 
 

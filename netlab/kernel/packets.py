@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import struct
 
+from netlab.drops import address_text, endpoint_text
+from netlab.nat import Protocol
+
 ICMP_ECHO_REPLY, ICMP_UNREACHABLE, ICMP_ECHO_REQUEST = 0, 3, 8
 ICMP_ERRORS = (3, 11, 12)
 PORT_UNREACHABLE, FRAGMENTATION_NEEDED, PROHIBITED = 3, 4, 13
@@ -114,3 +117,23 @@ def make_reset(original: bytes) -> bytes | None:
     pseudo_header = source + destination + struct.pack("!HH", 6, len(segment))
     _WORD.pack_into(segment, 16, checksum(pseudo_header + segment))
     return make_packet(source, destination, 6, bytes(segment))
+
+
+def describe(packet: bytes) -> tuple[str, str, str]:
+    """Return protocol, source and destination of a raw packet as text."""
+    if len(packet) >= 40 and packet[0] >> 4 == 6:
+        offset, number = 40, packet[6]
+        source, destination = packet[8:24], packet[24:40]
+    elif len(packet) >= 20 and packet[0] >> 4 == 4:
+        offset, number = (packet[0] & 15) * 4, packet[9]
+        source, destination = packet[12:16], packet[16:20]
+    else:
+        return "unknown", "", ""
+    try:
+        protocol = Protocol(number).name.lower()
+    except ValueError:
+        protocol = str(number)
+    if number in (6, 17) and len(packet) >= offset + 4:
+        ports = struct.unpack_from("!HH", packet, offset)
+        return protocol, endpoint_text((source, ports[0])), endpoint_text((destination, ports[1]))
+    return protocol, address_text(source), address_text(destination)

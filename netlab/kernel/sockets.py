@@ -38,7 +38,7 @@ class HostSocketFactory(trio.abc.SocketFactory):
 
 
 class LabResolver(trio.abc.HostnameResolver):
-    """Resolves the names of a lab's machines, and nothing else."""
+    """Resolves the names of a lab's public machines, and extra ones; nothing else."""
 
     def __init__(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
         self._addresses = addresses
@@ -56,7 +56,7 @@ class LabResolver(trio.abc.HostnameResolver):
         await trio.lowlevel.checkpoint()
         name = (host or b"").decode("ascii", errors="replace")
         found: list[tuple[Any, ...]] = []
-        for address in self._addresses.get(name.lower(), ()):
+        for address in self._addresses.get(name.rstrip(".").lower(), ()):
             of_family = socket.AF_INET6 if ":" in address else socket.AF_INET
             if family in (0, of_family):
                 found += socket.getaddrinfo(

@@ -14,12 +14,15 @@ from netlab.drops import Answer, Drop, DropReason
 from netlab.kernel import packets
 from netlab.nat import Protocol, Translator
 
+# Version and header length, fragment, protocol, header checksum, addresses, ports.
+_HEADERS = struct.Struct("!B5xHxBH4s4sHH")
+# From byte 10 on: header checksum, addresses, ports.
+_ENDPOINTS = struct.Struct("!H4s4sHH")
 _ADDRESSES = struct.Struct("!4s4s")
+# Where the transport header is, there being no options.
+_TRANSPORT = 20
 _PORTS = struct.Struct("!HH")
 _WORD = struct.Struct("!H")
-# Transport headers by IP protocol number: the least that a packet must hold.
-_HEADER_BYTES: dict[int, int] = {Protocol.UDP: 8, Protocol.TCP: 20, Protocol.ICMP: 8}
-_UNKNOWN_PROTOCOL = 1 << 16
 
 # Both caches only save work (an evicted fragment is a lost datagram), so they are just emptied
 # when a flood of flows or fragments has filled them.
@@ -51,56 +54,66 @@ class TunNat:
         on_drop: Callable[[Drop, bytes], None],
     ) -> None:
         self.translator = translator
+        self._outbound = translator.outbound
+        self._inbound = translator.inbound
         self._answer = answer
         self._on_drop = on_drop
         self._changes: dict[tuple[bytes, int, bytes, int], tuple[int, int]] = {}
         self._fragmented: dict[tuple[bytes, bytes, int, int], tuple[bytes, bytes, Side]] = {}
 
     def handle_packet(self, packet: bytearray, came_from: Side, now: float) -> Side | None:
-        """Translate one packet of untrusted bytes; anything that is no IPv4 is ignored."""
-        size = len(packet)
-        if size < 28 or packet[0] >> 4 != 4:
+        """Translate one packet of untrusted bytes; what is no IPv4 for a NAT is ignored.
+
+        So are packets with IP options, which hardly any router lets pass (RFC 7126).
+        """
+        if len(packet) < 28:
             return None
-        offset = (packet[0] & 15) * 4
-        protocol = packet[9]
-        if offset < 20 or size < offset + _HEADER_BYTES.get(protocol, _UNKNOWN_PROTOCOL):
+        version, fragment, protocol, ip_checksum, source, destination, source_port, port = (
+            _HEADERS.unpack_from(packet)
+        )
+        if version != 0x45:
             return None
-        fragment = (packet[6] << 8 | packet[7]) & (_MORE_FRAGMENTS | _FRAGMENT_OFFSET)
+        fragment &= _MORE_FRAGMENTS | _FRAGMENT_OFFSET
         if fragment & _FRAGMENT_OFFSET:
             return self._handle_later_fragment(packet)
-        if protocol == 1:
-            return self._handle_icmp(packet, offset, came_from, now)
-        source, destination = _ADDRESSES.unpack_from(packet, 12)
-        source_port, destination_port = _PORTS.unpack_from(packet, offset)
-        translate = (
-            self.translator.outbound if came_from is Side.INSIDE else self.translator.inbound
-        )
-        flags = packet[offset + 13] if protocol == 6 else 0
-        verdict = translate(
-            protocol, source, source_port, destination, destination_port, now, flags
-        )
+        if protocol == 17:
+            checksum_at, flags = 26, 0
+        elif protocol == 6 and len(packet) >= 40:
+            checksum_at, flags = 36, packet[33]
+        elif protocol == 1:
+            return self._handle_icmp(packet, came_from, now)
+        else:
+            return None
+        inside = came_from is Side.INSIDE
+        translate = self._outbound if inside else self._inbound
+        verdict = translate(protocol, source, source_port, destination, port, now, flags)
         if isinstance(verdict, Drop):
             self._drop(verdict, packet, came_from)
             return None
-        new_source, new_source_port, new_destination, new_destination_port, to_inside = verdict
+        new_source, new_source_port, new_destination, new_port, to_inside = verdict
+        # Only hairpinning changes both ends; the end that stays needs no lookup.
         address_change = transport_change = 0
-        if new_source != source or new_source_port != source_port:
+        if inside:
             address_change, transport_change = self._change(
                 source, source_port, new_source, new_source_port
             )
-        if new_destination != destination or new_destination_port != destination_port:
-            address, transport = self._change(
-                destination, destination_port, new_destination, new_destination_port
-            )
+        if to_inside:
+            address, transport = self._change(destination, port, new_destination, new_port)
             address_change += address
             transport_change += transport
-        _ADDRESSES.pack_into(packet, 12, new_source, new_destination)
-        _PORTS.pack_into(packet, offset, new_source_port, new_destination_port)
-        packets.adjust_checksum(packet, 10, address_change)
-        if protocol == 6:
-            packets.adjust_checksum(packet, offset + 16, transport_change)
-        elif packet[offset + 6] or packet[offset + 7]:  # 0 means that UDP has no checksum
-            packets.adjust_checksum(packet, offset + 6, transport_change)
+        _ENDPOINTS.pack_into(
+            packet,
+            10,
+            0xFFFF - (0xFFFF - ip_checksum + address_change) % 0xFFFF,
+            new_source,
+            new_destination,
+            new_source_port,
+            new_port,
+        )
+        (transport_checksum,) = _WORD.unpack_from(packet, checksum_at)
+        if transport_checksum or protocol == 6:  # 0 means that UDP has no checksum
+            changed = 0xFFFF - (0xFFFF - transport_checksum + transport_change) % 0xFFFF
+            _WORD.pack_into(packet, checksum_at, changed)
         side = Side.INSIDE if to_inside else Side.OUTSIDE
         if fragment:
             self._remember_fragmented(packet, source, destination, side)
@@ -147,14 +160,12 @@ class TunNat:
 
     # --- ICMP ----------------------------------------------------------------------------
 
-    def _handle_icmp(
-        self, packet: bytearray, offset: int, came_from: Side, now: float
-    ) -> Side | None:
-        kind = packet[offset]
+    def _handle_icmp(self, packet: bytearray, came_from: Side, now: float) -> Side | None:
+        kind = packet[_TRANSPORT]
         if kind in packets.ICMP_ERRORS:
-            return self._handle_icmp_error(packet, offset, came_from, now)
+            return self._handle_icmp_error(packet, came_from, now)
         source, destination = _ADDRESSES.unpack_from(packet, 12)
-        (identifier,) = _WORD.unpack_from(packet, offset + 4)
+        (identifier,) = _WORD.unpack_from(packet, _TRANSPORT + 4)
         if came_from is Side.INSIDE and kind == packets.ICMP_ECHO_REQUEST:
             verdict = self.translator.outbound(1, source, identifier, destination, 0, now)
         elif came_from is Side.OUTSIDE and kind == packets.ICMP_ECHO_REPLY:
@@ -169,15 +180,13 @@ class TunNat:
             verdict.destination_port if came_from is Side.OUTSIDE else verdict.source_port
         )
         self._rewrite_addresses(packet, verdict.source, verdict.destination)
-        _WORD.pack_into(packet, offset + 4, new_identifier)
-        packets.adjust_checksum(packet, offset + 2, new_identifier - identifier)
+        _WORD.pack_into(packet, _TRANSPORT + 4, new_identifier)
+        packets.adjust_checksum(packet, _TRANSPORT + 2, new_identifier - identifier)
         return Side.INSIDE if verdict.to_inside else Side.OUTSIDE
 
-    def _handle_icmp_error(
-        self, packet: bytearray, offset: int, came_from: Side, now: float
-    ) -> Side | None:
+    def _handle_icmp_error(self, packet: bytearray, came_from: Side, now: float) -> Side | None:
         """Translate an error together with the head of the packet that it complains of."""
-        inner = offset + 8
+        inner = _TRANSPORT + 8
         if len(packet) < inner + 28 or packet[inner] != 0x45:
             return None
         protocol = packet[inner + 9]
@@ -203,8 +212,8 @@ class TunNat:
         _PORTS.pack_into(packet, inner + 20, sender_port, receiver_port)
         packet[inner + 10 : inner + 12] = b"\0\0"
         _WORD.pack_into(packet, inner + 10, packets.checksum(packet[inner : inner + 20]))
-        packet[offset + 2 : offset + 4] = b"\0\0"
-        _WORD.pack_into(packet, offset + 2, packets.checksum(packet[offset:]))
+        packet[_TRANSPORT + 2 : _TRANSPORT + 4] = b"\0\0"
+        _WORD.pack_into(packet, _TRANSPORT + 2, packets.checksum(packet[_TRANSPORT:]))
         self._rewrite_addresses(packet, source, destination)
         return Side.INSIDE if came_from is Side.OUTSIDE else Side.OUTSIDE
 

@@ -8,7 +8,7 @@ own, point to point, with /32 and /128 addresses and routes to devices: no subne
 A NAT of the user engine has two more interfaces in its router, TUN devices whose other sides the
 fabric process holds:
 
-    lan0 ── (main table) ── natin  ══ engine ══  natout ── (its own table) ── wan
+    lan0 ── (main table) ── natin  ══ engine ══  natout ── (tables of their own) ── wan
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from netlab.addresses import AddressPlan, InterfacePlan, NatPlan, plan_addresses
-from netlab.behavior import Link
+from netlab.behavior import Link, ModelError
 from netlab.kernel.fidelity import Engine, Fidelity, choose_engine
 from netlab.kernel.netlink import IpInterface, Route
 from netlab.kernel.nft import (
@@ -35,6 +35,10 @@ from netlab.model import INTERNET, Nat, Topology, Uplink
 
 AFTER_NAT_TABLE = 200
 """The routing table of packets that the user engine has translated."""
+
+BEFORE_NAT_TABLE = 201
+"""The routing table of packets from outside for the user engine. Those that come from inside for
+an external address have to enter the engine on the inside: that is hairpinning."""
 
 _LOOPBACK_INDEX = 1
 # The kernel's own fallback devices (tunl0, sit0, ...) have the first numbers of a namespace.
@@ -159,7 +163,8 @@ def plan_wiring(
         log_drops: whether dropped packets are reported through NFLOG.
 
     Raises:
-        ModelError: the topology does not fit the address plan.
+        ModelError: the topology does not fit the address plan, or needs what the kernel back
+            end doesn't have.
     """
     planner = _Planner(topology, dict(engines or {}), frozenset(pumped), log_drops)
     return planner.plan()
@@ -258,6 +263,11 @@ class _Planner:
 
     def _add_nat(self, nat: Nat) -> None:
         plan, behavior = self._addresses.nats[nat.name], nat.behavior
+        if behavior.nat64:
+            raise ModelError(
+                f'nat "{nat.name}": nat64',
+                "the kernel back end translates no IPv6 to IPv4; use the simulated one",
+            )
         inside = self._inside[nat.name]
         fidelity = choose_engine(behavior, len(inside))
         engine = self._engines.get(nat.name, fidelity.engine)
@@ -304,4 +314,4 @@ class _Planner:
 
 def translated_routes(plan: NatPlan, index: int) -> list[Route]:
     """Return the routes by which a user NAT's external addresses reach its engine."""
-    return [Route(IPv4Network(address), index) for address in plan.outside.ipv4]
+    return [Route(IPv4Network(address), index, BEFORE_NAT_TABLE) for address in plan.outside.ipv4]

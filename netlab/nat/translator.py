@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Sequence
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from typing import NamedTuple
 
 from netlab.behavior import (
@@ -46,7 +46,7 @@ class Protocol(IntEnum):
     UDP = 17
 
 
-class TcpFlag(IntFlag):
+class TcpFlag(IntEnum):
     """The TCP flags that a NAT looks at, as in the header."""
 
     FIN = 1

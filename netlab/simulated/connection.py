@@ -1,8 +1,8 @@
 """One TCP connection: enough of RFC 9293 that loss delays bytes, and NATs see real segments.
 
 Handshake (simultaneous open included), sliding window, retransmission by timer and by three
-duplicate acknowledgments, slow start and one-half decrease, half close, reset. Left out: sequence
-number wrap, SACK, delayed acknowledgments, TIME-WAIT, keep-alive. Never awaits.
+duplicate acknowledgments, slow start and one-half decrease, half close, reset, lingering after
+the end. Left out: sequence number wrap, SACK, delayed acknowledgments, keep-alive. Never awaits.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _RETRIES = 15
 # RFC 6928.
 _INITIAL_WINDOW_SEGMENTS = 10
 
-# How long a closed socket waits for the peer's FIN (Linux's tcp_fin_timeout).
-_FIN_WAIT_SECONDS = 60.0
+# How long a closed socket waits for the peer's FIN, and how long a finished connection still
+# answers repeated segments (Linux's tcp_fin_timeout and TIME-WAIT).
+_LINGER_SECONDS = 60.0
 
 
 class State(Enum):
@@ -67,6 +68,7 @@ class Connection:
         self.received = bytearray()
         self.peer_finished = False
         self._orphaned = False
+        self._lingering = False
         # Sending: bytes from `_una` on are in `_unacknowledged`; the SYN and FIN count as one.
         self._iss = host.generator.getrandbits(32)
         self._una = self._iss
@@ -144,8 +146,7 @@ class Connection:
             self._end(0)
             return
         self.finish()
-        self._maybe_forget()
-        self._host.world.schedule(self._host.world.now() + _FIN_WAIT_SECONDS, self._end, 0)
+        self._maybe_linger()
 
     def abort(self) -> None:
         """Send RST and forget."""
@@ -179,7 +180,7 @@ class Connection:
                 self._receive_acknowledgment(segment, len(payload))
             if payload or flags & TcpFlag.FIN:
                 self._receive_data(segment, payload)
-            self._maybe_forget()
+            self._maybe_linger()
         self.on_change()
 
     def receive_error(self, answer: Answer) -> None:
@@ -273,8 +274,8 @@ class Connection:
         start = segment.sequence
         if segment.flags & TcpFlag.FIN:
             self._early_fin = start + len(payload)
-        if self._orphaned and payload:
-            self.abort()
+        if self._orphaned and start + len(payload) > self._expected:
+            self.abort()  # bytes that nobody will read
             return
         if start <= self._expected < start + len(payload):
             self._take(payload[self._expected - start :])
@@ -406,11 +407,12 @@ class Connection:
 
     # --- the end -------------------------------------------------------------------------
 
-    def _maybe_forget(self) -> None:
-        """Leave the table when both sides have finished and heard of it."""
-        mine_done = self._fin_sent and self._una == self._next and not self._unacknowledged
-        if mine_done and self.peer_finished and self._orphaned:
-            self._end(0)
+    def _maybe_linger(self) -> None:
+        """Start the last wait once the program has closed and our FIN has been acknowledged."""
+        all_acknowledged = self._fin_sent and self._una == self._next
+        if self._orphaned and all_acknowledged and not self._lingering:
+            self._lingering = True
+            self._host.world.schedule(self._host.world.now() + _LINGER_SECONDS, self._end, 0)
 
     def _end(self, error: int) -> None:
         if self.state is not State.CLOSED:

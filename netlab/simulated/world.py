@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol as StructuralType
@@ -19,6 +20,14 @@ from netlab.timeline import (
     PacketSent,
     Timeline,
 )
+
+# Events are carried out in their own order, but on ticks of 0.1 ms: each instant at which anything
+# happens costs Trio some 100 us, and jitter gives every packet an instant of its own.
+_TICKS_PER_SECOND = 10_000
+
+# The clock arrives at a tick only up to floating-point error; without this the pump would wake
+# just before an event and go round once more.
+_ROUNDING_SECONDS = 1e-9
 
 # A lab's endpoints come again and again; formatting one costs as much as a NAT lookup.
 _text: Callable[[Endpoint], str] = lru_cache(maxsize=65_536)(endpoint_text)
@@ -65,7 +74,11 @@ class World:
         heapq.heappush(self._heap, (at, self._serial, call, args))
         sleep = self._sleep
         if sleep is not None and at + self._started_at < sleep.deadline:
-            sleep.deadline = at + self._started_at
+            sleep.deadline = min(sleep.deadline, self._wake_at(at))
+
+    def _wake_at(self, at: float) -> float:
+        """Return when to wake for an event: on the next tick, in Trio's time."""
+        return math.ceil(at * _TICKS_PER_SECOND) / _TICKS_PER_SECOND + self._started_at
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Carry out scheduled calls until cancelled."""
@@ -73,7 +86,7 @@ class World:
         task_status.started()
         heap = self._heap
         while True:
-            now = self.now()
+            now = self.now() + _ROUNDING_SECONDS
             # Calls that schedule at this very instant run in the next turn, after the tasks
             # that this turn has woken.
             last = self._serial
@@ -81,7 +94,7 @@ class World:
                 _, _, call, args = heapq.heappop(heap)
                 self.events_run += 1
                 call(*args)
-            deadline = heap[0][0] + self._started_at if heap else float("inf")
+            deadline = self._wake_at(heap[0][0]) if heap else math.inf
             with trio.CancelScope(deadline=deadline) as self._sleep:
                 await trio.sleep_forever()
             self._sleep = None

@@ -31,14 +31,12 @@ def descriptors() -> list[str]:
 def network_namespaces() -> set[int]:
     """Return the network namespaces that processes of this jail are in or hold open."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            for link in [entry / "ns/net", *(entry / "fd").iterdir()]:
-                try:
-                    if os.readlink(link).startswith("net:"):
-                        found.add(link.stat().st_ino)
-                except OSError:
-                    continue
+    for link in [*Path("/proc").glob("[0-9]*/ns/net"), *Path("/proc").glob("[0-9]*/fd/*")]:
+        try:
+            if os.readlink(link).startswith("net:"):
+                found.add(link.stat().st_ino)
+        except OSError:
+            continue  # the process has ended, or the descriptor was the listing's own
     return found
 
 

@@ -6,13 +6,14 @@ import errno
 import re
 import socket as stdlib
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import trio
 import trio.testing
 import trustme
+from trio.testing import MockClock
 
 from netlab.model import (
     Host,
@@ -27,8 +28,6 @@ from netlab.model import (
     Uplink,
 )
 from netlab.simulated import SimulatedInternet
-
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
 PORT = 7777
 
@@ -72,7 +71,7 @@ async def serve_echo(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNOR
 
 
 class TestUdp:
-    async def test_through_a_nat_and_back(self) -> None:
+    async def test_through_a_nat_and_back(self, autojump_clock: MockClock) -> None:
         """A server sees the NAT's address, and its answer arrives inside."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -91,7 +90,7 @@ class TestUdp:
             )
 
     @pytest.mark.parametrize("family", [stdlib.AF_INET, stdlib.AF_INET6])
-    async def test_connected(self, family: int) -> None:
+    async def test_connected(self, autojump_clock: MockClock, family: int) -> None:
         """A connected socket has a source address, hears its peer only, and uses send."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -110,7 +109,7 @@ class TestUdp:
             with pytest.raises(BlockingIOError):
                 client.recvfrom_nowait(10)  # type: ignore[attr-defined]
 
-    async def test_refused(self) -> None:
+    async def test_refused(self, autojump_clock: MockClock) -> None:
         """A closed port refuses a connected socket on its next call, not an unconnected one."""
         async with SimulatedInternet(topology()) as internet, internet.host("a"):
             connected = trio.socket.socket(type=stdlib.SOCK_DGRAM)
@@ -124,7 +123,7 @@ class TestUdp:
                 await unconnected.recvfrom(10)
             assert scope.cancelled_caught
 
-    async def test_no_way(self) -> None:
+    async def test_no_way(self, autojump_clock: MockClock) -> None:
         """Without an uplink, or without the family, sending is ENETUNREACH."""
         plain = topology(behavior=NatBehavior())
         async with SimulatedInternet(plain) as internet, internet.host("a"):
@@ -136,7 +135,7 @@ class TestUdp:
             with raises_errno(errno.ENETUNREACH):
                 await four.sendto(b"x", ("2.0.0.1", 1))
 
-    async def test_no_host_is_no_network(self) -> None:
+    async def test_no_host_is_no_network(self, autojump_clock: MockClock) -> None:
         """A task that has entered no host cannot open a socket."""
         async with SimulatedInternet(topology()) as internet:
             with pytest.raises(OSError, match="in no simulated host"):
@@ -146,7 +145,7 @@ class TestUdp:
             with pytest.raises(OSError, match="in no simulated host"):
                 trio.socket.socket()
 
-    async def test_dual_stack(self) -> None:
+    async def test_dual_stack(self, autojump_clock: MockClock) -> None:
         """An IPv6 wildcard socket also speaks IPv4, with mapped addresses."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -159,7 +158,7 @@ class TestUdp:
             await server.sendto(b"y", source)
             assert await client.recv(10) == b"y"
 
-    async def test_bind_conflicts_and_foreign_addresses(self) -> None:
+    async def test_bind_conflicts_and_foreign_addresses(self, autojump_clock: MockClock) -> None:
         """A taken port is EADDRINUSE, another machine's address EADDRNOTAVAIL."""
         async with SimulatedInternet(topology()) as internet, internet.host("a"):
             first = await udp(port=5000)
@@ -171,7 +170,7 @@ class TestUdp:
             with raises_errno(errno.EADDRNOTAVAIL):
                 await sock.bind(("2.0.0.1", 0))
 
-    async def test_close_wakes_the_reader(self) -> None:
+    async def test_close_wakes_the_reader(self, autojump_clock: MockClock) -> None:
         """Closing a socket under a reader raises ClosedResourceError there."""
         async with SimulatedInternet(topology()) as internet, internet.host("a"):
             sock = await udp()
@@ -190,7 +189,7 @@ class TestUdp:
             with raises_errno(errno.EBADF):
                 await sock.sendto(b"x", ("2.0.0.1", 1))
 
-    async def test_segmentation_offload(self) -> None:
+    async def test_segmentation_offload(self, autojump_clock: MockClock) -> None:
         """UDP_SEGMENT cuts one sendmsg into datagrams."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -202,7 +201,7 @@ class TestUdp:
             sizes = [len((await server.recvfrom(2000))[0]) for _ in range(3)]
             assert sizes == [400, 400, 200]
 
-    async def test_full_buffer_drops(self) -> None:
+    async def test_full_buffer_drops(self, autojump_clock: MockClock) -> None:
         """What a reader does not take is dropped beyond the receive buffer."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -218,7 +217,7 @@ class TestUdp:
                 received += 1
             assert 50 < received < 200
 
-    async def test_path_mtu(self) -> None:
+    async def test_path_mtu(self, autojump_clock: MockClock) -> None:
         """Beyond a small link a don't-fragment socket learns EMSGSIZE; others get through."""
         nat = Nat(name="home", uplink=Uplink(link=Link(mtu_bytes=1280)))
         small = Topology(
@@ -243,7 +242,7 @@ class TestUdp:
 
 
 class TestTcp:
-    async def test_is_a_trio_stream(self) -> None:
+    async def test_is_a_trio_stream(self, autojump_clock: MockClock) -> None:
         """Trio's own conformance suite for half-closeable streams passes."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -262,12 +261,17 @@ class TestTcp:
                     )
                 return client, accepted[0]
 
-            def clogged_maker() -> Callable[[], Awaitable[object]]:
-                return make
+            async def make_clogged() -> tuple[trio.SocketStream, trio.SocketStream]:
+                streams = await make()
+                for stream in streams:
+                    with trio.move_on_after(1):
+                        while True:
+                            await stream.send_all(bytes(65_536))
+                return streams
 
-            await trio.testing.check_half_closeable_stream(make, clogged_maker())
+            await trio.testing.check_half_closeable_stream(make, make_clogged)
 
-    async def test_serve_and_open_by_name(self) -> None:
+    async def test_serve_and_open_by_name(self, autojump_clock: MockClock) -> None:
         """serve_tcp and open_tcp_stream work unmodified, name lookup included."""
         async with SimulatedInternet(topology()) as internet, trio.open_nursery() as nursery:
             async with internet.host("server"):
@@ -281,7 +285,7 @@ class TestTcp:
                 assert await stream.receive_some() == b""
             nursery.cancel_scope.cancel()
 
-    async def test_tls(self) -> None:
+    async def test_tls(self, autojump_clock: MockClock) -> None:
         """TLS runs over the simulated streams."""
         authority = trustme.CA()
         server_context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -314,7 +318,7 @@ class TestTcp:
             Link(mtu_bytes=600),
         ],
     )
-    async def test_bytes_survive_impairments(self, link: Link) -> None:
+    async def test_bytes_survive_impairments(self, autojump_clock: MockClock, link: Link) -> None:
         """Loss, reordering, duplication, a thin queue and a small MTU delay bytes, no more."""
         sent = bytes(n * 7 % 251 for n in range(300_000))
         async with SimulatedInternet(topology(link)) as internet, trio.open_nursery() as nursery:
@@ -335,7 +339,7 @@ class TestTcp:
             assert received == sent
             nursery.cancel_scope.cancel()
 
-    async def test_refused_and_silent(self) -> None:
+    async def test_refused_and_silent(self, autojump_clock: MockClock) -> None:
         """A closed port refuses at once; a NAT that drops times out after Linux's retries."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("a"):
@@ -348,7 +352,7 @@ class TestTcp:
                     await sock.connect((str(internet.plan.nats["home"].outside.ipv4[0]), 80))
                 assert 100 < trio.current_time() - began < 150
 
-    async def test_reset_by_nat(self) -> None:
+    async def test_reset_by_nat(self, autojump_clock: MockClock) -> None:
         """A NAT that answers unsolicited SYNs with RST makes connecting fail at once."""
         behavior = NatBehavior(unsolicited=Unsolicited.RESET)
         async with SimulatedInternet(topology(behavior=behavior)) as internet, internet.host("b"):
@@ -356,7 +360,7 @@ class TestTcp:
             with pytest.raises(ConnectionRefusedError):
                 await sock.connect((str(internet.plan.nats["home"].outside.ipv4[0]), 80))
 
-    async def test_unread_bytes_reset(self) -> None:
+    async def test_unread_bytes_reset(self, autojump_clock: MockClock) -> None:
         """Closing with unread bytes resets the peer."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("server"):
@@ -371,7 +375,7 @@ class TestTcp:
                 await client.receive_some()
 
     @pytest.mark.parametrize("skew", [0.0, 0.2, 1.5])
-    async def test_simultaneous_open(self, skew: float) -> None:
+    async def test_simultaneous_open(self, autojump_clock: MockClock, skew: float) -> None:
         """Two hosts behind NATs that drop unsolicited SYNs connect to each other."""
         two = Topology(
             hosts=tuple(
@@ -399,13 +403,13 @@ class TestTcp:
 
 
 class TestNames:
-    async def test_unknown_name(self) -> None:
+    async def test_unknown_name(self, autojump_clock: MockClock) -> None:
         """An unknown name fails as in the real resolver."""
         async with SimulatedInternet(topology()) as internet, internet.host("a"):
             with pytest.raises(stdlib.gaierror):
                 await trio.socket.getaddrinfo("nowhere.example", 1)
 
-    async def test_families_and_extra_names(self) -> None:
+    async def test_families_and_extra_names(self, autojump_clock: MockClock) -> None:
         """Servers have A and AAAA records; the lab can add names."""
         names = {"derp1.example": ["2.0.0.77"]}
         async with (
@@ -419,7 +423,7 @@ class TestNames:
 
 
 class TestNat64:
-    async def test_reaches_ipv4_by_name(self) -> None:
+    async def test_reaches_ipv4_by_name(self, autojump_clock: MockClock) -> None:
         """An IPv6-only host reaches an IPv4 server through a synthesized address."""
         nat64 = NatBehavior(nat64=True, ipv6=Ipv6.ROUTED)
         lab = Topology(
@@ -449,7 +453,7 @@ class TestNat64:
 
 class TestIpv6:
     @pytest.mark.parametrize("mode", [Ipv6.ROUTED, Ipv6.NPT, Ipv6.NAT66])
-    async def test_modes(self, mode: Ipv6) -> None:
+    async def test_modes(self, autojump_clock: MockClock, mode: Ipv6) -> None:
         """Each mode carries a question and its answer, with or without another address."""
         lab = topology(behavior=NatBehavior(ipv6=mode))
         async with SimulatedInternet(lab) as internet:
@@ -464,7 +468,7 @@ class TestIpv6:
             await server.sendto(b"y", source)
             assert await client.recv(10) == b"y"
 
-    async def test_stateful_by_default(self) -> None:
+    async def test_stateful_by_default(self, autojump_clock: MockClock) -> None:
         """The IPv6 firewall lets nobody in who was not contacted."""
         async with SimulatedInternet(topology()) as internet:
             async with internet.host("a"):
@@ -478,7 +482,7 @@ class TestIpv6:
             assert scope.cancelled_caught
 
 
-async def test_routed_site_without_translation() -> None:
+async def test_routed_site_without_translation(autojump_clock: MockClock) -> None:
     """Behind a router that translates nothing a host is seen by its own address."""
     lab = topology(behavior=NatBehavior(translation=Translation.NONE))
     async with SimulatedInternet(lab) as internet:
