@@ -14,14 +14,15 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from netlab.behavior import suggest
 
 Value: TypeAlias = str | float | bool
 Function: TypeAlias = Callable[..., Value]
 
-_COMPARE: dict[type[ast.cmpop], Callable[[object, object], bool]] = {
+# Any: the operators' own types are protocols; the values are texts, numbers and truths.
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,

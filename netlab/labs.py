@@ -1,8 +1,8 @@
 """One small interface to both back ends, so that a scenario runs on either unchanged.
 
-    async with open_lab(topology, BackEnd.SIMULATED) as lab:
-        async with lab.host("a"):
-            ...
+async with open_lab(topology, BackEnd.SIMULATED) as lab:
+    async with lab.host("a"):
+        ...
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class Lab:
         self.topology = topology
         self.timeline = timeline
         self.addresses = addresses
-        self._external = {
-            name: tuple(plan.outside.ipv4) for name, plan in addresses.nats.items()
-        }
+        self._external = {name: tuple(plan.outside.ipv4) for name, plan in addresses.nats.items()}
         self._ever_used = {
             address for addresses in self._external.values() for address in addresses
         } | {
@@ -156,6 +154,14 @@ class Lab:
             ProgramError: it cannot be started.
         """
         raise NotImplementedError
+
+    async def run_on_terminal(self, machine: str, command: tuple[str, ...]) -> int:
+        """Run a command in a host, server or NAT with this process's terminal as its own.
+
+        Raises:
+            ProgramError: it cannot be started.
+        """
+        raise ProgramError("only the kernel back end runs commands")
 
     def address(self, machine: str, *, ipv6: bool = False) -> str:
         """Return a host's or server's first address of a family.
@@ -248,7 +254,7 @@ class SimulatedLab(Lab):
         if command:
             raise ProgramError(
                 f'"{command[0]}" is a command line, which needs the kernel back end; '
-                "the simulated one runs Trio functions (python = \"module:function\")"
+                'the simulated one runs Trio functions (python = "module:function")'
             )
         entry = load_entry(python)
         async with self.host(host):
@@ -262,7 +268,7 @@ class RunningKernelLab(Lab):
     back_end = BackEnd.KERNEL
 
     def __init__(self, lab: KernelLab) -> None:
-        super().__init__(lab.topology, lab.timeline, lab.addresses)
+        super().__init__(lab.topology, lab.timeline, lab.plan)
         self.lab = lab
 
     def now(self) -> float:
@@ -308,6 +314,16 @@ class RunningKernelLab(Lab):
         except BaseException:
             process.kill()
             raise
+
+    async def run_on_terminal(self, machine: str, command: tuple[str, ...]) -> int:
+        is_nat = machine in self.topology.nat_by_name
+        place = self.lab.nat(machine) if is_nat else self.lab.host(machine)
+        process = os.readlink("/proc/self")
+        namespace = f"/proc/{process}/fd/{place.namespace.descriptor}"
+        done = await trio.run_process(
+            ["nsenter", f"--net={namespace}", "--", *command], stdin=None, check=False
+        )
+        return done.returncode
 
 
 async def _read_lines(stream: trio.abc.ReceiveStream, say: Say) -> None:

@@ -1,7 +1,7 @@
 """Running a scenario on either back end: services, programs, changes, expectations.
 
-    result = await run_scenario(scenario, BackEnd.SIMULATED)
-    assert result.succeeded
+result = await run_scenario(scenario, BackEnd.SIMULATED)
+assert result.succeeded
 """
 
 from __future__ import annotations
@@ -321,3 +321,17 @@ def apply_change(lab: Lab, change: Change) -> None:
         case Action.LINK_SET:
             assert change.link is not None
             lab.set_link(change.target, change.to or None, change.link)
+
+
+async def run_services_around(scenario: Scenario, machine: str, command: tuple[str, ...]) -> int:
+    """Run a command in a machine of the scenario's network, on this terminal; return its status.
+
+    Raises:
+        ProgramError: there is no such command.
+    """
+    async with open_lab(scenario.topology, BackEnd.KERNEL) as lab, trio.open_nursery() as nursery:
+        for service in scenario.services:
+            await nursery.start(run_service, lab, service)
+        status = await lab.run_on_terminal(machine, command)
+        nursery.cancel_scope.cancel()
+    return status

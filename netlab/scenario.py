@@ -490,7 +490,9 @@ class _Parser:
         if action is Action.HOST_MOVE:
             networks = [u.network for u in self._topology.host_by_name[target].uplinks]
             if to not in networks:
-                raise table.error("to", f'"{target}" has no uplink to "{to}"; {suggest(to, networks)}')
+                raise table.error(
+                    "to", f'"{target}" has no uplink to "{to}"; {suggest(to, networks)}'
+                )
         elif action is Action.NAT_LOGIN:
             host = self._machine(table, "host", table.take_text("host"))
         elif action is Action.LINK_SET:
@@ -509,9 +511,7 @@ class _Parser:
         uplinks = topology.host_by_name[owner].uplinks
         return next((u.link for u in uplinks if network in ("", u.network)), uplinks[0].link)
 
-    def _expectation(
-        self, table: Table, duration: float, programs: list[Program]
-    ) -> Expectation:
+    def _expectation(self, table: Table, duration: float, programs: list[Program]) -> Expectation:
         within = table.take_seconds("within", duration)
         after = table.take_seconds("after", 0.0)
         throughout = table.take_bool("throughout", False)

@@ -39,8 +39,9 @@ async def run_service(
     addresses = tuple(address for address in host.addresses if ":" not in address)
     async with host:
         match service.kind:
-            case ServiceKind.STUN if len(addresses) >= 2:
-                servers = ProbeServers(addresses=addresses, ports=STUN_PORTS)
+            case ServiceKind.STUN if len(addresses) >= 3:
+                one, two, three = addresses[:3]
+                servers = ProbeServers(addresses=(one, two, three), ports=STUN_PORTS)
                 await serve_probe(servers, task_status=task_status)
             case ServiceKind.STUN:
                 async with trio.open_nursery() as nursery:

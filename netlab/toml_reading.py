@@ -143,7 +143,8 @@ class Table:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
-    def keys(self) -> list[str]:
+    @property
+    def names(self) -> list[str]:
         """Return the keys that are not taken yet."""
         return list(self._values)
 
@@ -170,10 +171,8 @@ class Table:
         return value
 
     def maybe_text(self, key: str) -> str | None:
-        return self.take_text(key) if key in self._values else self._note(key)
-
-    def _note(self, key: str) -> None:
         self._known.add(key)
+        return self.take_text(key) if key in self._values else None
 
     def take_texts(self, key: str, default: tuple[str, ...] = ()) -> tuple[str, ...]:
         value = self.pop(key)
@@ -244,7 +243,7 @@ class Table:
         if outer is None:
             return {}
         found: dict[str, Table] = {}
-        for name in outer.keys():
+        for name in outer.names:
             table = outer.maybe_table(name)
             assert table is not None
             found[name] = table
@@ -258,8 +257,7 @@ class Table:
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.error(key, f"must be a list of tables; write [[{key}]] above each")
         return [
-            Table(self.document, (*self.path, key, index), item)
-            for index, item in enumerate(value)
+            Table(self.document, (*self.path, key, index), item) for index, item in enumerate(value)
         ]
 
     def take_rest(self) -> dict[str, _Value]:
