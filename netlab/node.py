@@ -10,8 +10,9 @@ server with a STUN service and the lab's own relay (`netlab.services`), and it p
     path b none
     rtt b 24.1 ms
 
-Messages between nodes are text: ``PING number``, ``PONG number``, ``CANDIDATE address port``. The
-first two go over every path that is in question, the last one through the relay only.
+Messages between nodes are text: ``PING number``, ``PONG number``, ``CANDIDATE address port``,
+``ANSWER address port``. Pings and pongs go over every path that is in question, a candidate and
+the answer to it, which is the other side's, through the relay only.
 """
 
 from __future__ import annotations
@@ -185,13 +186,14 @@ class _Node:
                     self._add_target(source, now)
             case ["PONG", number] if number.isdigit():
                 self._handle_pong(int(number), source, now)
-            case ["CANDIDATE", address, port] if source is None and port.isdigit():
+            case ["CANDIDATE" | "ANSWER" as verb, address, port] if port.isdigit():
+                if source is not None or now < self._direct_from:
+                    return
                 self._add_target((address, int(port)), now)
-                # Both must punch at the same time: tell the peer where we are, unless it is
-                # its answer to just that.
-                if now >= self._next_round - _ROUND_SECONDS / 2:
-                    self._next_round = now
                 self._punch_until = now + _PUNCH_SECONDS
+                # Both have to punch at the same time, so the peer has to know our side too.
+                if verb == "CANDIDATE" and self._mapping is not None:
+                    await self._send_to_peer(f"ANSWER {self._mapping[0]} {self._mapping[1]}", None)
 
     def _add_target(self, target: Endpoint, now: float) -> None:
         if target not in self._targets and len(self._targets) < _MAX_TARGETS:

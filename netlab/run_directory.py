@@ -22,7 +22,7 @@ from netlab.runner import RunResult
 from netlab.scenario import Scenario, ScenarioError, parse_scenario
 from netlab.timeline import Event, TimelineError, read_jsonl, write_jsonl
 
-DEFAULT_PARENT = Path("lab-runs")
+DEFAULT_PARENT = Path("lab-results")
 
 
 class RunDirectoryError(Exception):
