@@ -143,8 +143,13 @@ class SimulatedInternet:
         return random.Random(f"{purpose} {self.topology.seed}")
 
     def _build(self) -> None:
+        inside_hosts: dict[str, list[Address]] = {}
+        for interfaces in self.plan.hosts.values():
+            for interface in interfaces:
+                addresses = inside_hosts.setdefault(interface.network, [])
+                addresses += (address.packed for address in interface.ipv4)
         for nat in self.topology.nats_outermost_first():
-            self._build_nat(nat)
+            self._build_nat(nat, inside_hosts.get(nat.name, []))
         for server in self.topology.servers:
             node = self._new_host(server.name)
             plan = self.plan.servers[server.name]
@@ -175,16 +180,9 @@ class SimulatedInternet:
         node.add_interface(interface)
         return interface
 
-    def _build_nat(self, nat: Nat) -> None:
+    def _build_nat(self, nat: Nat, inside_hosts: list[Address]) -> None:
         plan = self.plan.nats[nat.name]
         inside = self._networks[nat.name] = Network(self.world, nat.name)
-        inside_hosts = tuple(
-            address.packed
-            for host in self.topology.hosts
-            for interface in self.plan.hosts[host.name]
-            if interface.network == nat.name
-            for address in interface.ipv4
-        )
         node = NatNode(
             self.world,
             nat.name,
@@ -192,7 +190,7 @@ class SimulatedInternet:
             plan,
             inside,
             self._generator(f"nat {nat.name}"),
-            inside_hosts,
+            tuple(inside_hosts),
         )
         inside.router = node
         around = self._networks[nat.uplink.network]
