@@ -28,7 +28,7 @@ from netlab.addresses import AddressPlan, InterfacePlan, plan_addresses
 from netlab.behavior import Ipv6, Link, ModelError, Translation, suggest
 from netlab.drops import Address
 from netlab.model import INTERNET, Nat, Topology
-from netlab.simulated.determinism import repeatable_schedule
+from netlab.simulated.determinism import driven_by_clock, repeatable_schedule
 from netlab.simulated.host import Interface, SimulatedHost, current_host
 from netlab.simulated.network import Attachment, NatNode, Network, prefix_of
 from netlab.simulated.resolver import Resolver
@@ -119,6 +119,7 @@ class SimulatedInternet:
             trio.socket.set_custom_hostname_resolver(self.resolver),
         )
         await self._nursery.start(self.world.run)
+        self._undo.enter_context(driven_by_clock(self.world))
         return self
 
     async def __aexit__(
