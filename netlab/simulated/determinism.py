@@ -1,7 +1,7 @@
 """What a simulated internet changes in Trio while it runs: the order of tasks, and clock jumps.
 
 Both reach into private parts of Trio, which is why they are together here; `trio.testing` offers
-neither, and its issue 1587 invites asking for it.
+neither. A test of repeatability fails where a later Trio has changed them.
 """
 
 from __future__ import annotations
