@@ -2,13 +2,388 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
 import click
 
+from relay.config import Config, ConfigError
+from relay.demo import demo_command
+from relay.map_entry import PRIVATE_REGION_ID, build_map
+from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
+from traversal.relay_map import RelayMap, RelayMapError
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+DEFAULT_CONFIG_PATH = "/etc/underpass-relay/relay.toml"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="underpass", prog_name="underpass-relay")
 def main() -> None:
-    """To be described."""
+    """A relay for DERP clients: a drop-in for Tailscale's derper, with STUN.
 
+    Try it at once with "underpass-relay serve --dev"; nothing has to be set up for that.
+    """
+
+
+# --- Configuration -------------------------------------------------------------------------------
+
+
+def _config_options(command: _F) -> _F:
+    """Options that say where the configuration comes from, strongest last."""
+    decorators = (
+        click.option(
+            "-c",
+            "--config",
+            "config_path",
+            type=click.Path(dir_okay=False),
+            help=f"Configuration file (TOML). Default: {DEFAULT_CONFIG_PATH} if it is there.",
+        ),
+        click.option("--hostname", help="server.hostname: the name that clients connect to."),
+        click.option("--derp", multiple=True, metavar="[HOST]:PORT", help="listen.derp"),
+        click.option("--http", metavar="[HOST]:PORT|off", help="listen.http"),
+        click.option("--stun", metavar="[HOST]:PORT|off", help="listen.stun"),
+        click.option("--admin", metavar="[HOST]:PORT|off", help="listen.admin"),
+        click.option("--workers", type=int, help="server.workers: processes to share the load."),
+        click.option("--log-level", help="log.level: debug, info, warning or error."),
+        click.option(
+            "--set",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any other key, for example --set limits.connections=1000. May be repeated.",
+        ),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def _overrides(options: Mapping[str, Any]) -> dict[str, object]:
+    named = {
+        "server.hostname": options["hostname"],
+        "listen.derp": ",".join(options["derp"]) or None,
+        "listen.http": options["http"],
+        "listen.stun": options["stun"],
+        "listen.admin": options["admin"],
+        "server.workers": options["workers"],
+        "log.level": options["log_level"],
+    }
+    overrides: dict[str, object] = {key: value for key, value in named.items() if value is not None}
+    for setting in options["settings"]:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {setting}: write it as KEY=VALUE")
+        overrides[key] = value
+    return overrides
+
+
+def _config_path(options: Mapping[str, Any]) -> str:
+    """The configuration file; empty if none is named and there is none at the usual place."""
+    named: str | None = options["config_path"]
+    if named is not None:
+        return named
+    return DEFAULT_CONFIG_PATH if Path(DEFAULT_CONFIG_PATH).exists() else ""
+
+
+def _loader(options: Mapping[str, Any], *, dev: bool = False) -> Callable[[], Config]:
+    """A function that reads the configuration, now and at each reload."""
+    overrides = _overrides(options)
+    if dev:
+        if options["config_path"]:
+            raise click.UsageError("--dev needs no configuration file; leave --config out")
+        return lambda: Config.dev(overrides)
+    path = _config_path(options)
+    return lambda: Config.load(Path(path) if path else None, os.environ, overrides)
+
+
+def _load(options: Mapping[str, Any]) -> Config:
+    try:
+        return _loader(options)()
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option(
+    "--dev",
+    is_flag=True,
+    help="Try it: loopback only, free ports, a key and a certificate in memory, open to all.",
+)
+@click.option(
+    "--dev-map",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Also write the relay map of this relay to this file, once it serves.",
+)
+@_config_options
+def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
+    """Run the relay until SIGTERM, which drains it; SIGHUP reloads.
+
+    Settings come from the configuration file, then UNDERPASS_RELAY_... environment variables, then
+    the options below; the later ones win.
+    """
+    import trio
+
+    from relay.logs import set_up_logging
+    from relay.server import Bound, StartError
+    from relay.server import serve as serve_relay
+
+    load = _loader(options, dev=dev)
+    path = "" if dev else _config_path(options)
+
+    async def run(config: Config) -> None:
+        async with trio.open_nursery() as nursery:
+            bound: Bound = await nursery.start(
+                functools.partial(serve_relay, config, load, config_path=path)
+            )
+            if dev or dev_map:
+                text = _map_of_running(config, bound).to_json()
+                if dev_map:
+                    await trio.Path(dev_map).write_text(text + "\n")
+                if dev:
+                    click.echo(_dev_banner(bound, text))
+
+    problems: list[str] = []
+    try:
+        config = load()
+        set_up_logging(config.log)
+        trio.run(run, config)
+    except* (*StartError, RelayMapError) as group:
+        problems = _messages(group)
+    if problems:
+        raise click.ClickException("\n".join(problems))
+
+
+def _messages(group: BaseExceptionGroup[Any]) -> list[str]:
+    """The texts of the errors in a group, however deep."""
+    texts = []
+    for error in group.exceptions:
+        texts += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return texts
+
+
+def _map_of_running(config: Config, bound: Any) -> RelayMap:
+    return build_map(
+        config,
+        derp_port=bound.derp[0][1],
+        stun_port=bound.stun[0][1] if bound.stun else None,
+        can_port_80=any(port == 80 for _, port in bound.http),
+        pin=bound.pin,
+    )
+
+
+def _dev_banner(bound: Any, map_text: str) -> str:
+    def places(addresses: Iterable[tuple[str, int]]) -> str:
+        return ", ".join(f"{host}:{port}" for host, port in addresses) or "off"
+
+    return (
+        f"A relay for trying things is running; stop it with Ctrl-C.\n\n"
+        f"  DERP    {places(bound.derp)} (TLS)\n"
+        f"  STUN    {places(bound.stun)} (UDP)\n"
+        f"  HTTP    {places(bound.http)}\n"
+        f"  status  {f'http://{places(bound.admin)}/' if bound.admin else 'off'}\n"
+        f"  key     {bound.server_key}\n"
+        f"  pin     {bound.pin or 'none'}\n\n"
+        f"Relay map to give to clients:\n\n{map_text}\n"
+    )
+
+
+@main.command("check-config")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+@_config_options
+def check_config(as_json: bool, **options: Any) -> None:
+    """Say whether the configuration is right, without starting anything.
+
+    Exit status 1 if it is not. Everything wrong is listed, with file and line.
+    """
+    problems: list[str] = []
+    try:
+        config = _loader(options)()
+        from relay.server import check_files
+
+        problems = check_files(config)
+    except ConfigError as error:
+        problems = list(error.problems)
+    if as_json:
+        click.echo(json.dumps({"ok": not problems, "problems": problems}))
+    elif problems:
+        click.echo("\n".join(problems), err=True)
+    else:
+        click.echo("The configuration is right.")
+    sys.exit(1 if problems else 0)
+
+
+@main.command()
+@click.argument("kind", type=click.Choice(["server", "mesh"]), default="server")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="Write to this file (0600).")
+@click.option("--json", "as_json", is_flag=True, help="The public half, too, as JSON.")
+def keygen(kind: str, output: str | None, as_json: bool) -> None:
+    """Make a key: the SERVER's own, in derper's file format, or a MESH key for a region."""
+    public = ""
+    if kind == "server":
+        private = NodePrivate.generate(os.urandom)
+        public = str(private.public())
+        text = json.dumps({"PrivateKey": private.reveal()}, indent="\t")
+    else:
+        text = MeshKey.generate(os.urandom).reveal()
+    if output is not None:
+        from relay.derper_files import write_private_file
+
+        try:
+            write_private_file(Path(output), f"{text}\n".encode(), replace=False)
+        except (ConfigError, OSError) as error:
+            raise click.ClickException(str(error)) from None
+    if as_json:
+        shown = {"kind": kind, "public": public, "file": output}
+        click.echo(json.dumps(shown if output else {**shown, "key": text}))
+    elif output is None:
+        click.echo(text)
+    else:
+        click.echo(f"Wrote {output}" + (f"; its public half is {public}" if public else ""))
+
+
+def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., Any]:
+    def convert(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
+        try:
+            address = ip_address(value)
+        except ValueError:
+            raise click.BadParameter(f"{value} is no IP address") from None
+        if not isinstance(address, kind):
+            raise click.BadParameter(f"{value} is of the other address family")
+        return address
+
+    return convert
+
+
+@main.command("print-map")
+@click.option("--region-id", type=int, default=PRIVATE_REGION_ID, show_default=True)
+@click.option("--region-code", default="underpass", show_default=True)
+@click.option("--region-name", default="Underpass", show_default=True)
+@click.option("--node-name", default="", help="Default: the region id and the letter a.")
+@click.option("--ipv4", callback=_address_type(IPv4Address), help="Dial this instead of DNS.")
+@click.option("--ipv6", callback=_address_type(IPv6Address), help="Dial this instead of DNS.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "headscale"]),
+    default="json",
+    show_default=True,
+    help="Tailscale's DERPMap JSON, or the YAML that headscale reads.",
+)
+@_config_options
+def print_map(
+    region_id: int,
+    region_code: str,
+    region_name: str,
+    node_name: str,
+    ipv4: IPv4Address | None,
+    ipv6: IPv6Address | None,
+    form: str,
+    **options: Any,
+) -> None:
+    """Print the relay-map entry under which clients find this relay, complete and checked.
+
+    For a self-signed certificate the entry carries its pin.
+    """
+    config = _load(options)
+    from relay.server import StartError, certificate_pin
+
+    listen = config.listen
+    try:
+        relay_map = build_map(
+            config,
+            derp_port=listen.derp[0].port or 443,
+            stun_port=listen.stun.port if listen.stun else None,
+            can_port_80=listen.http is not None and listen.http.port == 80,
+            pin=certificate_pin(config),
+            region_id=region_id,
+            region_code=region_code,
+            region_name=region_name,
+            node_name=node_name,
+            ipv4=ipv4,
+            ipv6=ipv6,
+        )
+    except (*StartError, RelayMapError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(relay_map.to_json() if form == "json" else relay_map.to_headscale_yaml())
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+@main.group()
+def token() -> None:
+    """Admission tokens: let a key in with limits, for a time, and revoke it."""
+
+
+@token.command("keygen")
+@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True)
+def token_keygen(output: str) -> None:
+    """Make the key that signs tokens; prints the public half for admission.tokens."""
+    from relay.derper_files import write_private_file
+    from relay.tokens import TokenSigner
+
+    signer = TokenSigner.generate(os.urandom)
+    try:
+        write_private_file(Path(output), f"{signer.reveal()}\n".encode(), replace=False)
+    except (ConfigError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(str(signer.public()))
+
+
+@token.command("issue")
+@click.option("--signing-key", type=click.Path(dir_okay=False), required=True)
+@click.option("--key", "node_key", required=True, help="The node key (nodekey:…) it is for.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
+@click.option("--rate", type=int, help="Bytes per second that its holder may send.")
+@click.option("--burst", type=int, help="Burst in bytes; default: two seconds of the rate.")
+@click.option("--peer", "peers", multiple=True, help="Only these node keys may be reached.")
+@click.option("--id", "token_id", help="Its id, for revoking it; default: random.")
+def token_issue(
+    signing_key: str,
+    node_key: str,
+    days: float,
+    rate: int | None,
+    burst: int | None,
+    peers: tuple[str, ...],
+    token_id: str | None,
+) -> None:
+    """Print a token. To revoke it, add its id to the file admission.tokens.revoked_file names."""
+    import time
+
+    from relay.config_sources import read_text_file
+    from relay.tokens import Claims, TokenError, TokenSigner
+
+    try:
+        signer = TokenSigner.parse(read_text_file(Path(signing_key), "signing key").strip())
+        claims = Claims(
+            id=token_id or os.urandom(8).hex(),
+            key=NodePublic.parse(node_key),
+            expires_unix=int(time.time() + days * 86400),
+            rate_bytes_per_second=rate,
+            burst_bytes=burst,
+            peers=frozenset(NodePublic.parse(peer) for peer in peers) or None,
+        )
+        text = signer.issue(claims)
+    except (ConfigError, TokenError, KeyFormatError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(text)
+    click.echo(f"id {claims.id}", err=True)
+
+
+main.add_command(demo_command)
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,126 @@
+"""A connection before the pump takes it over (or without the pump: HTTP, probes).
+
+Plain or TLS bytes over a Trio socket, without `trio.SSLStream`, because socket and TLS state must
+be handed on as they are when the handshake is done.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import Final
+
+import trio
+
+from traversal.io.tls import TlsClosedError, TlsEngine, TlsError
+
+READ_BYTES: Final = 16384
+
+
+class StreamEndedError(Exception):
+    """The other side ended the connection, or the network did; the text says how."""
+
+
+class HandshakeStream:
+    """Receive and send bytes; TLS once `start_tls` has run.
+
+    Cancelling a method leaves the stream only good for closing.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType) -> None:
+        self._sock = sock
+        self._tls: TlsEngine | None = None
+        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._ahead = b""
+
+    async def start_tls(
+        self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
+    ) -> TlsEngine:
+        """Do the TLS handshake. Raises StreamEndedError."""
+        tls = TlsEngine(context, server_side=server_side, server_hostname=server_hostname)
+        if self._ahead:
+            tls.receive_data(self._ahead)
+            self._ahead = b""
+        try:
+            while not tls.do_handshake():
+                await self._send_raw(tls.data_to_send())
+                tls.receive_data(await self._receive_raw())
+            await self._send_raw(tls.data_to_send())
+        except TlsError as error:
+            # The alert that tells the other side why; nobody needs to read it.
+            try:
+                await self._send_raw(tls.data_to_send())
+            except StreamEndedError:
+                pass
+            raise StreamEndedError(f"TLS handshake: {error}") from None
+        self._tls = tls
+        return tls
+
+    async def receive(self) -> bytes:
+        """Some bytes, empty at the end. Raises StreamEndedError where it ends badly."""
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            return data
+        if self._tls is None:
+            return await self._receive_raw()
+        while True:
+            try:
+                count = self._tls.read_into(self._buffer)
+            except TlsClosedError:
+                return b""
+            except TlsError as error:
+                raise StreamEndedError(str(error)) from None
+            answer = self._tls.data_to_send()
+            if answer:
+                await self._send_raw(answer)
+            if count:
+                return bytes(self._buffer[:count])
+            self._tls.receive_data(await self._receive_raw())
+
+    def put_back(self, data: bytes) -> None:
+        """The next `receive` (or TLS handshake) starts with these bytes."""
+        self._ahead = data + self._ahead
+
+    async def send_all(self, data: bytes) -> None:
+        """Send everything. Raises StreamEndedError."""
+        if self._tls is None:
+            await self._send_raw(data)
+            return
+        try:
+            self._tls.write(data)
+        except TlsError as error:
+            raise StreamEndedError(str(error)) from None
+        await self._send_raw(self._tls.data_to_send())
+
+    def detach(self) -> tuple[socket.socket, TlsEngine | None]:
+        """Give up the socket (non-blocking) and the TLS state; the caller owns them from now on."""
+        sock = socket.socket(fileno=self._sock.detach())
+        sock.setblocking(False)
+        return sock, self._tls
+
+    def close(self) -> None:
+        """Close at once, with TLS's close alert where the kernel takes it; harmless repeated."""
+        if self._sock.fileno() < 0:
+            return
+        sock, tls = self.detach()
+        with sock:
+            if tls is not None:
+                tls.close()
+                try:
+                    sock.send(tls.data_to_send())
+                except OSError:
+                    pass
+
+    async def _receive_raw(self) -> bytes:
+        try:
+            return await self._sock.recv(READ_BYTES)
+        except OSError as error:
+            raise StreamEndedError(error.strerror or type(error).__name__) from None
+
+    async def _send_raw(self, data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[await self._sock.send(view) :]
+        except OSError as error:
+            raise StreamEndedError(error.strerror or type(error).__name__) from None
