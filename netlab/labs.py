@@ -155,6 +155,10 @@ class Lab:
         """
         raise NotImplementedError
 
+    def engine(self, nat: str) -> str:
+        """Return what translates for a NAT on the kernel back end: nft or user."""
+        return ""
+
     async def run_on_terminal(self, machine: str, command: tuple[str, ...]) -> int:
         """Run a command in a host, server or NAT with this process's terminal as its own.
 
@@ -286,8 +290,7 @@ class RunningKernelLab(Lab):
         machine.set_link(link, network=network or None)
 
     def log_in(self, nat: str, host: str) -> None:
-        self.lab.nat(nat).log_in(self.address(host))
-        self.lab.record_change("login", nat, host)
+        self.lab.nat(nat).log_in(self.lab.host(host))
 
     async def run_program(
         self, host: str, command: tuple[str, ...], python: str, arguments: tuple[str, ...], say: Say
@@ -314,6 +317,9 @@ class RunningKernelLab(Lab):
         except BaseException:
             process.kill()
             raise
+
+    def engine(self, nat: str) -> str:
+        return str(self.lab.nat(nat).engine)
 
     async def run_on_terminal(self, machine: str, command: tuple[str, ...]) -> int:
         is_nat = machine in self.topology.nat_by_name

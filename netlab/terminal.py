@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from netlab.labs import BackEnd
+from netlab.matrix import MatrixResult
 from netlab.run_directory import Summary
 from netlab.timeline import (
     Event,
@@ -19,6 +23,7 @@ from netlab.timeline import (
     ProgramEnded,
     ProgramOutput,
 )
+from netlab.verify import Finding
 
 console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -114,3 +119,42 @@ def print_summary(summary: Summary) -> None:
         f"{summary.scenario} {verdict} on the {summary.back_end} back end, "
         f"{summary.duration_seconds:.3g} s, seed {summary.seed}"
     )
+
+
+def verify_table(findings: Sequence[Finding], back_end: BackEnd) -> Table:
+    """Return the table of `underpass-lab verify`."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "NAT", "claims", "measured", "idle UDP", "ports kept", "hairpin"):
+        table.add_column(heading)
+    if back_end is BackEnd.KERNEL:
+        table.add_column("engine")
+    table.add_column("", overflow="fold")
+    for one in findings:
+        mark = "[green]agrees[/]" if one.agrees else "[bold red]differs[/]"
+        if one.skipped:
+            mark = "[yellow]skipped[/]"
+        lifetime = "" if one.lifetime_seconds is None else f"{one.lifetime_seconds:.3g} s"
+        kept = {True: "yes", False: "no", None: ""}[one.preserves_ports]
+        row = [mark, one.name, one.claims, one.measured, lifetime, kept, one.hairpin or ""]
+        if back_end is BackEnd.KERNEL:
+            row.append(one.engine)
+        table.add_row(*row, escape(one.skipped or "; ".join(one.disagreements)))
+    return table
+
+
+def matrix_table(result: MatrixResult) -> Table:
+    """Return the table of `underpass-lab matrix`."""
+    cells = {(cell.left, cell.right): cell for cell in result.cells}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for right in result.right:
+        table.add_column(right.replace("+", "+\n"), justify="right")
+    for left in result.left:
+        row = []
+        for right in result.right:
+            cell = cells[left, right]
+            style = {"direct": "green", "relay": "yellow"}.get(cell.path, "bold red")
+            time = f"{cell.seconds * 1000:.0f} ms" if cell.seconds is not None else cell.path
+            row.append(f"[{style}]{time}[/]" + ("" if cell.agrees else "[bold red]![/]"))
+        table.add_row(left, *row)
+    return table
