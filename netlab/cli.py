@@ -657,5 +657,46 @@ def shell(scenario: str, host: str, command: tuple[str, ...]) -> None:
     sys.exit(trio.run(run_services_around, found, host, chosen))
 
 
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_PARENT / "demo",
+    show_default=True,
+    help="Where timeline, capture and report go.",
+)
+@_backend
+@_explain_errors
+def demo(output: Path, wish: Wish) -> None:
+    """Watch two nodes find each other: relay, direct, a router's power cut, recovery.
+
+    Takes about 14 seconds, on the kernel's network where that is possible, else in simulation.
+    """
+    from netlab.demo import DemoView, tell_story
+    from netlab.report import write_report
+    from netlab.runner import run_scenario
+
+    scenario, text = _read_scenario(str(examples()["demo"]))
+    back_end = choose_back_end(wish)
+    if back_end is BackEnd.KERNEL:
+        enter_jail()
+    unix_time = time.time()
+
+    async def go(view: DemoView) -> Any:
+        return await run_scenario(scenario, back_end, watch=view.watch)
+
+    with DemoView(scenario.topology, back_end) as view:
+        # A person watches: real time on either back end.
+        result = trio.run(go, view)
+    saved = save_run(output, scenario, text, result, unix_time)
+    console.print(f"\n{escape(tell_story(scenario.topology, saved.events))}")
+    for verdict in result.verdicts:
+        if not verdict.succeeded:
+            console.print(f"[bold red]fails[/] {escape(str(verdict.expectation.that))}")
+    console.print(f"The whole story: {write_report(saved)}")
+    sys.exit(AS_EXPECTED if result.succeeded else UNEXPECTED)
+
+
 if __name__ == "__main__":
     main()
