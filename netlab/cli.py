@@ -68,10 +68,20 @@ def _explain_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
         from netlab.kernel.netfilter import NftError
 
         known = (ScenarioError, ModelError, BackEndError, ProgramError, RunDirectoryError)
+        expected = (*known, BuildError, FabricError, JailError, NftError)
         try:
             return function(*args, **kwargs)
-        except (*known, BuildError, FabricError, JailError, NftError) as error:
+        except expected as error:
             _refuse(error)
+        except BaseExceptionGroup as group:
+            # Nurseries wrap what is raised in them, once for each.
+            _, others = group.split(expected)
+            if others is not None:
+                raise
+            leaf: BaseException = group
+            while isinstance(leaf, BaseExceptionGroup):
+                leaf = leaf.exceptions[0]
+            _refuse(leaf)
 
     return wrapped
 
@@ -631,7 +641,7 @@ def capture(directory: Path | None, output: Path) -> None:
     console.print(f"{output}: {count} packets")
 
 
-@main.command()
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("scenario")
 @click.argument("host")
 @click.argument("command", nargs=-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -345,6 +346,25 @@ async def _read_lines(stream: trio.abc.ReceiveStream, say: Say) -> None:
 
 
 @asynccontextmanager
+async def _packets_on_timeline(lab: KernelLab) -> AsyncIterator[None]:
+    from netlab.packet_watch import PacketWatch
+
+    hosts = (*lab.topology.host_by_name, *lab.topology.server_by_name)
+    namespaces = {name: lab.namespaces[name] for name in hosts}
+    watch = PacketWatch(namespaces, lab.timeline, time.monotonic() - lab.now())
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch.run)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+                watch.look(everything=True)
+    finally:
+        watch.close()
+
+
+@asynccontextmanager
 async def open_lab(
     topology: Topology,
     back_end: BackEnd,
@@ -360,7 +380,7 @@ async def open_lab(
         back_end: what builds it; the kernel needs the process to be in a jail.
         adjustable: owners of links that `Lab.set_link` may change later.
         engines: NATs that must use this engine of the kernel back end.
-        record_packets: whether the simulated back end records each packet's fate.
+        record_packets: whether each packet of the hosts goes on the timeline.
 
     Raises:
         JailError, BuildError, FabricError: the kernel back end cannot be built here.
@@ -369,7 +389,11 @@ async def open_lab(
         from netlab.kernel.lab import KernelLab
 
         async with KernelLab(topology, engines=engines, adjustable=adjustable) as kernel_lab:
-            yield RunningKernelLab(kernel_lab)
+            if record_packets:
+                async with _packets_on_timeline(kernel_lab):
+                    yield RunningKernelLab(kernel_lab)
+            else:
+                yield RunningKernelLab(kernel_lab)
         return
     from netlab.simulated import SimulatedInternet
 

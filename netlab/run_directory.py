@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from netlab.labs import BackEnd
+from netlab.packet_watch import join_drops
 from netlab.pcap import write_timeline
 from netlab.plan import plan_text
 from netlab.runner import RunResult
@@ -91,6 +92,8 @@ def save_run(
         RunDirectoryError: the directory cannot be written.
     """
     summary = summarize(scenario, result, unix_time)
+    # The kernel's packets, mappings and drops come from different sources.
+    events = join_drops(result.timeline)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "scenario.toml").write_text(text, encoding="utf-8")
@@ -98,12 +101,12 @@ def save_run(
         encoded = msgspec.json.format(msgspec.json.encode(summary))
         (directory / "summary.json").write_bytes(encoded + b"\n")
         with (directory / "timeline.jsonl").open("wb") as file:
-            write_jsonl(result.timeline, file)
+            write_jsonl(events, file)
         with (directory / "capture.pcapng").open("wb") as file:
-            write_timeline(result.timeline, file, unix_time)
+            write_timeline(events, file, unix_time)
     except OSError as error:
         raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}") from error
-    return SavedRun(directory, scenario, summary, list(result.timeline))
+    return SavedRun(directory, scenario, summary, events)
 
 
 def load_run(directory: Path) -> SavedRun:
