@@ -25,6 +25,7 @@ import trio
 import netlab
 from netlab.addresses import AddressPlan
 from netlab.behavior import Link, ModelError
+from netlab.host_names import names_for_programs
 from netlab.model import INTERNET, Topology
 from netlab.timeline import NetworkChanged, Timeline
 
@@ -389,11 +390,14 @@ async def open_lab(
         from netlab.kernel.lab import KernelLab
 
         async with KernelLab(topology, engines=engines, adjustable=adjustable) as kernel_lab:
-            if record_packets:
-                async with _packets_on_timeline(kernel_lab):
+            hosts = (*topology.host_by_name, *topology.server_by_name)
+            names = {name: kernel_lab.host(name).addresses for name in hosts}
+            with names_for_programs(names):
+                if record_packets:
+                    async with _packets_on_timeline(kernel_lab):
+                        yield RunningKernelLab(kernel_lab)
+                else:
                     yield RunningKernelLab(kernel_lab)
-            else:
-                yield RunningKernelLab(kernel_lab)
         return
     from netlab.simulated import SimulatedInternet
 

@@ -237,10 +237,14 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
         arguments: tuple[str, ...] = ()
         if _ENTRY.fullmatch(words[0]):
             entry, command, arguments = words[0], (), tuple(words[1:])
-        await lab.run_program(host, command, entry, arguments, say)
+        status = await lab.run_program(host, command, entry, arguments, say)
+        ended.append(f"status {status}")
+        if len(ended) == 2:
+            nursery.cancel_scope.cancel()
 
     started = lab.now()
     problem = ""
+    ended: list[str] = []
     with trio.move_on_after(pair.timeout_seconds):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, f"a{number}", pair.left, watch.hear_left)
@@ -252,6 +256,8 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
     if watch.path == "none":
         unready = pair.ready is not None and not watch.ready.is_set()
         problem = "the left program never got ready" if unready else "no path was told"
-        problem += f'; its last line: "{watch.last_line}"' if watch.last_line else ""
+        if ended:
+            problem += f"; ended with {' and '.join(ended)}"
+        problem += f'; the last line: "{watch.last_line}"' if watch.last_line else ""
     seconds = None if watch.direct_at is None else watch.direct_at - started
     return watch.path, seconds, problem

@@ -242,6 +242,8 @@ def test_shell_runs_a_command_in_a_machine() -> None:
     done = kernel_call("shell", "commands", "pc", "ip", "-brief", "address")
     assert done.returncode == 0
     assert "192.168." in done.stdout
+    done = kernel_call("shell", "commands", "pc", "getent", "hosts", "echo")
+    assert done.stdout.split()[-1] == "echo"
     assert kernel_call("shell", "commands", "cgn", "no-such-command").returncode == 127
 
 

@@ -88,7 +88,7 @@ async def test_a_pair_that_tells_nothing_is_explained(autojump_clock: MockClock)
     )
     result = await run_matrix(["EIM+EIF"], ["EIM+EIF"], BackEnd.SIMULATED, pair=pair)
     assert result.cells[0].path == "none"
-    assert result.cells[0].problem.startswith("the left program never got ready; its last line")
+    assert result.cells[0].problem.startswith("the left program never got ready; the last line")
 
 
 @pytest.mark.parametrize("name", ["mobile/nat64"])
