@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # Nearly a million keys with a comment each.
 _MAX_LIST_BYTES: Final = 64 << 20
+_HOOK_FAILURE_COUNTS_SECONDS: Final = 60.0
 
 # A check takes about a microsecond; everybody's packets wait for no more than a millisecond.
 _SWEEP_RUN: Final = 1000
@@ -104,6 +105,11 @@ class AdmissionStatistics:
     hook_failures: int
     hook_cached_answers: int
     hook_failed_open: int
+    hook_is_failing: bool
+    """The last question to the hook got no answer, and that was within the last minute.
+
+    Not longer, since a relay that is taken out of service for it is asked no questions any more.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +227,8 @@ class Admission:
             hook_failures=counters.failures,
             hook_cached_answers=counters.cached_answers,
             hook_failed_open=counters.failed_open,
+            hook_is_failing=counters.is_failing
+            and trio.current_time() - counters.failed_at < _HOOK_FAILURE_COUNTS_SECONDS,
         )
 
     async def _sweep(

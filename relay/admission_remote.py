@@ -6,6 +6,7 @@ Both answer with `Answer`; neither raises for anything the other side does.
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ class HookCounters:
     failures: int = 0
     cached_answers: int = 0
     failed_open: int = 0
+    is_failing: bool = False
+    """The last question got no answer."""
+    failed_at: float = -math.inf
+    """When that was last so, in monotonic seconds."""
 
 
 class LastKnown:
@@ -104,7 +109,7 @@ class Hook:
         self._last_known = LastKnown(config.cache_entries)
         self._flights: dict[tuple[NodePublic, str], _Flight] = {}
         self._places = trio.CapacityLimiter(config.concurrency)
-        self._is_failing = False
+        counters.is_failing = False
 
     async def ask(self, key: NodePublic, source: str) -> Answer:
         """Ask the hook, or wait for the answer to the same question."""
@@ -133,8 +138,8 @@ class Hook:
             return self._answer_for_none(key, str(error), fail_open=self._config.fail_open)
         if response.status >= 500:
             return self._answer_for_none(key, f"status {response.status}", fail_open=False)
-        if self._is_failing:
-            self._is_failing = False
+        if self._counters.is_failing:
+            self._counters.is_failing = False
             logger.warning("the admission hook answers again")
         answer = _read_answer(response)
         self._last_known.remember(trio.current_time(), key, answer.allow)
@@ -142,8 +147,9 @@ class Hook:
 
     def _answer_for_none(self, key: NodePublic, failure: str, *, fail_open: bool) -> Answer:
         self._counters.failures += 1
-        if not self._is_failing:
-            self._is_failing = True
+        self._counters.failed_at = trio.current_time()
+        if not self._counters.is_failing:
+            self._counters.is_failing = True
             logger.error("the admission hook fails (%s); last known answers count", failure)
         known = self._last_known.recall(trio.current_time(), key)
         if known is not None:

@@ -57,7 +57,7 @@ def demo_command(seconds: float, as_json: bool) -> None:
     Everything happens on loopback, with TLS 1.3 and a self-signed certificate that the clients know
     by its pin. Each packet goes to the relay, to the other client, back to the relay, and home.
     """
-    summary = trio.run(_run, seconds, not as_json, strict_exception_groups=False)
+    summary = trio.run(_run, seconds, not as_json)
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
         return

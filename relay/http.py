@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Final
 
 import h11
@@ -158,7 +159,10 @@ async def _send_response(
         headers.append(("Content-Length", str(len(response.body))))
     if response.close:
         headers.append(("Connection", "close"))
-    data = connection.send(h11.Response(status_code=response.status, headers=headers)) or b""
+    head = h11.Response(
+        status_code=response.status, headers=headers, reason=HTTPStatus(response.status).phrase
+    )
+    data = connection.send(head) or b""
     if response.body and method != "HEAD":
         data += connection.send(h11.Data(data=response.body)) or b""
     data += connection.send(h11.EndOfMessage()) or b""

@@ -1,7 +1,7 @@
-"""One HTTP/1.1 request at a time: small answers from an admission hook or a local daemon.
+"""One HTTP/1.1 request at a time: to an admission hook, a local daemon, a relay's admin listener.
 
-No redirects, no cookies, no connection kept: what is asked here is asked once per connecting
-client and answered in a few bytes.
+No redirects, no cookies, no connection kept: what is asked here is asked seldom and answered in
+little.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
-# Derper's limit for the hook's answer (DERP specification 8.2); answers here are tens of bytes.
+# Derper's limit for the hook's answer (DERP specification 8.2), which has tens of bytes.
 MAX_RESPONSE_BYTES: Final = 4096
 
 
@@ -25,7 +25,7 @@ class HttpError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """A status and the body's first `MAX_RESPONSE_BYTES`."""
+    """A status and the body, cut at the limit that was asked for."""
 
     status: int
     body: bytes
@@ -38,20 +38,20 @@ async def post(
 
     Raises HttpError.
     """
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    headers = [("Host", parts.netloc), ("Content-Length", str(len(body)))]
+    headers = [("Content-Length", str(len(body)))]
+    return await _bounded(lambda: _ask("POST", url, headers, body, tls), timeout_seconds)
 
-    async def ask() -> HttpResponse:
-        stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)
-        if parts.scheme == "https":
-            stream = trio.SSLStream(stream, tls, server_hostname=host, https_compatible=True)
-        async with stream:
-            return await _exchange(stream, "POST", target, headers, body)
 
-    return await _bounded(ask, timeout_seconds)
+async def get(
+    url: str,
+    headers: Sequence[tuple[str, str]],
+    *,
+    timeout_seconds: float,
+    tls: ssl.SSLContext,
+    max_bytes: int,
+) -> HttpResponse:
+    """GET from an http(s) URL, with so much of the body at most. Raises HttpError."""
+    return await _bounded(lambda: _ask("GET", url, headers, b"", tls, max_bytes), timeout_seconds)
 
 
 async def get_from_unix_socket(
@@ -66,12 +66,33 @@ async def get_from_unix_socket(
     return await _bounded(ask, timeout_seconds)
 
 
+async def _ask(
+    method: str,
+    url: str,
+    headers: Sequence[tuple[str, str]],
+    body: bytes,
+    tls: ssl.SSLContext,
+    max_bytes: int = MAX_RESPONSE_BYTES,
+) -> HttpResponse:
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)
+    if parts.scheme == "https":
+        stream = trio.SSLStream(stream, tls, server_hostname=host, https_compatible=True)
+    headers = [("Host", parts.netloc), *headers]
+    async with stream:
+        return await _exchange(stream, method, target, headers, body, max_bytes)
+
+
 async def _exchange(
     stream: trio.abc.Stream,
     method: str,
     target: str,
     headers: Sequence[tuple[str, str]],
     body: bytes,
+    max_bytes: int = MAX_RESPONSE_BYTES,
 ) -> HttpResponse:
     connection = h11.Connection(h11.CLIENT)
     request = h11.Request(method=method, target=target, headers=[*headers, ("Connection", "close")])
@@ -80,7 +101,7 @@ async def _exchange(
     await stream.send_all(b"".join(part for part in out if part))
     status = 0
     content = bytearray()
-    while len(content) < MAX_RESPONSE_BYTES:
+    while len(content) < max_bytes:
         event = connection.next_event()
         if event is h11.NEED_DATA:
             connection.receive_data(bytes(await stream.receive_some()))
@@ -92,7 +113,7 @@ async def _exchange(
             break
     if not status:
         raise HttpError("the connection ended without an answer")
-    return HttpResponse(status, bytes(content[:MAX_RESPONSE_BYTES]))
+    return HttpResponse(status, bytes(content[:max_bytes]))
 
 
 async def _bounded(

@@ -13,14 +13,28 @@ from typing import Final
 
 from prometheus_client.core import Metric
 
+from relay.admission import AdmissionStatistics
 from relay.bootstrap_dns import BootstrapDnsCounters
 from relay.counters import Kind
-from relay.snapshot import Admission, Snapshot
+from relay.snapshot import Snapshot
 from relay.stun import StunStatistics
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 Labels = tuple[str, ...]
+
+_NO_ADMISSION: Final = AdmissionStatistics(
+    allowed=0,
+    denied=0,
+    cut=0,
+    reloads=0,
+    reload_failures=0,
+    hook_requests=0,
+    hook_failures=0,
+    hook_cached_answers=0,
+    hook_failed_open=0,
+    hook_is_failing=False,
+)
 
 
 def encode_metrics(snapshot: Snapshot) -> bytes:
@@ -35,7 +49,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _front_families(snapshot)
     yield from _stun_families(snapshot.stun or StunStatistics())
     yield from _bootstrap_dns_families(snapshot.bootstrap_dns or BootstrapDnsCounters())
-    yield from _admission_families(snapshot.admission or Admission())
+    yield from _admission_families(snapshot.admission or _NO_ADMISSION)
     yield from _process_families(snapshot)
 
 
@@ -76,7 +90,10 @@ def _connection_families(snapshot: Snapshot) -> Iterator[Metric]:
         "underpass_mesh_links",
         "Connections to the region's other servers: those there should be, those there are.",
         ("state",),
-        {("configured",): snapshot.mesh_peers, ("connected",): len(snapshot.mesh_links)},
+        {
+            ("configured",): len(snapshot.mesh_links),
+            ("connected",): sum(link.is_up for link in snapshot.mesh_links),
+        },
     )
 
 
@@ -225,7 +242,7 @@ def _front_families(snapshot: Snapshot) -> Iterator[Metric]:
         snapshot.rejected_connections,
     )
     for kind, name, text, counts in (
-        ("counter", "derper_tls_request_version", "HTTP requests.", snapshot.tls_requests),
+        ("counter", "derper_tls_request_version", "Connections.", snapshot.tls_handshakes),
         ("gauge", "derper_tls_active_version", "Connected clients.", snapshot.tls_active),
     ):
         by_version: dict[Labels, int] = {(version,): count for version, count in counts.items()}
@@ -241,7 +258,7 @@ def _front_families(snapshot: Snapshot) -> Iterator[Metric]:
         yield _gauge(
             "underpass_certificate_not_after_timestamp_seconds",
             "When the certificate expires, in Unix time.",
-            snapshot.certificate.not_after_unix_time,
+            snapshot.certificate.not_after_unix,
         )
 
 
@@ -276,7 +293,7 @@ def _bootstrap_dns_families(counters: BootstrapDnsCounters) -> Iterator[Metric]:
         yield _counter(f"bootstrap_dns_{name}", text, getattr(counters, name))
 
 
-def _admission_families(admission: Admission) -> Iterator[Metric]:
+def _admission_families(admission: AdmissionStatistics) -> Iterator[Metric]:
     yield _labeled(
         "counter",
         "underpass_admission_decisions_total",

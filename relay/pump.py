@@ -252,6 +252,12 @@ class Pump:
         else:
             self._drain_tls(connection, connection.tls)
 
+    def set_rate(self, connection: Connection, bucket: TokenBucket | None) -> None:
+        """Limit what is read from a connection in another way, from now on."""
+        connection.bucket = bucket
+        if connection.paused:
+            self._resume(connection)
+
     def close(self, connection: Connection, reason: str) -> None:
         """End a connection now; harmless when repeated."""
         if connection.closed:

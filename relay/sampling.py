@@ -13,6 +13,8 @@ from msgspec import Struct
 
 from relay.counters import Counters
 from relay.pump import Connection, Pump
+from traversal.keys import NodePublic
+from traversal.wire.derp import encode_ping
 
 SAMPLE_SECONDS: Final = 10.0
 """As derper (DERP specification 17)."""
@@ -26,6 +28,11 @@ RTT_LABELS: Final = (*(f"{bound}ms" for bound in RTT_BOUNDS_MS), "inf", "non-tcp
 # `tcpi_rtt` in `struct tcp_info`, in microseconds; the kernel only ever appends to the structure.
 _TCPI_RTT_OFFSET: Final = 68
 _RTT: Final = struct.Struct("=I")
+CHECK_TIMEOUT_SECONDS: Final = 2.0
+
+# Never routed to: it is not among the clients.
+_CHECKER: Final = NodePublic(b"\xff" * 32)
+_PING: Final = encode_ping(bytes(8))
 # About 1 ms of work, then other tasks get their turn.
 _SLICE: Final = 500
 
@@ -44,12 +51,14 @@ class Rates(Struct, frozen=True, kw_only=True):
 
 
 class Sampler:
-    """Run it as a task beside the pump; `rates` and `rtt` are always up to date enough."""
+    """Run it as a task beside the pump; what it holds is never older than 10 s."""
 
     def __init__(self, pump: Pump) -> None:
         self.rates = Rates()
         self.rtt: dict[str, int] = dict.fromkeys(RTT_LABELS, 0)
         """Samples since the start, by label."""
+        self.pump_problem = ""
+        """Why the pump does not serve, if it does not."""
         self._pump = pump
         self._totals = _totals(pump.switch.counters)
         self._history: deque[float] = deque(maxlen=HISTORY_SAMPLES)
@@ -62,6 +71,7 @@ class Sampler:
             now = trio.current_time()
             self.sample_rates(now - then)
             then = now
+            self.pump_problem = await check_pump(self._pump)
             connections = list(self._pump.connections.values())
             for start in range(0, len(connections), _SLICE):
                 for connection in connections[start : start + _SLICE]:
@@ -84,6 +94,31 @@ class Sampler:
             queue_delay_ms=1000 * delay_seconds / delayed if delayed else 0.0,
             history=tuple(self._history),
         )
+
+
+async def check_pump(pump: Pump) -> str:
+    """Be a client that sends a ping; the problem if no answer comes, else nothing.
+
+    The client is registered like a worker of this host: no watcher is told of it, and it is in no
+    number but those of pings and pongs.
+    """
+    ours, theirs = trio.socket.socketpair()
+    with ours:
+        sock = socket.socket(fileno=theirs.detach())
+        sock.setblocking(False)
+        try:
+            connection = Connection(_CHECKER, sock, None, is_sibling=True)
+            pump.adopt(connection, b"", b"")
+        except (OSError, ValueError) as error:
+            sock.close()
+            return f"the pump takes no connections: {error}"
+        with trio.move_on_after(CHECK_TIMEOUT_SECONDS):
+            await ours.send(_PING)
+            if await ours.recv(1):
+                pump.close(connection, "checked")
+                return ""
+        pump.close(connection, "checked")
+    return f"the pump did not answer a ping within {CHECK_TIMEOUT_SECONDS:.0f} s"
 
 
 def _totals(counters: Counters) -> tuple[int, int, int, float, int]:

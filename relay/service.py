@@ -10,6 +10,7 @@ import logging
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,7 +32,7 @@ from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
 from relay.sampling import Sampler
-from relay.snapshot import MAX_CLIENTS, Certificate, FrontCounters, Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot
 from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
 from traversal.io.stream import HandshakeStream, StreamEndedError
@@ -97,7 +98,8 @@ class Service:
         self.config = config
         self.admission = Admission(config.admission)
         self.refusals = Refusals(now)
-        self._front = FrontCounters()
+        self._websocket_accepts = 0
+        self._tls_handshakes: Counter[str] = Counter()
         self._started_at = now
         self._draining = False
         self._identity = identity
@@ -196,16 +198,7 @@ class Service:
 
     def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
         """A picture of this process, with so many clients listed."""
-        accepts = self.accepts.statistics()
-        certificate = None
-        if self.certificates is not None:
-            status = self.certificates.status()
-            certificate = Certificate(
-                names=(status.hostname,),
-                not_after_unix_time=status.not_after_unix,
-                is_ready=status.ready,
-                pin=status.pin or "",
-            )
+        certificates = self.certificates
         return Snapshot.of(
             self.pump,
             hostname=self.config.server.hostname,
@@ -216,17 +209,15 @@ class Service:
             started_at=self._started_at,
             sampler=self._sampler,
             refusals=self.refusals,
-            front=replace(
-                self._front,
-                accepted_connections=accepts.accepted,
-                rejected_connections=accepts.rejected,
-            ),
+            accepts=self.accepts.statistics(),
+            websocket_accepts=self._websocket_accepts,
+            tls_handshakes=self._tls_handshakes,
             is_draining=self._draining,
             rate_limit=self._rate_limit(),
             bootstrap_dns=self.bootstrap_dns.counters,
             admission=self.admission.statistics(),
-            certificate=certificate,
-            mesh_peers=len(self.mesh.links),
+            certificate=None if certificates is None else certificates.status(),
+            mesh_links=self.mesh.links,
             max_clients=max_clients,
         )
 
@@ -254,11 +245,8 @@ class Service:
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
-                connection.bucket = (
-                    None
-                    if limit is None
-                    else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
-                )
+                bucket = limit and TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
+                self.pump.set_rate(connection, bucket)
 
     async def reload_files(self) -> None:
         """Read certificates and key lists again, whether they look changed or not (SIGHUP)."""
@@ -369,7 +357,7 @@ class Service:
         return replace(request, source=self._proxies.client_of(request.source, forwarded_for))
 
     def _count_websocket(self) -> None:
-        self._front.websocket_accepts += 1
+        self._websocket_accepts += 1
 
     async def _adopt(
         self, stream: HandshakeStream, request: Request, arrival: _Arrival, *, with_response: bool
@@ -396,8 +384,7 @@ class Service:
                 hello += data
             stream.put_back(hello)
             tls = await stream.start_tls(context, server_side=True)
-            spoken = (tls.version() or "").removeprefix("TLSv")
-            self._front.tls_requests[spoken] = self._front.tls_requests.get(spoken, 0) + 1
+            self._tls_handshakes[tls.version() or ""] += 1
         if timeout.cancelled_caught:
             raise StreamEndedError("no TLS handshake within 10 s")
 

@@ -10,15 +10,19 @@ import dataclasses
 import heapq
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import msgspec
 from msgspec import Struct, field
 
+from relay.admission import AdmissionStatistics
 from relay.bootstrap_dns import BootstrapDnsCounters
+from relay.certificates import CertificateStatus
 from relay.counters import Counters, DropReason, Kind
+from relay.limits import AcceptStatistics
+from relay.mesh import LinkState
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals
 from relay.sampling import HISTORY_SAMPLES, Rates, Sampler
@@ -31,20 +35,6 @@ MAX_CLIENTS: Final = 1000
 TLS_VERSIONS: Final = ("1.2", "1.3")
 
 _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
-
-
-@dataclass(slots=True)
-class FrontCounters:
-    """What the server counts in front of the pump, since its start."""
-
-    accepted_connections: int = 0
-    rejected_connections: int = 0
-    """By the accept rate limit."""
-    websocket_accepts: int = 0
-    tls_requests: dict[str, int] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(TLS_VERSIONS, 0)
-    )
-    """HTTP requests by TLS version (TLS_VERSIONS)."""
 
 
 class Traffic(Struct, frozen=True, kw_only=True):
@@ -136,32 +126,6 @@ class Resources(Struct, frozen=True, kw_only=True):
         )
 
 
-class Certificate(Struct, frozen=True, kw_only=True):
-    """The certificate that is served."""
-
-    names: tuple[str, ...]
-    not_after_unix_time: float
-    is_ready: bool = True
-    """False while ACME has not brought the first one."""
-    pin: str = ""
-    """`sha256-raw:...` where it is self-signed."""
-
-
-class Admission(Struct, frozen=True, kw_only=True):
-    """Decisions about clients since the start; the attributes of admission's own statistics."""
-
-    allowed: int = 0
-    denied: int = 0
-    cut: int = 0
-    """Sessions ended because they are no longer admitted."""
-    reloads: int = 0
-    reload_failures: int = 0
-    hook_requests: int = 0
-    hook_failures: int = 0
-    hook_cached_answers: int = 0
-    hook_failed_open: int = 0
-
-
 class ClientView(Struct, frozen=True, kw_only=True):
     """One connected client, as an operator sees it."""
 
@@ -189,13 +153,12 @@ class ClientView(Struct, frozen=True, kw_only=True):
 
 
 class MeshLink(Struct, frozen=True, kw_only=True):
-    """A connection that this relay made to another one of its region."""
+    """A link to another relay of the region that should be up."""
 
-    short: str
-    address: str
-    port: int
-    connected_seconds: float
-    waiting_bytes: int
+    name: str
+    is_up: bool
+    problem: str
+    """Why it is not up."""
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -219,21 +182,22 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     accepted_connections: int
     rejected_connections: int
     websocket_accepts: int
-    tls_requests: dict[str, int]
+    tls_handshakes: dict[str, int]
+    """By TLS version."""
     tls_active: dict[str, int]
     """Clients by TLS version."""
     resources: Resources
+    pump_problem: str = ""
+    """Why the pump does not serve, if it does not."""
     rate_limit: RateLimit | None = None
     stun: StunStatistics | None = None
     bootstrap_dns: BootstrapDnsCounters | None = None
-    admission: Admission | None = None
-    certificate: Certificate | None = None
+    admission: AdmissionStatistics | None = None
+    certificate: CertificateStatus | None = None
     clients: tuple[ClientView, ...] = ()
     clients_left_out: int = 0
     """Connected, but not listed."""
     mesh_links: tuple[MeshLink, ...] = ()
-    mesh_peers: int = 0
-    """Mesh links that should be there."""
 
     @classmethod
     def of(
@@ -248,33 +212,33 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         started_at: float,
         sampler: Sampler,
         refusals: Refusals,
-        front: FrontCounters,
+        accepts: AcceptStatistics,
+        websocket_accepts: int,
+        tls_handshakes: Mapping[str, int],
         is_draining: bool = False,
         rate_limit: RateLimit | None = None,
         stun: StunStatistics | None = None,
         bootstrap_dns: BootstrapDnsCounters | None = None,
-        admission: object | None = None,
-        certificate: Certificate | None = None,
-        mesh_peers: int = 0,
+        admission: AdmissionStatistics | None = None,
+        certificate: CertificateStatus | None = None,
+        mesh_links: Sequence[LinkState] = (),
         max_clients: int = MAX_CLIENTS,
     ) -> Self:
         """Of this process.
 
         Args:
             now, started_at: monotonic seconds.
-            admission: anything with the attributes of `Admission`.
-            mesh_peers: how many mesh links should be there.
-            max_clients: listed at most; 0 for metrics, which need none.
+            tls_handshakes: by what `TlsEngine.version` calls the version.
+            max_clients: listed at most.
         """
         delay = pump.switch.counters.queue_delay
-        connections = list(pump.connections.values())
-        clients = [each for each in connections if not each.is_outgoing and not each.is_sibling]
+        clients = [
+            each
+            for each in pump.connections.values()
+            if not each.is_outgoing and not each.is_sibling
+        ]
         listed = heapq.nlargest(max_clients, clients, key=lambda c: c.bytes_in + c.bytes_out)
-        tls_active = dict.fromkeys(TLS_VERSIONS, 0)
-        for client in clients:
-            if client.tls is not None:
-                tls = (client.tls.version() or "").removeprefix("TLSv")
-                tls_active[tls] = tls_active.get(tls, 0) + 1
+        tls_active = Counter(client.tls.version() or "" for client in clients if client.tls)
         return cls(
             hostname=hostname,
             version=version,
@@ -290,35 +254,24 @@ class Snapshot(Struct, frozen=True, kw_only=True):
             rates=sampler.rates,
             tcp_rtt=dict(sampler.rtt),
             refusals={str(stage): count for stage, count in refusals.counts.items()},
-            accepted_connections=front.accepted_connections,
-            rejected_connections=front.rejected_connections,
-            websocket_accepts=front.websocket_accepts,
-            tls_requests=dict(front.tls_requests),
-            tls_active=tls_active,
+            accepted_connections=accepts.accepted,
+            rejected_connections=accepts.rejected,
+            websocket_accepts=websocket_accepts,
+            tls_handshakes=_by_tls_version(tls_handshakes),
+            tls_active=_by_tls_version(tls_active),
             resources=Resources.read(),
+            pump_problem=sampler.pump_problem,
             rate_limit=rate_limit,
             stun=stun,
             bootstrap_dns=None if bootstrap_dns is None else dataclasses.replace(bootstrap_dns),
-            admission=(
-                None
-                if admission is None
-                else msgspec.convert(admission, Admission, from_attributes=True)
-            ),
+            admission=admission,
             certificate=certificate,
             clients=tuple(_view_of(client, now) for client in listed),
             clients_left_out=len(clients) - len(listed),
             mesh_links=tuple(
-                MeshLink(
-                    short=NodePublic(link.key).short(),
-                    address=str(link.address or ""),
-                    port=link.port,
-                    connected_seconds=now - link.connected_at,
-                    waiting_bytes=link.backlog.size_bytes if link.backlog else 0,
-                )
-                for link in connections
-                if link.is_outgoing and not link.is_sibling
+                MeshLink(name=link.name, is_up=link.is_up, problem=link.problem)
+                for link in mesh_links
             ),
-            mesh_peers=mesh_peers,
         )
 
 
@@ -356,11 +309,12 @@ def merge(snapshots: Sequence[Snapshot]) -> Snapshot:
             total_seconds=sum(each.queue_delay.total_seconds for each in snapshots),
         ),
         rates=_merge_rates([each.rates for each in snapshots]),
-        certificate=min(certificates, key=lambda c: c.not_after_unix_time, default=None),
+        certificate=min(certificates, key=lambda status: status.not_after_unix, default=None),
         clients=tuple(clients[:MAX_CLIENTS]),
         clients_left_out=sum(each.clients_left_out for each in snapshots)
         + len(clients[MAX_CLIENTS:]),
-        mesh_links=tuple(link for each in snapshots for link in each.mesh_links),
+        pump_problem=next(filter(None, (each.pump_problem for each in snapshots)), ""),
+        mesh_links=_merge_links([link for each in snapshots for link in each.mesh_links]),
         **{name: _sum([getattr(each, name) for each in snapshots]) for name in _SUMMED},
     )
 
@@ -372,20 +326,22 @@ _SUMMED: Final = (
     "accepted_connections",
     "rejected_connections",
     "websocket_accepts",
-    "tls_requests",
+    "tls_handshakes",
     "tls_active",
     "resources",
     "stun",
     "bootstrap_dns",
     "admission",
-    "mesh_peers",
 )
 
 _T = TypeVar("_T")
 
 
 def _sum(values: Sequence[_T]) -> _T:
-    """Numbers added up, also inside dictionaries and classes; None counts as nothing."""
+    """Numbers added up, also inside dictionaries and classes; None counts as nothing.
+
+    What is true for one is true for all.
+    """
     present: list[Any] = [value for value in values if value is not None]
     if not present:
         return values[0]
@@ -393,6 +349,8 @@ def _sum(values: Sequence[_T]) -> _T:
     if isinstance(first, dict):
         keys = dict.fromkeys(key for value in present for key in value)
         total: Any = {key: _sum([value[key] for value in present if key in value]) for key in keys}
+    elif isinstance(first, bool):
+        total = any(present)
     elif isinstance(first, (int, float)):
         total = sum(present)
     else:
@@ -403,6 +361,21 @@ def _sum(values: Sequence[_T]) -> _T:
         )
         total = type(first)(**{n: _sum([getattr(value, n) for value in present]) for n in names})
     return total  # type: ignore[no-any-return]  # as its parts
+
+
+def _merge_links(links: Sequence[MeshLink]) -> tuple[MeshLink, ...]:
+    """Each worker has its own link to each relay: up is what is up for all of them."""
+    merged: dict[str, MeshLink] = {}
+    for link in links:
+        if link.name not in merged or not link.is_up:
+            merged[link.name] = link
+    return tuple(merged.values())
+
+
+def _by_tls_version(counts: Mapping[str, int]) -> dict[str, int]:
+    """`TLSv1.3` as `1.3`, with those that did not occur."""
+    zeros = dict.fromkeys(TLS_VERSIONS, 0)
+    return zeros | {version.removeprefix("TLSv"): count for version, count in counts.items()}
 
 
 def _merge_rates(rates: Sequence[Rates]) -> Rates:

@@ -124,6 +124,10 @@ class _Bridge:
         plain = HandshakeStream(theirs)
         failure: Exception | None = None
 
+        async def end() -> None:
+            async with self._sending:  # a message on its way is finished, or nothing may follow
+                nursery.cancel_scope.cancel()
+
         async def shake_hands() -> None:
             nonlocal failure
             try:
@@ -133,14 +137,14 @@ class _Bridge:
                 self.farewell = events.CloseConnection(
                     CloseReason.POLICY_VIOLATION, "the DERP handshake failed"
                 )
-                nursery.cancel_scope.cancel()
+                await end()
 
         async def until_ended(move: Callable[[trio.socket.SocketType], Awaitable[None]]) -> None:
             try:
                 await move(ours)
             except (StreamEndedError, OSError):
                 pass  # an ending like any other
-            nursery.cancel_scope.cancel()
+            await end()
 
         try:
             with ours:

@@ -6,24 +6,18 @@ reach each other's clients over Unix sockets by the mesh frames of the protocol 
 
 The parent (`WorkerPool`) holds the listening sockets, so that connections which arrive while a
 worker is restarted wait in its backlog, and talks to each worker over its standard input and
-output: a request is a length and a pickled `Request`, a reply likewise. Both ends are this program.
-A worker whose parent is gone sees the end of its input and ends.
+output (`relay.worker_pipe`). A worker whose parent is gone sees the end of its input and ends.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
-import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -31,9 +25,15 @@ import trio
 
 from relay.certificate_files import load_or_create_self_signed
 from relay.config import Config
-from relay.logs import set_up_logging
-from relay.service import Identity, Service
+from relay.service import Identity
 from relay.snapshot import MAX_CLIENTS, Snapshot
+from relay.worker_pipe import (
+    Command,
+    WorkerError,
+    WorkerStart,
+    receive_message,
+    send_message,
+)
 
 logger = logging.getLogger("underpass.relay.workers")
 
@@ -44,33 +44,6 @@ STEADY_SECONDS: Final = 30.0
 """A worker that ran this long is restarted without delay when it dies."""
 STOP_SECONDS: Final = 3.0
 DRAIN_POLL_SECONDS: Final = 0.2
-
-_LENGTH: Final = struct.Struct(">I")
-_MAX_MESSAGE: Final = 64 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """The first thing that a worker is told."""
-
-    index: int
-    config: Config
-    identity: Identity
-    listener_fds: tuple[int, ...]
-    sibling_path: str
-    sibling_paths: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    """A method of the worker's service to call, with its arguments."""
-
-    name: str
-    arguments: tuple[Any, ...] = ()
-
-
-class WorkerError(Exception):
-    """A worker could not do what it was asked; the text is its own."""
 
 
 class WorkerPool:
@@ -113,7 +86,7 @@ class WorkerPool:
     async def drain(self, seconds: float) -> None:
         """As `Service.drain`, all workers at once."""
         self._stopping = True
-        await self._tell_all(_Command("drain", (seconds,)))
+        await self._tell_all(Command("drain", (seconds,)))
         deadline = trio.current_time() + seconds
         while trio.current_time() < deadline:
             if not any(each.connections.current for each in await self.snapshots(0)):
@@ -122,23 +95,23 @@ class WorkerPool:
 
     async def reconfigure(self, config: Config) -> None:
         """As `Service.reconfigure`. Raises WorkerError if a worker can't."""
-        await self._tell_all(_Command("reconfigure", (config,)))
+        await self._tell_all(Command("reconfigure", (config,)))
         self._config = config
 
     async def reload_files(self) -> None:
         """As `Service.reload_files`."""
-        await self._tell_all(_Command("reload_files"))
+        await self._tell_all(Command("reload_files"))
 
     async def revoke(self, key: bytes, reason: str) -> int:
         """As `Service.revoke`; the sum over all workers."""
-        counts = await self._tell_all(_Command("revoke", (key, reason)))
+        counts = await self._tell_all(Command("revoke", (key, reason)))
         return sum(int(count) for count in counts)
 
     async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
         """One per worker that answers. Raises WorkerError if none does."""
-        return await self._tell_all(_Command("snapshot", (max_clients,)))
+        return await self._tell_all(Command("snapshot", (max_clients,)))
 
-    async def _tell_all(self, command: _Command) -> list[Any]:
+    async def _tell_all(self, command: Command) -> list[Any]:
         replies: list[Any] = []
         problems: list[str] = []
 
@@ -188,12 +161,12 @@ class WorkerPool:
             await trio.sleep(delay)
             delay = min(2 * delay, MAX_RESTART_SECONDS)
 
-    def _start_of(self, index: int) -> _Start:
+    def _start_of(self, index: int) -> WorkerStart:
         paths = [
             os.path.join(self._directory.name, f"worker-{number}.sock")
             for number in range(len(self._listeners))
         ]
-        return _Start(
+        return WorkerStart(
             index=index,
             config=self._config,
             identity=self._identity,
@@ -206,7 +179,7 @@ class WorkerPool:
 class _Worker:
     """The parent's handle on one worker process. One request at a time."""
 
-    def __init__(self, index: int, start: _Start) -> None:
+    def __init__(self, index: int, start: WorkerStart) -> None:
         self.index = index
         self.process: trio.Process
         self._start = start
@@ -215,21 +188,21 @@ class _Worker:
     async def start(self) -> None:
         """Start the process and wait until it serves. Raises WorkerError."""
         self.process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "relay.workers"],
+            [sys.executable, "-m", "relay.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=self._start.listener_fds,
         )
         assert self.process.stdin is not None
-        await _send(self.process.stdin, self._start)
+        await send_message(self.process.stdin, self._start)
         await self._receive_reply()
 
-    async def request(self, command: _Command) -> Any:
+    async def request(self, command: Command) -> Any:
         """Raises WorkerError."""
         assert self.process.stdin is not None
         async with self._lock:
             try:
-                await _send(self.process.stdin, command)
+                await send_message(self.process.stdin, command)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 raise WorkerError(f"worker {self.index} is gone") from None
             return await self._receive_reply()
@@ -250,99 +223,9 @@ class _Worker:
 
     async def _receive_reply(self) -> Any:
         assert self.process.stdout is not None
-        reply = await _receive(self.process.stdout)
+        reply = await receive_message(self.process.stdout)
         if reply is None:
             raise WorkerError(f"worker {self.index} is gone")
         if isinstance(reply, WorkerError):
             raise reply
         return reply[0]
-
-
-async def _send(stream: trio.abc.SendStream, message: object) -> None:
-    data = pickle.dumps(message)
-    await stream.send_all(_LENGTH.pack(len(data)) + data)
-
-
-async def _receive(stream: trio.abc.ReceiveStream) -> Any:
-    """The next message, None at the end."""
-    data = bytearray()
-    wanted = _LENGTH.size
-    while len(data) < wanted:
-        try:
-            more = await stream.receive_some(65536)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return None
-        if not more:
-            return None
-        data += more
-        if wanted == _LENGTH.size and len(data) >= wanted:
-            wanted += _LENGTH.unpack_from(data)[0]
-            if wanted > _MAX_MESSAGE:
-                return None
-    return pickle.loads(data[_LENGTH.size : wanted])
-
-
-# --- In the worker -------------------------------------------------------------------------------
-
-
-async def _serve_worker() -> None:
-    commands = trio.lowlevel.FdStream(os.dup(0))
-    replies = trio.lowlevel.FdStream(os.dup(1))
-    start = await _receive(commands)
-    if start is None:
-        return
-    assert isinstance(start, _Start)
-    set_up_logging(start.config.log, prefix=f"worker {start.index}: ")
-    service = Service(
-        start.config,
-        start.identity,
-        [socket.socket(fileno=fd) for fd in start.listener_fds],
-        sibling_listener=_listen_for_siblings(start.sibling_path),
-        siblings=[Path(path) for path in start.sibling_paths],
-    )
-    methods: dict[str, Callable[..., Any]] = {
-        "reconfigure": service.reconfigure,
-        "reload_files": service.reload_files,
-        "revoke": service.revoke,
-        "snapshot": service.snapshot,
-    }
-    async with trio.open_nursery() as nursery:
-        # Draining takes long, and the worker goes on answering meanwhile.
-        methods["drain"] = lambda seconds: nursery.start_soon(service.drain, seconds)
-        await nursery.start(service.run)
-        await _send(replies, (None,))
-        while (command := await _receive(commands)) is not None:
-            await _send(replies, await _carry_out(methods[command.name], command.arguments))
-        nursery.cancel_scope.cancel()
-
-
-def _listen_for_siblings(path: str) -> socket.socket:
-    Path(path).unlink(missing_ok=True)  # of a worker that died
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen()
-    listener.setblocking(False)
-    return listener
-
-
-async def _carry_out(method: Callable[..., Any], arguments: tuple[Any, ...]) -> object:
-    try:
-        result = method(*arguments)
-        if hasattr(result, "__await__"):
-            result = await result
-    except Exception as error:  # whatever it is, the parent must hear of it and the worker go on
-        logger.exception("a command of the parent failed")
-        return WorkerError(str(error))
-    return (result,)
-
-
-def _main() -> None:
-    # A terminal's interrupt goes to all processes of its group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    trio.run(_serve_worker)
-
-
-if __name__ == "__main__":
-    _main()

@@ -10,11 +10,12 @@ import pytest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from relay.certificates import CertificateStatus
 from relay.counters import Counters, DropReason, Histogram, Kind
 from relay.metrics import encode_metrics
 from relay.refusals import Stage
 from relay.sampling import RTT_LABELS, Rates
-from relay.snapshot import Certificate, Connections, QueueDelay, Resources, Snapshot, Traffic
+from relay.snapshot import Connections, QueueDelay, Resources, Snapshot, Traffic
 from relay.stun import StunStatistics
 from relay.upgrade import RateLimit
 
@@ -95,11 +96,11 @@ def snapshot() -> Snapshot:
         accepted_connections=0,
         rejected_connections=0,
         websocket_accepts=0,
-        tls_requests={"1.2": 0, "1.3": 0},
+        tls_handshakes={"1.2": 0, "1.3": 0},
         tls_active={"1.2": 0, "1.3": 0},
         resources=Resources(),
         rate_limit=RateLimit(1000, 70000),
-        certificate=Certificate(names=("a",), not_after_unix_time=2e9),
+        certificate=CertificateStatus("files", "a", True, 2_000_000_000, None, 1, 0),
     )
 
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import msgspec
 import pytest
 import trio
 
+from relay.admission import AdmissionStatistics
+from relay.certificates import CertificateStatus
 from relay.counters import DropReason, Kind
-from relay.limits import TokenBucket
+from relay.limits import AcceptStatistics, TokenBucket
+from relay.mesh import LinkState
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
-from relay.sampling import HISTORY_SAMPLES, RTT_LABELS, Rates, Sampler
-from relay.snapshot import (
-    MAX_CLIENTS,
-    Certificate,
-    FrontCounters,
-    Resources,
-    Snapshot,
-    merge,
-)
+from relay.sampling import HISTORY_SAMPLES, RTT_LABELS, Rates, Sampler, check_pump
+from relay.snapshot import MAX_CLIENTS, MeshLink, Resources, Snapshot, merge
 from relay.stun import StunStatistics
 from relay.upgrade import RateLimit
 from traversal.keys import NodePrivate, NodePublic
@@ -45,7 +41,6 @@ class Relay:
         self.pump = pump
         self.sampler = Sampler(pump)
         self.refusals = Refusals(0.0)
-        self.front = FrontCounters()
         self.sockets: list[socket.socket] = []
 
     def connect(self, number: int, **options: object) -> socket.socket:
@@ -66,7 +61,9 @@ class Relay:
             started_at=trio.current_time() - 100,
             sampler=self.sampler,
             refusals=self.refusals,
-            front=self.front,
+            accepts=AcceptStatistics(accepted=4, rejected=1),
+            websocket_accepts=1,
+            tls_handshakes={"TLSv1.3": 3},
             **options,  # type: ignore[arg-type]
         )
 
@@ -86,20 +83,22 @@ async def relay() -> AsyncIterator[Relay]:
                 sock.close()
 
 
-@dataclass
-class AdmissionStatistics:
-    """As admission's own; more than a snapshot needs is no harm."""
+ADMISSION = AdmissionStatistics(
+    allowed=3,
+    denied=2,
+    cut=1,
+    reloads=0,
+    reload_failures=0,
+    hook_requests=7,
+    hook_failures=0,
+    hook_cached_answers=0,
+    hook_failed_open=0,
+    hook_is_failing=True,
+)
 
-    allowed: int = 3
-    denied: int = 2
-    cut: int = 1
-    reloads: int = 0
-    reload_failures: int = 0
-    hook_requests: int = 7
-    hook_failures: int = 0
-    hook_cached_answers: int = 0
-    hook_failed_open: int = 0
-    something_new: str = ""
+
+def certificate(not_after_unix: int) -> CertificateStatus:
+    return CertificateStatus("files", "relay.example.com", True, not_after_unix, None, 1, 0)
 
 
 class TestSnapshot:
@@ -134,8 +133,8 @@ class TestSnapshot:
             subject.refusals.note(Stage.TLS, "192.0.2.1", "no", 0.0)
             snapshot = subject.snapshot(
                 stun=StunStatistics(success=4),
-                admission=AdmissionStatistics(),
-                certificate=Certificate(names=("a",), not_after_unix_time=1e9),
+                admission=ADMISSION,
+                certificate=certificate(1_000_000_000),
                 rate_limit=RateLimit(1000, 2000),
             )
             text = msgspec.json.encode(snapshot)
@@ -145,16 +144,18 @@ class TestSnapshot:
             assert snapshot.admission.hook_requests == 7
 
     async def test_links_are_no_clients(self) -> None:
-        """Links to other relays are listed apart, those between workers not at all."""
+        """Neither those to other relays nor those between workers."""
         async with relay() as subject:
             subject.connect(1, is_outgoing=True, port=443)
             subject.connect(2, is_outgoing=True, is_sibling=True)
             subject.connect(3, is_sibling=True)
             subject.connect(4, is_mesh=True)
-            snapshot = subject.snapshot(mesh_peers=2)
+            link = LinkState("b.example.com:443", is_up=False, problem="refused")
+            snapshot = subject.snapshot(mesh_links=[link])
             assert snapshot.connections.current == 1
             assert [client.key for client in snapshot.clients] == [str(key(4))]
-            assert [link.short for link in snapshot.mesh_links] == [key(1).short()]
+            (view,) = snapshot.mesh_links
+            assert view == MeshLink(name="b.example.com:443", is_up=False, problem="refused")
 
     async def test_waiting_packets_are_seen(self) -> None:
         """Of a client that does not read, in its line and in the sum."""
@@ -210,11 +211,11 @@ class TestMerge:
             snapshots = [
                 one.snapshot(
                     stun=StunStatistics(success=1),
-                    certificate=Certificate(names=("a",), not_after_unix_time=2e9),
+                    certificate=certificate(2_000_000_000),
                 ),
                 two.snapshot(
                     stun=StunStatistics(success=2),
-                    certificate=Certificate(names=("a",), not_after_unix_time=1e9),
+                    certificate=certificate(1_000_000_000),
                     is_draining=True,
                 ),
             ]
@@ -229,8 +230,9 @@ class TestMerge:
             assert merged.queue_delay.total_seconds == pytest.approx(0.0012)
             assert merged.stun == StunStatistics(success=3)
             assert merged.admission is None
+            assert merged.tls_handshakes == {"1.2": 0, "1.3": 6}
             assert merged.certificate is not None
-            assert merged.certificate.not_after_unix_time == 1e9
+            assert merged.certificate.not_after_unix == 1_000_000_000
             assert merge(snapshots[:1]) == snapshots[0]
 
     async def test_other_workers_keys_are_not_remote(self) -> None:
@@ -260,6 +262,28 @@ class TestMerge:
             assert len(merged.clients) == MAX_CLIENTS
             assert merged.clients_left_out == MAX_CLIENTS
 
+    async def test_a_mesh_link_is_up_when_all_workers_have_it(self) -> None:
+        """Otherwise the reason is one of theirs."""
+        async with relay() as subject:
+            up, down = (
+                msgspec.structs.replace(subject.snapshot(), mesh_links=(link,))
+                for link in (
+                    MeshLink(name="b", is_up=True, problem=""),
+                    MeshLink(name="b", is_up=False, problem="refused"),
+                )
+            )
+            assert merge([up, down]).mesh_links == merge([down, up]).mesh_links == down.mesh_links
+            assert merge([up, up]).mesh_links == up.mesh_links
+
+    async def test_what_is_true_for_one_worker_is_true(self) -> None:
+        """A hook that fails for one of them fails."""
+        async with relay() as subject:
+            calm = dataclasses.replace(ADMISSION, hook_is_failing=False)
+            snapshots = [subject.snapshot(admission=each) for each in (calm, ADMISSION)]
+            merged = merge(snapshots).admission
+            assert merged is not None
+            assert (merged.hook_is_failing, merged.hook_requests) == (True, 14)
+
     async def test_rates(self) -> None:
         """Sums, the mean delay weighted by packets, histories aligned at their ends."""
         async with relay() as subject:
@@ -275,6 +299,22 @@ class TestMerge:
 
 
 class TestSampler:
+    async def test_a_pump_that_serves(self) -> None:
+        """It answers, and nobody else notices the question."""
+        async with relay() as subject:
+            assert await check_pump(subject.pump) == ""
+            assert subject.pump.switch.counters.accepts == 0
+            assert not subject.pump.connections
+
+    async def test_a_pump_that_does_not(self, autojump_clock: trio.testing.MockClock) -> None:
+        """Whether it hangs or has ended."""
+        pump = Pump(SERVER, randomness=random.Random(1))
+        assert "did not answer" in await check_pump(pump)
+        assert not pump.connections
+        with trio.move_on_after(0):
+            await pump.run()
+        assert "takes no connections" in await check_pump(pump)
+
     async def test_rates_and_rtt(self, autojump_clock: trio.testing.MockClock) -> None:
         """Every 10 s; a socket that is not TCP has no RTT."""
         async with relay() as subject, trio.open_nursery() as nursery:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Self
 
 import trio
 
-from relay.chain_check import check_chain, is_address
+from traversal.io.chain_check import check_chain, is_address
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
@@ -198,19 +199,8 @@ async def dial(
     """
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        sock = await _connect(target, progress)
-        stream = HandshakeStream(sock)
-        try:
-            tls = None
-            if target.policy is not None:
-                progress.enter("tls")
-                tls = await _start_tls(stream, target, make_context)
-                problem = check_chain(
-                    tls.peer_chain(), target.policy, target.server_name, datetime.now(UTC)
-                )
-                if problem is not None:
-                    progress.step = "certificate"
-                    raise progress.error(problem)
+        stream, tls = await _open(target, progress, make_context)
+        with _closed_on_error(stream):
             return await _shake_hands(
                 stream,
                 tls,
@@ -222,9 +212,16 @@ async def dial(
                 ideal_node=ideal_node,
                 fast_start=fast_start,
             )
-        except BaseException:
-            stream.close()
-            raise
+    raise progress.timeout()
+
+
+async def connect(
+    target: Target, *, make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
+) -> tuple[HandshakeStream, TlsEngine | None]:
+    """Connect by TCP and TLS only, within 10 s, for HTTP requests. Raises DialError."""
+    progress = _Progress(str(target))
+    with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
+        return await _open(target, progress, make_context)
     raise progress.timeout()
 
 
@@ -234,14 +231,11 @@ async def dial_path(path: str, private_key: NodePrivate, *, info: ClientInfo) ->
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
         sock = trio.socket.socket(socket.AF_UNIX)
         stream = HandshakeStream(sock)
-        try:
+        with _closed_on_error(stream):
             await sock.connect(path)
             return await _shake_hands(
                 stream, None, private_key, progress, host="localhost", info=info
             )
-        except BaseException:
-            stream.close()
-            raise
     raise progress.timeout()
 
 
@@ -283,6 +277,33 @@ class _Progress:
             raise self.error(reason.removeprefix(_VERIFICATION)) from None
         if isinstance(error, OSError):
             raise self.error(_reason(error)) from None
+
+
+@contextmanager
+def _closed_on_error(stream: HandshakeStream) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        stream.close()
+        raise
+
+
+async def _open(
+    target: Target, progress: _Progress, make_context: Callable[[], ssl.SSLContext]
+) -> tuple[HandshakeStream, TlsEngine | None]:
+    stream = HandshakeStream(await _connect(target, progress))
+    if target.policy is None:
+        return stream, None
+    with _closed_on_error(stream):
+        progress.enter("tls")
+        tls = await _start_tls(stream, target, make_context)
+        problem = check_chain(
+            tls.peer_chain(), target.policy, target.server_name, datetime.now(UTC)
+        )
+        if problem is not None:
+            progress.step = "certificate"
+            raise progress.error(problem)
+    return stream, tls
 
 
 async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketType:

@@ -19,8 +19,8 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from relay.chain_check import check_chain
 from relay.meta_certificate import build_meta_certificate
+from traversal.io.chain_check import check_chain
 from traversal.io.dial import CLIENT_INFO, DialError, Target, dial, dial_path
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate

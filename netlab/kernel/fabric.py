@@ -1,0 +1,377 @@
+"""The fabric process: carries the packets of impaired links and of user-space NATs.
+
+    python -m netlab.kernel.fabric CONTROL_DESCRIPTOR EVENTS_DESCRIPTOR
+
+It holds the other sides of TUN devices and runs outside the event loop under test, so that
+neither delays the other. Commands arrive on the control socket as pickled (name, arguments),
+with descriptors attached, from the process that started it, and each is answered by a pickled
+(worked, result or error text). Events leave as JSON lines. It ends when the control socket does.
+
+Waiting is done with epoll and a timer descriptor: epoll's own timeout has whole milliseconds,
+which would be the largest error of all delays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import os
+import pickle
+import random
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from netlab.behavior import Link, NatBehavior
+from netlab.drops import Drop, DropReason
+from netlab.kernel.packets import describe
+from netlab.kernel.tun_nat import Side, TunNat
+from netlab.link import LinkDirection
+from netlab.nat import Translator
+from netlab.timeline import Event, MappingBorn, MappingDied, PacketDropped, encode_event
+
+MAX_COMMAND_BYTES = 1 << 20
+MAX_DESCRIPTORS = 2
+
+# Packets taken from one device before the others get their turn: the latency that a flood on
+# one link may add to another one is then about half a millisecond.
+_BATCH_PACKETS = 64
+_MAX_PACKET_BYTES = 65536
+# Expired mappings are reported this late at most; they translate nothing in the meantime.
+_HOUSEKEEPING_SECONDS = 0.05
+# Drops that are told one by one; a flood would otherwise spend its time on telling.
+_MAX_DROP_EVENTS_PER_SECOND = 2000
+# A packet more in flight than this would mean 300 MB of memory.
+_MAX_IN_FLIGHT = 200_000
+
+_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC, _TFD_TIMER_ABSTIME = 1, 0o2004000, 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Timer:
+    """A timer descriptor on the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.descriptor: int = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
+        if self.descriptor < 0:
+            raise OSError(ctypes.get_errno(), "cannot create a timer")
+        self._set_for = 0.0
+
+    def set(self, deadline: float) -> None:
+        """Make the descriptor readable at `deadline`."""
+        if deadline != self._set_for:
+            self._set_for = deadline
+            nanoseconds = int(deadline * 1e9)
+            setting = struct.pack(
+                "=qqqq", 0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000
+            )
+            _libc.timerfd_settime(self.descriptor, _TFD_TIMER_ABSTIME, setting, None)
+
+
+class _Pump:
+    """Both directions of one cable."""
+
+    def __init__(self, upload: LinkDirection, download: LinkDirection) -> None:
+        self.directions = (upload, download)
+
+
+class _Nat:
+    """One user-space NAT and its devices, inside first."""
+
+    def __init__(self, nat: TunNat, devices: tuple[int, int]) -> None:
+        self.nat = nat
+        self.devices = devices
+
+
+class Fabric:
+    """The state of the process and its loop."""
+
+    def __init__(self, control: socket.socket, events: socket.socket) -> None:
+        self._control = control
+        self._events = events
+        self._epoll = select.epoll()
+        self._timer = _Timer()
+        self._readers: dict[int, Callable[[float], None]] = {}
+        self._pumps: dict[str, _Pump] = {}
+        self._nats: dict[str, _Nat] = {}
+        self._in_flight: list[tuple[float, int, int, bytes]] = []
+        self._serial = 0
+        self._started = time.monotonic()
+        # The NATs' clock: real seconds since the start times the scale, plus what was skipped.
+        self._scale = 1.0
+        self._skipped = 0.0
+        self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
+        self._lost_events = 0
+        self._next_housekeeping = 0.0
+        self._next_budget = 0.0
+        self._buffer = bytearray(_MAX_PACKET_BYTES)
+
+    # --- the loop ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until the control socket closes."""
+        epoll, timer, control = self._epoll, self._timer, self._control.fileno()
+        epoll.register(timer.descriptor, select.EPOLLIN)
+        epoll.register(control, select.EPOLLIN)
+        readers = self._readers
+        while True:
+            deadline = self._next_housekeeping
+            if self._in_flight:
+                deadline = min(deadline, self._in_flight[0][0])
+            timer.set(deadline)
+            for descriptor, _ in epoll.poll():
+                reader = readers.get(descriptor)
+                if reader is not None:
+                    reader(time.monotonic())
+                elif descriptor == timer.descriptor:
+                    try:
+                        os.read(descriptor, 8)
+                    except BlockingIOError:
+                        pass
+                elif not self._handle_command():
+                    return
+            self._deliver()
+            now = time.monotonic()
+            if now >= self._next_housekeeping:
+                self._keep_house(now)
+
+    def _deliver(self) -> None:
+        in_flight = self._in_flight
+        while in_flight and in_flight[0][0] <= time.monotonic():
+            _, _, device, packet = heapq.heappop(in_flight)
+            self._write(device, packet)
+
+    def _write(self, device: int, packet: bytes | bytearray) -> None:
+        try:
+            os.write(device, packet)
+        except OSError:
+            # The device is down, or the kernel is out of buffers: a cable would lose it too.
+            pass
+
+    def _keep_house(self, now: float) -> None:
+        self._next_housekeeping = now + _HOUSEKEEPING_SECONDS
+        if now >= self._next_budget:
+            self._next_budget = now + 1.0
+            self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
+        nat_now = self._nat_time(now)
+        for nat in self._nats.values():
+            deadline = nat.nat.translator.next_deadline()
+            if deadline is not None and deadline <= nat_now:
+                nat.nat.translator.on_time(nat_now)
+
+    def _nat_time(self, now: float) -> float:
+        return (now - self._started) * self._scale + self._skipped
+
+    # --- links ---------------------------------------------------------------------------
+
+    def add_pump(
+        self, descriptors: list[int], key: str, upload: Link, download: Link, seed: str
+    ) -> None:
+        """Carry packets between two devices; `upload` is from the first to the second."""
+        inner, outer = descriptors
+        pump = self._pumps[key] = _Pump(
+            LinkDirection(upload, random.Random(f"{seed} up")),
+            LinkDirection(download, random.Random(f"{seed} down")),
+        )
+        for source, target, direction in (
+            (inner, outer, pump.directions[0]),
+            (outer, inner, pump.directions[1]),
+        ):
+            self._read_from(source, self._pump_reader(key, source, target, direction))
+
+    def _read_from(self, descriptor: int, reader: Callable[[float], None]) -> None:
+        self._readers[descriptor] = reader
+        self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _pump_reader(
+        self, key: str, source: int, target: int, direction: LinkDirection
+    ) -> Callable[[float], None]:
+        read, write, in_flight = os.read, self._write, self._in_flight
+
+        def move_packets(now: float) -> None:
+            for _ in range(_BATCH_PACKETS):
+                try:
+                    packet = read(source, _MAX_PACKET_BYTES)
+                except OSError:
+                    return
+                now = time.monotonic()
+                arrivals = direction.send(now, len(packet))
+                if isinstance(arrivals, Drop):
+                    self._report_drop(key, arrivals, packet)
+                    continue
+                for arrival in arrivals:
+                    if arrival <= now:
+                        write(target, packet)
+                    elif len(in_flight) < _MAX_IN_FLIGHT:
+                        self._serial += 1
+                        heapq.heappush(in_flight, (arrival, self._serial, target, packet))
+                    else:
+                        self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+
+        return move_packets
+
+    def set_link(self, _: list[int], key: str, upload: Link, download: Link) -> None:
+        """Change what a pumped cable does to packets."""
+        for direction, link in zip(self._pumps[key].directions, (upload, download), strict=True):
+            direction.link = link
+
+    def set_link_up(self, _: list[int], key: str, up: bool) -> None:
+        """Cut a pumped cable, or heal it."""
+        for direction in self._pumps[key].directions:
+            direction.up = up
+
+    # --- NATs ----------------------------------------------------------------------------
+
+    def add_nat(
+        self,
+        descriptors: list[int],
+        name: str,
+        behavior: NatBehavior,
+        external: list[bytes],
+        inside_hosts: list[bytes],
+        seed: str,
+    ) -> None:
+        """Translate between two devices, the inside one first."""
+        devices = (descriptors[0], descriptors[1])
+        translator = Translator(
+            behavior,
+            external,
+            generator=random.Random(seed),
+            name=name,
+            on_event=self._report_mapping,
+            inside_hosts=inside_hosts,
+        )
+
+        def answer(side: Side, packet: bytes) -> None:
+            self._write(devices[side], packet)
+
+        def on_drop(drop: Drop, packet: bytes) -> None:
+            self._report_drop(name, drop, packet)
+
+        nat = TunNat(translator, answer, on_drop)
+        self._nats[name] = _Nat(nat, devices)
+        for side in Side:
+            self._read_from(devices[side], self._nat_reader(nat, side, devices))
+
+    def _nat_reader(
+        self, nat: TunNat, side: Side, devices: tuple[int, int]
+    ) -> Callable[[float], None]:
+        source = devices[side]
+        read, write, handle = os.read, self._write, nat.handle_packet
+
+        def translate_packets(now: float) -> None:
+            nat_now = self._nat_time(now)
+            for _ in range(_BATCH_PACKETS):
+                try:
+                    packet = bytearray(read(source, _MAX_PACKET_BYTES))
+                except OSError:
+                    return
+                leaves = handle(packet, side, nat_now)
+                if leaves is not None:
+                    write(devices[leaves], packet)
+
+        return translate_packets
+
+    def reboot(self, _: list[int], name: str) -> None:
+        """Make a NAT forget everything."""
+        self._nats[name].nat.translator.reboot(self._nat_time(time.monotonic()))
+
+    def renumber(self, _: list[int], name: str, external: list[bytes]) -> None:
+        """Give a NAT other external addresses."""
+        self._nats[name].nat.translator.renumber(external, self._nat_time(time.monotonic()))
+
+    def set_clock(self, _: list[int], started: float, scale: float) -> None:
+        """Set the start of the lab's time, and how fast the NATs' timers run against it."""
+        self._started = started
+        self._scale = scale
+
+    def advance(self, _: list[int], seconds: float) -> None:
+        """Let the NATs' clocks jump ahead."""
+        self._skipped += seconds
+        self._next_housekeeping = 0.0
+
+    def statistics(self, _: list[int]) -> dict[str, int]:
+        """Return counters: mappings, packets in flight, events lost."""
+        mappings = sum(nat.nat.translator.mapping_count for nat in self._nats.values())
+        return {
+            "mappings": mappings,
+            "in_flight": len(self._in_flight),
+            "lost_events": self._lost_events,
+        }
+
+    # --- commands and events -------------------------------------------------------------
+
+    def _handle_command(self) -> bool:
+        """Carry out one command; return False when there are no more."""
+        data, descriptors, _, _ = socket.recv_fds(self._control, MAX_COMMAND_BYTES, MAX_DESCRIPTORS)
+        if not data:
+            return False
+        commands: dict[str, Callable[..., Any]] = {
+            "add_pump": self.add_pump,
+            "set_link": self.set_link,
+            "set_link_up": self.set_link_up,
+            "add_nat": self.add_nat,
+            "reboot": self.reboot,
+            "renumber": self.renumber,
+            "set_clock": self.set_clock,
+            "advance": self.advance,
+            "statistics": self.statistics,
+        }
+        try:
+            name, arguments = pickle.loads(data)
+            answer = (True, commands[name](descriptors, *arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        self._control.send(pickle.dumps(answer))
+        return True
+
+    def _report(self, event: Event) -> None:
+        try:
+            self._events.send(encode_event(event))
+        except BlockingIOError:
+            self._lost_events += 1
+
+    def _report_mapping(self, event: MappingBorn | MappingDied) -> None:
+        # The timeline has one clock, and a NAT's own may run faster.
+        at = time.monotonic() - self._started
+        self._report(msgspec.structs.replace(event, at=at))
+
+    def _report_drop(self, where: str, drop: Drop, packet: bytes) -> None:
+        if not self._drop_budget:
+            self._lost_events += 1
+            return
+        self._drop_budget -= 1
+        protocol, source, destination = describe(packet)
+        self._report(
+            PacketDropped(
+                at=time.monotonic() - self._started,
+                packet=0,
+                where=where,
+                reason=drop.reason,
+                text=drop.text,
+                protocol=protocol,
+                source=source,
+                destination=destination,
+            )
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Run the fabric on inherited sockets until its starter lets go of them."""
+    # Ctrl-C in the terminal is for the starter, which then closes the sockets.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control, events = (socket.socket(fileno=int(argument)) for argument in arguments)
+    events.setblocking(False)
+    Fabric(control, events).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,6 @@
+"""The NAT as a sans-IO object: RFC 4787 axes, mapping table, port allocators, timers."""
+
+from netlab.nat.prefix import PrefixTranslator
+from netlab.nat.translator import Protocol, TcpFlag, Translated, Translator
+
+__all__ = ["PrefixTranslator", "Protocol", "TcpFlag", "Translated", "Translator"]

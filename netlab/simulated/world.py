@@ -1,0 +1,157 @@
+"""Time, order and record of a simulated internet: one heap of events, one timeline."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol as StructuralType
+
+import trio
+
+from netlab.drops import Drop, Endpoint, endpoint_text
+from netlab.nat import Protocol
+from netlab.simulated.packet import Packet
+from netlab.timeline import (
+    Event,
+    PacketDelivered,
+    PacketDropped,
+    PacketSent,
+    Timeline,
+)
+
+# The clock arrives at a tick only up to floating-point error; without this the pump would wake
+# just before an event and go round once more.
+_ROUNDING_SECONDS = 1e-9
+
+# A lab's endpoints come again and again; formatting one costs as much as a NAT lookup.
+_text: Callable[[Endpoint], str] = lru_cache(maxsize=65_536)(endpoint_text)
+
+_PROTOCOL_NAMES = {protocol.value: protocol.name.lower() for protocol in Protocol}
+
+_FLAG_NAMES = ((2, "SYN"), (1, "FIN"), (4, "RST"), (16, "ACK"))
+
+
+class Receiver(StructuralType):
+    """A machine at the end of a link."""
+
+    name: str
+
+    def receive(self, packet: Packet) -> None: ...
+
+
+class World:
+    """The shared state of one simulated internet.
+
+    `schedule` and everything it calls run to completion without awaiting. Events at the same
+    instant happen in the order in which they were scheduled, which makes runs repeatable.
+    """
+
+    def __init__(self, timeline: Timeline, record_packets: bool, tick_seconds: float) -> None:
+        # Events happen in their own order, but on ticks: each instant at which anything happens
+        # costs Trio some 100 us, and jitter gives every packet an instant of its own.
+        self._tick_seconds = tick_seconds
+        self.timeline = timeline
+        self._record_packets = record_packets
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
+        self._serial = 0
+        self._packets = 0
+        self._started_at = 0.0
+        self._sleep: trio.CancelScope | None = None
+        self.events_run = 0
+
+    # --- time ----------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Return the seconds since the internet was started."""
+        return trio.current_time() - self._started_at
+
+    def schedule(self, at: float, call: Callable[..., None], *args: object) -> None:
+        """Call later, or as soon as the pump runs if `at` has passed."""
+        self._serial += 1
+        heapq.heappush(self._heap, (at, self._serial, call, args))
+        sleep = self._sleep
+        if sleep is not None and at + self._started_at < sleep.deadline:
+            sleep.deadline = min(sleep.deadline, self._wake_at(at))
+
+    def _wake_at(self, at: float) -> float:
+        """Return when to wake for an event: on the next tick, in Trio's time."""
+        return math.ceil(at / self._tick_seconds) * self._tick_seconds + self._started_at
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        """Carry out scheduled calls until cancelled."""
+        self._started_at = trio.current_time()
+        task_status.started()
+        heap = self._heap
+        while True:
+            now = self.now() + _ROUNDING_SECONDS
+            # Calls that schedule at this very instant run in the next turn, after the tasks
+            # that this turn has woken.
+            last = self._serial
+            while heap and heap[0][0] <= now and heap[0][1] <= last:
+                _, _, call, args = heapq.heappop(heap)
+                self.events_run += 1
+                call(*args)
+            deadline = self._wake_at(heap[0][0]) if heap else math.inf
+            with trio.CancelScope(deadline=deadline) as self._sleep:
+                await trio.sleep_forever()
+            self._sleep = None
+
+    # --- record --------------------------------------------------------------------------
+
+    def next_packet_number(self) -> int:
+        self._packets += 1
+        return self._packets
+
+    @property
+    def packet_count(self) -> int:
+        return self._packets
+
+    def record(self, event: Event) -> None:
+        self.timeline.add(event)
+
+    def sent(self, packet: Packet) -> None:
+        if self._record_packets:
+            self.timeline.add(
+                PacketSent(
+                    at=self.now(),
+                    packet=packet.number,
+                    host=packet.sender,
+                    protocol=_PROTOCOL_NAMES[packet.protocol],
+                    source=_text(packet.source_endpoint),
+                    destination=_text(packet.destination_endpoint),
+                    size_bytes=packet.size_bytes,
+                    flags="+".join(name for bit, name in _FLAG_NAMES if packet.flags & bit),
+                )
+            )
+
+    def delivered(self, packet: Packet, host: str) -> None:
+        if self._record_packets:
+            self.timeline.add(
+                PacketDelivered(
+                    at=self.now(),
+                    packet=packet.number,
+                    host=host,
+                    protocol=_PROTOCOL_NAMES[packet.protocol],
+                    source=_text(packet.source_endpoint),
+                    destination=_text(packet.destination_endpoint),
+                )
+            )
+
+    def dropped(self, packet: Packet, where: str, drop: Drop, inside: str = "") -> None:
+        if self._record_packets:
+            self.timeline.add(
+                PacketDropped(
+                    at=self.now(),
+                    packet=packet.number,
+                    where=where,
+                    reason=drop.reason,
+                    text=drop.text,
+                    protocol=_PROTOCOL_NAMES[packet.protocol],
+                    source=_text(packet.source_endpoint),
+                    destination=_text(packet.destination_endpoint),
+                    sender=packet.sender,
+                    inside=inside,
+                )
+            )

@@ -1,0 +1,688 @@
+"""The state machine of one peer: which path to send on, when to probe, when to call by the relay.
+
+Path selection specification 2 to 9 is the base, so that a stock node on the other end sees what it
+expects. Deliberate differences, each harmless to it:
+
+* a dead path is found by silence and a burst of Pings within a second (`liveness`), not by the end
+  of trust after 6.5 s; the rule of 6.5 s stays as the last word;
+* a valid Ping from an address that never answered us is answered by a Ping of our own (P7);
+* a CallMeMaybe is sent even when we know no address of the peer (P6);
+* an empty CallMeMaybe makes us ping, not forget: a later version of the message reads as empty;
+* private addresses that make no sense from here are tried only after 5 s without success (P10);
+* latency is the least of three samples (P9), and a path that loses too much is left for the relay
+  until it has healed (`loss`; P13);
+* after a path died, it is pinged every 1.5 s for a minute, so that it is back soon after it heals.
+
+The machine does no I/O and reads no clock. Its methods are of four kinds:
+
+* look: `route` (the only thing the data path reads), `state`, `statistics`;
+* feed: `handle_*` for what came from the network, `sent` and `received` which the data path counts
+  up: every datagram sent, every datagram that came by UDP from an address of this peer;
+* command: `set_*`, `ping_all`;
+* poll: after any call of the former two kinds and after `on_time`, carry out `poll_effects()` in
+  order and call `on_time(now)` no later than `next_deadline()`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from traversal.keys import Entropy
+from traversal.paths.calling import Call, Caller
+from traversal.paths.candidates import Candidate, CandidateBook, LocalNetworks, is_usable
+from traversal.paths.effects import (
+    AddressForgotten,
+    AddressLearned,
+    DiscoverPeerRelay,
+    Effect,
+    PathChanged,
+    PathState,
+    PingAnswered,
+    RefreshEndpoints,
+    Route,
+    SendCallMeMaybe,
+    SendPing,
+    SendPong,
+    SendRelayPing,
+)
+from traversal.paths.liveness import TICK_SECONDS, Liveness
+from traversal.paths.mtu import MtuSearch
+from traversal.paths.pinger import PING_TIMEOUT_SECONDS, Pinger, Purpose, SentPing
+from traversal.paths.scoring import Measured, Path, is_better
+from traversal.paths.search import SearchSchedule
+from traversal.paths.statistics import CandidateStatistics, PeerStatistics, none_if_never
+from traversal.wire.address import Address
+from traversal.wire.disco import RELAY_REGION_HOST
+
+HEARTBEAT_SECONDS: Final = 3.0
+TRUST_SECONDS: Final = 6.5
+ACTIVITY_SECONDS: Final = 45.0
+GOOD_ENOUGH_SECONDS: Final = 0.005
+PEER_RELAY_MIN_SECONDS: Final = 30.0
+PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
+"""All six: path selection specification 2."""
+
+PING_BACK_SECONDS: Final = 5.0
+"""Least time between two Pings in answer to Pings from one address (P7)."""
+RECOVERY_SECONDS: Final = 1.5
+RECOVERY_FOR_SECONDS: Final = 60.0
+"""A path that died is pinged at this pace for this long: healed, it is used within 3 s, even if
+one Ping is lost. After a minute the ordinary search, every 5 s, has to do."""
+LOSS_PROBE_SECONDS: Final = 0.5
+"""Heartbeats on a path whose loss is in question: 16 outcomes take 8 s instead of 48."""
+SECOND_CHANCE_SECONDS: Final = 60.0
+"""A path that was left for its loss, when another took its place, may compete again after this."""
+RELAY_TICK_SECONDS: Final = 1.0
+MAX_FOREIGN_SOURCES: Final = 16
+"""Addresses that Pongs came from though they were not pinged; each is an asymmetric NAT."""
+
+
+class Peer:
+    """The paths to one peer. See the module's text for the order of calls.
+
+    `entropy` makes transaction IDs (`os.urandom`); `ceiling_bytes` is the MTU of the interface, the
+    largest size that path MTU search tries, or None for no search.
+    """
+
+    def __init__(
+        self,
+        entropy: Entropy,
+        local: LocalNetworks | None = None,
+        *,
+        ceiling_bytes: int | None = None,
+    ) -> None:
+        self.route = Route(None, relay=True, wake=True)
+        self.sent = 0
+        self.received = 0
+        self.has_peer_relays = False
+        """Whether UDP peer relays are known and the peer can use them."""
+        self._local = local or LocalNetworks()
+        self._ceiling_bytes = ceiling_bytes
+        self._has_relay = True
+        self._book = CandidateBook()
+        self._pinger = Pinger(entropy)
+        self._caller = Caller()
+        self._liveness = Liveness()
+        self._effects: list[Effect] = []
+        self._mapped: set[Address] = set()
+        self._foreign: dict[Address, None] = {}
+
+        self._best: Candidate | None = None
+        self._best_server: object = None
+        self._trusted_until = -math.inf
+        self._vouched_at = -math.inf
+        self._lost: Candidate | None = None
+        self._lost_at = -math.inf
+        self._mtu: MtuSearch | None = None
+
+        self._last_sent_at = -math.inf
+        self._heartbeat_at = math.inf
+        self._tick_at = math.inf
+        self._recovery_at = math.inf
+        self._schedule = SearchSchedule()
+        self._peer_relay_wanted_at = -math.inf
+
+        self._calls_sent = 0
+        self._calls_received = 0
+        self._foreign_pongs = 0
+
+    # ---- look
+
+    @property
+    def is_active(self) -> bool:
+        """Whether something was sent in the last 45 s, or heartbeats are still due for it."""
+        return self._heartbeat_at != math.inf
+
+    @property
+    def state(self) -> PathState:
+        """The state's name, path selection specification 3."""
+        path = self.route.path
+        if path is not None and not self.route.relay:
+            return PathState.PEER_RELAY if path.vni else PathState.DIRECT
+        if not self.is_active:
+            return PathState.IDLE
+        return PathState.RELAY if path is None else PathState.DOUBT
+
+    @property
+    def max_payload_bytes(self) -> int | None:
+        """The largest datagram proven to fit the current path; None when it was not searched."""
+        return self._mtu.max_payload_bytes if self._mtu is not None else None
+
+    def statistics(self) -> PeerStatistics:
+        """A snapshot for status pages, metrics and the verdict."""
+        return PeerStatistics(
+            state=self.state,
+            route=self.route,
+            best=CandidateStatistics.of(self._best) if self._best is not None else None,
+            max_payload_bytes=self.max_payload_bytes,
+            last_sent_at=none_if_never(self._last_sent_at),
+            calls_sent=self._calls_sent,
+            calls_received=self._calls_received,
+            foreign_pongs=self._foreign_pongs,
+            candidates=tuple(map(CandidateStatistics.of, self._book)),
+        )
+
+    # ---- poll
+
+    def poll_effects(self) -> list[Effect]:
+        """Everything to do since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def next_deadline(self) -> float:
+        """When to call `on_time` at the latest; infinity for never."""
+        deadline = min(
+            self._pinger.next_deadline(),
+            self._caller.next_deadline(),
+            self._liveness.next_deadline(),
+            self._tick_at,
+            self._heartbeat_at,
+            self._recovery_at,
+        )
+        if self.route.path is not None and not self.route.relay:
+            deadline = min(deadline, self._trusted_until)
+        if self.is_active and self._is_searching:
+            deadline = min(deadline, self._schedule.next_deadline())
+        if self._mtu is not None and self._may_search_mtu:
+            deadline = min(deadline, self._mtu.next_deadline())
+        return deadline
+
+    def on_time(self, now: float) -> None:
+        """Do what is due."""
+        reason = ""
+        for ping in self._pinger.poll_expired(now):
+            best = self._best
+            if best is None or ping.candidate is not best:
+                continue
+            if now >= self._trusted_until and self._is_mute(now):
+                reason = f"{best.path} did not answer for 5 s"
+                self._lose_best(now)
+        for candidate in self._pinger.poll_overdue_heartbeats(now):
+            reason = self._handle_lost_heartbeat(candidate, now) or reason
+        if now >= self._tick_at:
+            self._tick(now)
+        if self._liveness.poll_burst(now) and self._best is not None:
+            self._send_ping(self._best, Purpose.CONFIRM, now)
+        if self._liveness.poll_verdict(now) and self._best is not None:
+            self._trusted_until = now
+            reason = f"{self._best.path} went silent"
+        if self.route.path is not None and not self.route.relay and now >= self._trusted_until:
+            if self.is_active:
+                reason = reason or f"{self.route.path} did not answer for 6.5 s"
+                self._begin_doubt(now)
+            else:
+                reason = "there is no traffic, so the path is not looked after"
+        if now >= self._heartbeat_at:
+            self._heartbeat(now)
+        if now >= self._recovery_at:
+            self._recover(now)
+        if self.is_active and self._is_searching:
+            self._search(now)
+        self._probe_mtu(now)
+        self._flush(now, reason)
+
+    # ---- feed
+
+    def handle_send(self, now: float) -> None:
+        """A datagram was sent while `route.wake` was true."""
+        self._note_sent(now)
+        if self._is_searching:
+            self._search(now)
+        self._flush(now, "traffic")
+
+    def handle_ping(self, transaction_id: bytes, path: Path, now: float) -> None:
+        """A Ping of this peer, authenticated, came by UDP from `path`."""
+        if path.vni:
+            self._effects.append(SendPong(path, transaction_id, path.address))
+            return
+        if not is_usable(path.address, self._local):
+            return
+        candidate, is_new = self._book.see(path.address, now)
+        if candidate.last_ping_id == transaction_id:
+            return
+        candidate.last_ping_id = transaction_id
+        if not candidate.take_pong(now):
+            return
+        self._effects.append(SendPong(path, transaction_id, path.address))
+        self._learn(path.address)
+        if is_new:
+            self._book.prune(now, keep=self._best)
+        self._maybe_ping_back(candidate, now)
+        self._flush(now)
+
+    def handle_relay_ping(self, transaction_id: bytes, region: int) -> None:
+        """A Ping of this peer, authenticated, came by the relay of `region`."""
+        source = Address(RELAY_REGION_HOST, region)
+        self._effects.append(SendPong(None, transaction_id, source))
+
+    def handle_pong(
+        self, transaction_id: bytes, source: Address, seen_as: Address, now: float
+    ) -> bool:
+        """A Pong of this peer, authenticated, came by UDP from `source`.
+
+        `seen_as` is the address in it. Returns whether it answered an outstanding Ping.
+        """
+        ping = self._pinger.get(transaction_id)
+        if ping is None or ping.candidate is None:
+            return False
+        self._pinger.take(transaction_id)
+        candidate = ping.candidate
+        if candidate is not self._best and self._book.get(candidate.path.address) is not candidate:
+            return True
+        latency = now - ping.sent_at
+        if ping.purpose is Purpose.USER:
+            self._effects.append(PingAnswered(candidate.path, latency, seen_as))
+        if not ping.padding_bytes:
+            candidate.note_latency(latency)
+        candidate.answered_at = now
+        self._learn(candidate.path.address)
+        if source != candidate.path.address:
+            self._note_foreign(source)
+        reason = self._handle_answer(candidate, ping, now)
+        self._flush(now, reason)
+        return True
+
+    def handle_relay_pong(self, transaction_id: bytes, seen_as: Address, now: float) -> bool:
+        """A Pong came by the relay: it answers a relay Ping and never says a path works."""
+        ping = self._pinger.get(transaction_id)
+        if ping is None or ping.candidate is not None:
+            return False
+        self._pinger.take(transaction_id)
+        self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
+        return True
+
+    def handle_call_me_maybe(self, addresses: tuple[Address, ...], now: float) -> None:
+        """A CallMeMaybe came by the relay, from this peer's node key, sealed by its disco key."""
+        self._calls_received += 1
+        # A list of a version to come reads as empty. Stock nodes forget everything then; for us it
+        # only says "ping me", since forgetting would break working paths.
+        if addresses:
+            self._book.set_called(addresses, self._local, now)
+        reason = self._drop_removed_best(now, "the peer's new list of addresses lacks the path")
+        for candidate in self._choose_candidates(now):
+            candidate.pinged_at = -math.inf
+            self._pinger.enqueue(candidate)
+        self._schedule.handle_called(now)
+        self._flush(now, reason)
+
+    def handle_authenticated_data(self, path: Path, now: float) -> None:
+        """Data that a tunnel above us authenticated came from `path`: it vouches for the path.
+
+        Once per batch of datagrams is enough.
+        """
+        if now - self._vouched_at < TICK_SECONDS:
+            return
+        if self._best is not None and self._best.path == path and not self._best.is_shelved:
+            self._liveness.handle_answer()
+            self._vouched_at = now
+            self._trusted_until = max(self._trusted_until, now + TRUST_SECONDS)
+            self._flush(now, f"authenticated data from {path}")
+
+    def handle_send_error(self, path: Path, now: float) -> None:
+        """Sending to `path` failed for want of a route ("host unreachable" and the like)."""
+        candidate = self._book.get(path.address)
+        if candidate is not None and not path.vni:
+            candidate.forget_dynamics()
+            candidate.pinged_at = now
+        if self._best is not None and self._best.path == path:
+            self._clear_best()
+        self._flush(now, f"no route to {path}")
+
+    def handle_too_big(self, padding_bytes: int, now: float) -> None:
+        """A padded Ping could not be sent because it exceeds the interface's MTU."""
+        if self._mtu is not None:
+            self._mtu.handle_too_big(padding_bytes, now)
+
+    def handle_rebind(self, now: float) -> None:
+        """Our sockets or our network are others now: all that was measured is void."""
+        for candidate in self._book:
+            candidate.forget_dynamics()
+        self._pinger.forget_all()
+        self._clear_best()
+        self._lost = None
+        self._recovery_at = math.inf
+        self._caller.forget_freshness()
+        self._schedule.restart(now)
+        if self.is_active:
+            self._search(now)
+        self._flush(now, "our network changed")
+
+    def handle_new_disco_key(self, now: float) -> None:
+        """The peer's disco key changed: nothing sent to the old one is answered. Paths stay."""
+        self._pinger.forget_all()
+        self._schedule.restart(now)
+
+    def handle_peer_relay_ready(
+        self, path: Path, server: object, latency_seconds: float, now: float
+    ) -> None:
+        """A handshake with a UDP peer relay is complete; `server` names the relay."""
+        candidate = Candidate(path)
+        candidate.note_latency(latency_seconds)
+        candidate.answered_at = now
+        best = self._best
+        is_same_server = best is not None and best.path.vni != 0 and self._best_server == server
+        if (
+            best is None
+            or now >= self._trusted_until
+            or best.is_shelved
+            or is_same_server
+            or is_better(Measured(path, latency_seconds), best.measured())
+        ):
+            self._set_best(candidate, now)
+            self._best_server = server
+            self._trusted_until = now + TRUST_SECONDS
+            self._flush(now, f"peer relay {path} is ready")
+
+    # ---- command
+
+    def set_configured_addresses(self, addresses: tuple[Address, ...], now: float) -> None:
+        """The peer's addresses from a control plane or its introduction; replaces the last list."""
+        fresh = self._book.set_configured(addresses, self._local)
+        if self.is_active and self._is_searching:
+            for candidate in fresh:
+                self._pinger.enqueue(candidate)
+            self._caller.want(now)
+        self._flush(now)
+
+    def set_own_addresses(self, addresses: tuple[Address, ...], now: float) -> None:
+        """Our own addresses, best first, as a completed refresh found them."""
+        has_changed = self._caller.set_own_addresses(addresses, now)
+        if has_changed and self.is_active:
+            # The peer finds us again by this, long before its trust in our old address ends.
+            self._caller.want(now)
+        self._flush(now)
+
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """Our interfaces changed; `handle_rebind` is called besides when sockets did too."""
+        self._local = local
+
+    def set_relay_available(self, is_available: bool, now: float) -> None:
+        """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
+        self._has_relay = is_available
+        self._flush(now, "the relay came" if is_available else "the relay went")
+
+    def ping_all(self, now: float) -> None:
+        """Ping by the relay and by every candidate, or only by a trusted direct path, at once.
+
+        Counts as traffic. Answers are told as PingAnswered.
+        """
+        self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.USER, now)))
+        if self._best is not None and self.state is PathState.DIRECT:
+            self._send_ping(self._best, Purpose.USER, now)
+        else:
+            for candidate in self._book:
+                self._send_ping(candidate, Purpose.USER, now)
+        self.handle_send(now)
+
+    # ---- sending
+
+    def _send_ping(
+        self, candidate: Candidate, purpose: Purpose, now: float, padding_bytes: int = 0
+    ) -> None:
+        candidate.pinged_at = now
+        transaction_id = self._pinger.register(candidate, purpose, now, padding_bytes)
+        self._effects.append(SendPing(candidate.path, transaction_id, padding_bytes))
+
+    def _flush(self, now: float, reason: str = "") -> None:
+        """Let out what may leave, Pings before the CallMeMaybe, and bring `route` up to date."""
+        for candidate in self._pinger.poll_queue(now):
+            is_known = self._book.get(candidate.path.address) is candidate
+            if is_known and now - candidate.pinged_at >= RECOVERY_SECONDS:
+                self._send_ping(candidate, Purpose.DISCOVERY, now)
+        call = self._caller.poll(now)
+        if call is Call.REFRESH:
+            self._effects.append(RefreshEndpoints())
+        elif call is Call.SEND:
+            self._calls_sent += 1
+            self._effects.append(SendCallMeMaybe(self._caller.own_addresses))
+        for address in [a for a in self._mapped if self._book.get(a) is None]:
+            self._mapped.discard(address)
+            self._effects.append(AddressForgotten(address))
+        self._update_route(now, reason)
+
+    def _update_route(self, now: float, reason: str) -> None:
+        best = self._best
+        path = best.path if best is not None else None
+        if best is not None and best.is_shelved and self._has_relay:
+            path = None
+        is_trusted = path is not None and now < self._trusted_until
+        route = Route(path, relay=not is_trusted, wake=self._tick_at == math.inf)
+        old = self.route
+        if route == old:
+            return
+        self.route = route
+        if (old.path, old.relay) != (route.path, route.relay):
+            self._effects.append(PathChanged(now, old, route, self.state, reason))
+        if is_trusted and not (path and path.vni):
+            self._schedule.handle_success()
+        else:
+            self._schedule.handle_failing(now)
+
+    def _learn(self, address: Address) -> None:
+        if address not in self._mapped and self._book.get(address) is not None:
+            self._mapped.add(address)
+            self._effects.append(AddressLearned(address))
+
+    def _note_foreign(self, source: Address) -> None:
+        self._foreign_pongs += 1
+        if source in self._foreign:
+            return
+        if len(self._foreign) == MAX_FOREIGN_SOURCES:
+            oldest = next(iter(self._foreign))
+            del self._foreign[oldest]
+            self._effects.append(AddressForgotten(oldest))
+        self._foreign[source] = None
+        self._effects.append(AddressLearned(source))
+
+    # ---- searching
+
+    @property
+    def _is_searching(self) -> bool:
+        """Whether a trusted, direct and good path is wanting."""
+        best = self._best
+        return best is None or bool(best.path.vni) or best.is_shelved or self.route.relay
+
+    def _choose_candidates(self, now: float) -> list[Candidate]:
+        self._book.prune(now, keep=self._best)
+        if self._schedule.is_wide(now):
+            return list(self._book)
+        return self._book.in_scope(self._local) or list(self._book)
+
+    def _search(self, now: float, *, is_forced: bool = False) -> None:
+        """A full ping and a CallMeMaybe, if the last is long enough ago."""
+        if not self._schedule.take(now, is_forced=is_forced):
+            return
+        for candidate in self._choose_candidates(now):
+            self._pinger.enqueue(candidate)
+        self._caller.want(now)
+        is_trusted = self._best is not None and not self.route.relay
+        pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS
+        is_due = now - self._peer_relay_wanted_at >= pause
+        if self.has_peer_relays and self._is_searching and is_due:
+            self._peer_relay_wanted_at = now
+            self._effects.append(DiscoverPeerRelay())
+
+    def _maybe_ping_back(self, candidate: Candidate, now: float) -> None:
+        is_trusted = self._best is not None and not self.route.relay
+        if candidate is self._best and is_trusted:
+            return
+        if now - candidate.pinged_back_at < PING_BACK_SECONDS:
+            return
+        has_answered = now - candidate.answered_at < ACTIVITY_SECONDS
+        if has_answered and (is_trusted or not self.is_active):
+            return
+        candidate.pinged_back_at = now
+        self._send_ping(candidate, Purpose.DISCOVERY, now)
+
+    # ---- the best path
+
+    def _handle_answer(self, candidate: Candidate, ping: SentPing, now: float) -> str:
+        reason = ""
+        if ping.purpose is Purpose.HEARTBEAT:
+            candidate.loss.record(is_answered=True)
+        if candidate is self._best:
+            self._liveness.handle_answer()
+            self._trusted_until = now + TRUST_SECONDS
+            if candidate.is_shelved and candidate.loss.is_healed:
+                candidate.shelved_at = None
+                candidate.loss.clear()
+                reason = f"{candidate.path} has healed"
+            else:
+                reason = f"{candidate.path} answers"
+            if ping.padding_bytes and self._mtu is not None:
+                self._mtu.handle_answer(ping.padding_bytes, now)
+                candidate.wire_mtu_bytes = self._mtu.proven_bytes
+            return reason
+        if candidate.shelved_at is not None:
+            if now - candidate.shelved_at < SECOND_CHANCE_SECONDS:
+                return ""
+            candidate.shelved_at = None
+            candidate.loss.clear()
+        best = self._best
+        if (
+            best is None
+            or best.is_shelved
+            or now >= self._trusted_until
+            or is_better(candidate.measured(), best.measured())
+        ):
+            self._set_best(candidate, now)
+            self._trusted_until = now + TRUST_SECONDS
+            reason = f"{candidate.path} answers"
+        return reason
+
+    def _set_best(self, candidate: Candidate, now: float) -> None:
+        self._clear_best()
+        self._best = candidate
+        self._lost = None
+        self._recovery_at = math.inf
+        if self.is_active:
+            self._tick_at = min(self._tick_at, now + TICK_SECONDS)
+        if self._ceiling_bytes is not None:
+            self._mtu = MtuSearch(
+                is_ipv6=candidate.path.address.is_ipv6,
+                ceiling_bytes=self._ceiling_bytes,
+                now=now,
+                geneve_bytes=8 if candidate.path.vni else 0,
+            )
+
+    def _clear_best(self) -> None:
+        if self._best is not None and not self._best.is_shelved:
+            self._best.loss.clear()
+        self._best = None
+        self._best_server = None
+        self._mtu = None
+        self._trusted_until = self._vouched_at = -math.inf
+        self._liveness.handle_answer()
+
+    def _lose_best(self, now: float) -> None:
+        """The best path is dead beyond doubt; it is looked after for a while."""
+        best = self._best
+        self._clear_best()
+        if best is not None and not best.path.vni:
+            # Dead is not lossy: when it answers again it is as good as new.
+            best.shelved_at = None
+            best.loss.clear()
+            self._lost, self._lost_at = best, now
+            self._recovery_at = min(self._recovery_at, now + RECOVERY_SECONDS)
+
+    def _drop_removed_best(self, now: float, reason: str) -> str:
+        best = self._best
+        if best is None or best.path.vni or self._book.get(best.path.address) is best:
+            return ""
+        self._clear_best()
+        if self.is_active:
+            self._search(now, is_forced=True)
+        return reason
+
+    def _begin_doubt(self, now: float) -> None:
+        self._recovery_at = now + RECOVERY_SECONDS
+        self._search(now, is_forced=True)
+
+    def _is_mute(self, now: float) -> bool:
+        """Whether the best path has not answered for as long as a Ping may take: it is dead, not
+        lossy."""
+        return self._best is None or now - self._best.answered_at >= PING_TIMEOUT_SECONDS
+
+    def _handle_lost_heartbeat(self, candidate: Candidate, now: float) -> str:
+        if now - self._vouched_at < HEARTBEAT_SECONDS:
+            return ""
+        candidate.loss.record(is_answered=False)
+        if candidate is not self._best:
+            return ""
+        if candidate.loss.is_suspicious and self.is_active:
+            self._heartbeat_at = min(self._heartbeat_at, now + LOSS_PROBE_SECONDS)
+        if candidate.is_shelved:
+            return ""
+        if candidate.loss.is_bad and self._has_relay and not self._is_mute(now):
+            candidate.shelved_at = now
+            self._liveness.handle_answer()
+            return f"{candidate.path} loses too much ({candidate.loss.ratio:.0%} of heartbeats)"
+        if now < self._trusted_until:
+            self._liveness.start_burst(candidate.patient_rtt_seconds, now)
+        return ""
+
+    # ---- timers
+
+    def _note_sent(self, now: float) -> None:
+        self._last_sent_at = now
+        if not self.is_active:
+            self._heartbeat_at = now + HEARTBEAT_SECONDS
+            self._schedule.restart(now)
+            if self.route.path is not None and self.route.relay:
+                self._recovery_at = now
+        if self._tick_at == math.inf:
+            self._tick_at = now + TICK_SECONDS
+
+    def _tick(self, now: float) -> None:
+        has_sent, is_suspect = self._liveness.handle_tick(self.sent, self.received, now)
+        if has_sent:
+            self._last_sent_at = now
+        is_trusted = self.route.path is not None and not self.route.relay
+        if is_suspect and is_trusted and self._best is not None:
+            self._liveness.start_burst(self._best.patient_rtt_seconds, now)
+        if self._liveness.is_quiet(now) or not self.is_active:
+            self._tick_at = math.inf
+        else:
+            self._tick_at = now + (TICK_SECONDS if is_trusted else RELAY_TICK_SECONDS)
+
+    def _heartbeat(self, now: float) -> None:
+        if now - self._last_sent_at > ACTIVITY_SECONDS:
+            self._heartbeat_at = self._tick_at = self._recovery_at = math.inf
+            self._lost = None
+            return
+        best = self._best
+        interval = HEARTBEAT_SECONDS
+        if best is not None:
+            self._send_ping(best, Purpose.HEARTBEAT, now)
+            if best.is_shelved or best.loss.is_suspicious:
+                interval = LOSS_PROBE_SECONDS
+            is_fast = 0 < best.latency_seconds <= GOOD_ENOUGH_SECONDS
+            if not self._is_searching and not is_fast and self._schedule.wants_upgrade(now):
+                self._search(now)
+        self._heartbeat_at += interval
+        if self._heartbeat_at <= now:
+            self._heartbeat_at = now + interval
+
+    def _recover(self, now: float) -> None:
+        """Ping the path in doubt, or the one that died a short while ago."""
+        in_doubt = self._best if self.route.relay and self.route.path is not None else None
+        target = in_doubt or self._lost
+        is_worth_it = in_doubt is not None or now - self._lost_at < RECOVERY_FOR_SECONDS
+        if target is None or not is_worth_it or not self.is_active:
+            self._recovery_at = math.inf
+            return
+        self._send_ping(target, Purpose.RECOVERY, now)
+        self._recovery_at = now + RECOVERY_SECONDS
+
+    @property
+    def _may_search_mtu(self) -> bool:
+        return self.is_active and self.route.path is not None and not self.route.relay
+
+    def _probe_mtu(self, now: float) -> None:
+        if self._mtu is None or self._best is None or not self._may_search_mtu:
+            return
+        padding = self._mtu.poll_probe(now, self._best.patient_rtt_seconds)
+        if padding is not None:
+            self._send_ping(self._best, Purpose.MTU, now, padding)
+        self._best.wire_mtu_bytes = self._mtu.proven_bytes

@@ -1,0 +1,269 @@
+"""The client side of UDP peer relays, for one peer: allocate, bind, prove, hand over a path.
+
+Peer relay specification 8 and 9. For each relay server one handshake at most is in progress:
+
+    allocating -> bind sent -> answer sent -> ready
+
+Better than a stock client in two points: Bind is repeated at 250 ms and 1 s, since a single lost
+datagram costs a stock client 30 s (R3), and a Challenge must carry our generation (R4).
+
+Feed `handle_*`, carry out `poll_effects()` in order, call `on_time(now)` by `next_deadline()`.
+`RelayReady` goes to `Peer.handle_peer_relay_ready`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from traversal.keys import DiscoPublic, Entropy, NodePublic
+from traversal.paths.scoring import Path
+from traversal.wire.address import Address
+from traversal.wire.disco import (
+    TRANSACTION_ID_LENGTH,
+    AllocateRequest,
+    AllocateResponse,
+    Answer,
+    Bind,
+    CallMeMaybeVia,
+    Challenge,
+    RelayEndpoint,
+    sorted_pair,
+)
+
+ALLOCATE_RETRY_SECONDS: Final = 3.0
+ALLOCATE_LIMIT_SECONDS: Final = 10.0
+HANDSHAKE_LIMIT_SECONDS: Final = 30.0
+BIND_AT: Final = (0.0, 0.25, 1.0)
+MAX_PINGS: Final = 10
+MAX_HANDSHAKES: Final = 8
+"""Servers tried at once: the peer can invite us to any, each invitation costs us three Binds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendAllocate:
+    """Send `request` to the relay node by its home relay."""
+
+    relay: NodePublic
+    request: AllocateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class SendVia:
+    """Send CallMeMaybeVia to the peer by its home relay."""
+
+    message: CallMeMaybeVia
+
+
+@dataclass(frozen=True, slots=True)
+class SendControl:
+    """Send `message`, sealed for `server`, behind a Geneve header with the control bit."""
+
+    server: DiscoPublic
+    path: Path
+    message: Bind | Answer
+
+
+@dataclass(frozen=True, slots=True)
+class SendRelayedPing:
+    """Send a Ping to the peer through the relay, behind Geneve without the control bit."""
+
+    path: Path
+    transaction_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RelayReady:
+    """The path works in both directions."""
+
+    path: Path
+    server: DiscoPublic
+    latency_seconds: float
+
+
+Effect = SendAllocate | SendVia | SendControl | SendRelayedPing | RelayReady
+
+
+@dataclass(slots=True)
+class _Allocation:
+    request: AllocateRequest
+    ends_at: float
+    retry_at: float
+
+
+@dataclass(slots=True)
+class _Handshake:
+    endpoint: RelayEndpoint
+    generation: int
+    ends_at: float
+    bind_times: list[float]
+    address: Address | None = None
+    pings: dict[bytes, float] = field(default_factory=dict)
+
+
+class PeerRelayClient:
+    """Handshakes with relay servers on behalf of one peer. Times are monotonic seconds."""
+
+    def __init__(self, own: DiscoPublic, peer: DiscoPublic, entropy: Entropy) -> None:
+        self._pair = sorted_pair(own, peer)
+        self._peer = peer
+        self._entropy = entropy
+        self._generation = 0
+        self._allocations: dict[NodePublic, _Allocation] = {}
+        self._handshakes: dict[DiscoPublic, _Handshake] = {}
+        self._effects: list[Effect] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is in progress."""
+        return bool(self._allocations or self._handshakes)
+
+    def poll_effects(self) -> list[Effect]:
+        """Everything to do since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def next_deadline(self) -> float:
+        """When to call `on_time` at the latest; infinity for never."""
+        times = [min(a.ends_at, a.retry_at) for a in self._allocations.values()]
+        times += [min(h.ends_at, *h.bind_times) for h in self._handshakes.values() if h.bind_times]
+        times += [h.ends_at for h in self._handshakes.values() if not h.bind_times]
+        return min(times, default=math.inf)
+
+    def on_time(self, now: float) -> None:
+        """Repeat and give up."""
+        for relay, allocation in list(self._allocations.items()):
+            if now >= allocation.ends_at:
+                del self._allocations[relay]
+            elif now >= allocation.retry_at:
+                allocation.retry_at = math.inf
+                self._effects.append(SendAllocate(relay, allocation.request))
+        for server, handshake in list(self._handshakes.items()):
+            if now >= handshake.ends_at:
+                del self._handshakes[server]
+            elif handshake.bind_times and now >= handshake.bind_times[0]:
+                handshake.bind_times.pop(0)
+                self._bind(handshake)
+
+    def discover(self, relays: list[NodePublic], now: float) -> None:
+        """Ask relay nodes for an endpoint; those that were asked already are not asked again."""
+        for relay in relays[:MAX_HANDSHAKES]:
+            if relay in self._allocations or len(self._allocations) >= MAX_HANDSHAKES:
+                continue
+            request = AllocateRequest(self._pair, self._next_generation())
+            ends_at, retry_at = now + ALLOCATE_LIMIT_SECONDS, now + ALLOCATE_RETRY_SECONDS
+            self._allocations[relay] = _Allocation(request, ends_at, retry_at)
+            self._effects.append(SendAllocate(relay, request))
+
+    def handle_response(
+        self,
+        relay: NodePublic,
+        response: AllocateResponse,
+        best: tuple[DiscoPublic, int] | None,
+        now: float,
+    ) -> None:
+        """A relay node answered by its home relay, sealed by its disco key.
+
+        `best` is (server, VNI) of the path in use if it is by a peer relay and trusted: that one is
+        not shaken hands with again, for the server would move our address under the traffic.
+        """
+        allocation = self._allocations.get(relay)
+        if allocation is None or allocation.request.generation != response.generation:
+            return
+        endpoint = response.endpoint
+        if endpoint.clients != self._pair:
+            return
+        del self._allocations[relay]
+        self._effects.append(SendVia(CallMeMaybeVia(endpoint)))
+        if best != (endpoint.server_key, endpoint.vni):
+            self._start(endpoint, now)
+
+    def handle_via(
+        self, message: CallMeMaybeVia, best: tuple[DiscoPublic, int] | None, now: float
+    ) -> None:
+        """The peer invites us to an endpoint."""
+        endpoint = message.endpoint
+        if endpoint.clients == self._pair and best != (endpoint.server_key, endpoint.vni):
+            self._start(endpoint, now)
+
+    def handle_challenge(
+        self, server: DiscoPublic, path: Path, challenge: Challenge, now: float
+    ) -> None:
+        """A relay server, authenticated by its disco key, challenges us. The first wins: it came
+        by the fastest of the server's addresses."""
+        handshake = self._handshakes.get(server)
+        if (
+            handshake is None
+            or handshake.address is not None
+            or path.vni != handshake.endpoint.vni
+            or challenge.vni != handshake.endpoint.vni
+            or challenge.generation != handshake.generation
+            or challenge.remote_key != self._peer
+        ):
+            return
+        handshake.address = path.address
+        handshake.bind_times = []
+        answer = Answer(challenge.vni, challenge.generation, self._peer, challenge.challenge)
+        self._effects.append(SendControl(server, path, answer))
+        self._ping(handshake, now)
+
+    def handle_ping(self, path: Path, now: float) -> None:
+        """The peer's Ping came through a relay; its Pong is sent elsewhere, always.
+
+        It shows that the peer is bound, so a Ping of ours gets through now.
+        """
+        for handshake in self._handshakes.values():
+            if handshake.address == path.address and handshake.endpoint.vni == path.vni:
+                self._ping(handshake, now)
+
+    def handle_pong(self, transaction_id: bytes, now: float) -> bool:
+        """A Pong with a transaction ID that `Peer` did not know; True if it was ours."""
+        for server, handshake in self._handshakes.items():
+            sent_at = handshake.pings.get(transaction_id)
+            if sent_at is not None and handshake.address is not None:
+                del self._handshakes[server]
+                path = Path(handshake.address, handshake.endpoint.vni)
+                self._effects.append(RelayReady(path, server, now - sent_at))
+                return True
+        return False
+
+    def servers(self) -> set[DiscoPublic]:
+        """Disco keys from which a Challenge may come: other control packets are dropped unread."""
+        return set(self._handshakes)
+
+    def _next_generation(self) -> int:
+        # 0 means "none" on the wire.
+        self._generation = self._generation % 0xFFFFFFFF + 1
+        return self._generation
+
+    def _start(self, endpoint: RelayEndpoint, now: float) -> None:
+        running = self._handshakes.get(endpoint.server_key)
+        if running is not None and endpoint.lamport_id <= running.endpoint.lamport_id:
+            return
+        if running is None and len(self._handshakes) >= MAX_HANDSHAKES:
+            return
+        lifetime = min(endpoint.bind_lifetime_nanoseconds / 1e9, HANDSHAKE_LIMIT_SECONDS)
+        handshake = _Handshake(
+            endpoint,
+            self._next_generation(),
+            now + lifetime,
+            [now + delay for delay in BIND_AT[1:]],
+        )
+        self._handshakes[endpoint.server_key] = handshake
+        self._bind(handshake)
+
+    def _bind(self, handshake: _Handshake) -> None:
+        endpoint = handshake.endpoint
+        bind = Bind(endpoint.vni, handshake.generation, self._peer, bytes(32))
+        for address in endpoint.addresses:
+            path = Path(address, endpoint.vni)
+            self._effects.append(SendControl(endpoint.server_key, path, bind))
+
+    def _ping(self, handshake: _Handshake, now: float) -> None:
+        if handshake.address is None or len(handshake.pings) >= MAX_PINGS:
+            return
+        transaction_id = self._entropy(TRANSACTION_ID_LENGTH)
+        handshake.pings[transaction_id] = now
+        path = Path(handshake.address, handshake.endpoint.vni)
+        self._effects.append(SendRelayedPing(path, transaction_id))

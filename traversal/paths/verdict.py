@@ -1,0 +1,357 @@
+"""Why this path: facts for programs and a chain of sentences for people.
+
+A verdict joins what both net checks found with what the peer's machine tried and saw. Each finding
+has a code that does not change between releases, and a sentence; each remedy says what would help
+and on which side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from traversal.paths.effects import PathState
+from traversal.paths.report import NatFacts
+from traversal.paths.statistics import CandidateStatistics, PeerStatistics
+from traversal.wire.introduction import FilteringClass, MappingClass
+
+
+class Finding(Enum):
+    """What was found; the value is the code."""
+
+    DIRECT = "direct"
+    PEER_RELAY = "peer-relay"
+    DOUBT = "path-in-doubt"
+    IDLE = "idle"
+    SEARCHING = "searching"
+    LOSSY = "path-lossy"
+    PATH_LOST = "path-lost"
+    UDP_BLOCKED_HERE = "udp-blocked-here"
+    UDP_BLOCKED_THERE = "udp-blocked-there"
+    NO_CANDIDATES = "no-candidates"
+    NO_CALL = "peer-never-called"
+    BOTH_HARD = "both-nats-hard"
+    HARD_HERE = "hard-nat-here"
+    HARD_THERE = "hard-nat-there"
+    UNANSWERED = "pings-unanswered"
+
+
+class Remedy(Enum):
+    """What would help; the value is the code."""
+
+    OPEN_UDP_HERE = "open-udp-here"
+    OPEN_UDP_THERE = "open-udp-there"
+    MAP_PORT_HERE = "map-port-here"
+    MAP_PORT_THERE = "map-port-there"
+    PORT_SEARCH = "enable-port-search"
+    CHECK_PEER = "check-peer"
+    SEND_TRAFFIC = "send-traffic"
+
+
+_REMEDY_TEXT: Final = {
+    Remedy.OPEN_UDP_HERE: "Allow outgoing UDP in the firewall in front of this node.",
+    Remedy.OPEN_UDP_THERE: "Allow outgoing UDP in the firewall in front of the peer.",
+    Remedy.MAP_PORT_HERE: "Enable NAT-PMP, PCP or UPnP on this node's router, or forward a UDP "
+    "port to this node.",
+    Remedy.MAP_PORT_THERE: "Enable NAT-PMP, PCP or UPnP on the peer's router, or forward a UDP "
+    "port to the peer.",
+    Remedy.PORT_SEARCH: "Allow the port search for this peer: it finds the ports that a hard NAT "
+    "picks.",
+    Remedy.CHECK_PEER: "See whether the peer runs and is connected to its relay.",
+    Remedy.SEND_TRAFFIC: "Send something: paths are only looked for while there is traffic.",
+}
+
+_MAPPING_TEXT: Final = {
+    MappingClass.UNKNOWN: "an unknown kind of NAT",
+    MappingClass.NONE: "no NAT",
+    MappingClass.ENDPOINT_INDEPENDENT: "an easy NAT (one public port for all destinations)",
+    MappingClass.ADDRESS_DEPENDENT: "a hard NAT (another public port for each destination host)",
+    MappingClass.ADDRESS_AND_PORT_DEPENDENT: "a hard NAT (another public port for each "
+    "destination)",
+}
+
+_FILTERING_TEXT: Final = {
+    FilteringClass.UNKNOWN: "",
+    FilteringClass.OPEN: ", open to everybody",
+    FilteringClass.ENDPOINT_INDEPENDENT: ", open to everybody once a port is in use",
+    FilteringClass.ADDRESS_DEPENDENT: ", open to hosts that were written to",
+    FilteringClass.ADDRESS_AND_PORT_DEPENDENT: ", open only to ports that were written to",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What was tried at one address; ages in seconds before the verdict, None is never."""
+
+    address: str
+    source: str
+    pinged_ago_seconds: float | None
+    answered_ago_seconds: float | None
+    latency_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The whole answer. `sentences` and `fixes` are the same as the codes, in words."""
+
+    state: PathState
+    path: str | None
+    findings: tuple[Finding, ...]
+    remedies: tuple[Remedy, ...]
+    sentences: tuple[str, ...]
+    fixes: tuple[str, ...]
+    attempts: tuple[Attempt, ...]
+    own: NatFacts
+    peer: NatFacts
+
+    def text(self) -> str:
+        """One paragraph for a person."""
+        return " ".join((*self.sentences, *self.fixes))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "state": self.state.value,
+            "path": self.path,
+            "findings": [finding.value for finding in self.findings],
+            "remedies": [remedy.value for remedy in self.remedies],
+            "sentences": list(self.sentences),
+            "fixes": list(self.fixes),
+            "attempts": [
+                {
+                    "address": attempt.address,
+                    "source": attempt.source,
+                    "pinged_ago_seconds": attempt.pinged_ago_seconds,
+                    "answered_ago_seconds": attempt.answered_ago_seconds,
+                    "latency_seconds": attempt.latency_seconds,
+                }
+                for attempt in self.attempts
+            ],
+            "own_nat": _facts_dict(self.own),
+            "peer_nat": _facts_dict(self.peer),
+        }
+
+
+def can_punch(own: NatFacts, peer: NatFacts) -> bool | None:
+    """Whether Pings from both sides lead to a direct path, without guessing ports.
+
+    None when too little is known. Netcheck specification 10.5, path selection specification 17.
+    """
+    if own.is_udp_blocked or peer.is_udp_blocked:
+        return False
+    open_classes = (FilteringClass.OPEN, FilteringClass.ENDPOINT_INDEPENDENT)
+    for side in (own, peer):
+        if side.has_port_mapping or (side.filtering in open_classes and not side.is_hard):
+            return True
+    if MappingClass.UNKNOWN in (own.mapping, peer.mapping):
+        return None
+    if own.is_hard and peer.is_hard:
+        return False
+    if not own.is_hard and not peer.is_hard:
+        return True
+    easy = peer if own.is_hard else own
+    if easy.filtering is FilteringClass.UNKNOWN:
+        return None
+    return easy.filtering is FilteringClass.ADDRESS_DEPENDENT
+
+
+def describe_nat(facts: NatFacts) -> str:
+    """A noun phrase: "an easy NAT (...), open only to ports that were written to"."""
+    if facts.is_udp_blocked:
+        return "a firewall that blocks UDP"
+    text = _MAPPING_TEXT[facts.mapping] + _FILTERING_TEXT[facts.filtering]
+    return f"{text}, with a mapped port" if facts.has_port_mapping else text
+
+
+def judge(
+    name: str, statistics: PeerStatistics, own: NatFacts, peer: NatFacts, relay: str, now: float
+) -> Verdict:
+    """The verdict on the path to the peer called `name`; `relay` names the relay in use."""
+    builder = _Builder(name, statistics, own, peer, relay, now)
+    builder.judge()
+    return Verdict(
+        state=statistics.state,
+        path=str(statistics.route.path) if statistics.route.path is not None else None,
+        findings=tuple(builder.findings),
+        remedies=tuple(builder.remedies),
+        sentences=tuple(builder.sentences),
+        fixes=tuple(_REMEDY_TEXT[remedy] for remedy in builder.remedies),
+        attempts=tuple(_attempt(candidate, now) for candidate in statistics.candidates),
+        own=own,
+        peer=peer,
+    )
+
+
+class _Builder:
+    """Collects findings, sentences and remedies in the order in which a person would tell them."""
+
+    def __init__(
+        self,
+        name: str,
+        statistics: PeerStatistics,
+        own: NatFacts,
+        peer: NatFacts,
+        relay: str,
+        now: float,
+    ) -> None:
+        self._name, self._relay, self._now = name, relay, now
+        self._statistics, self._own, self._peer = statistics, own, peer
+        self.findings: list[Finding] = []
+        self.sentences: list[str] = []
+        self.remedies: list[Remedy] = []
+
+    def _say(self, finding: Finding, sentence: str, *remedies: Remedy) -> None:
+        self.findings.append(finding)
+        self.sentences.append(sentence)
+        self.remedies += [remedy for remedy in remedies if remedy not in self.remedies]
+
+    def judge(self) -> None:
+        statistics = self._statistics
+        best = statistics.best
+        latency = f"{best.latency_seconds * 1000:.1f} ms" if best is not None else "no latency yet"
+        loss = best.loss_ratio if best is not None else 0.0
+        match statistics.state:
+            case PathState.DIRECT:
+                self._say(
+                    Finding.DIRECT,
+                    f"Traffic to {self._name} goes directly to {statistics.route.path} "
+                    f"({latency}, {loss:.0%} of heartbeats lost).",
+                )
+                return
+            case PathState.PEER_RELAY:
+                self._say(
+                    Finding.PEER_RELAY,
+                    f"Traffic to {self._name} goes by the peer relay {statistics.route.path} "
+                    f"({latency}).",
+                )
+            case PathState.DOUBT:
+                self._say(
+                    Finding.DOUBT,
+                    f"{statistics.route.path} stopped answering, so traffic to {self._name} goes "
+                    f"there and by the relay {self._relay} as well.",
+                )
+                return
+            case PathState.IDLE:
+                self._say(
+                    Finding.IDLE,
+                    f"Nothing was sent to {self._name} lately, so no path is kept; the next "
+                    f"datagram goes by the relay {self._relay} too.",
+                    Remedy.SEND_TRAFFIC,
+                )
+                return
+            case PathState.RELAY:
+                self.sentences.append(f"Traffic to {self._name} goes by the relay {self._relay}.")
+        self._why_not_direct()
+
+    def _why_not_direct(self) -> None:
+        statistics, own, peer = self._statistics, self._own, self._peer
+        shelved = [c for c in statistics.candidates if c.is_shelved]
+        if shelved:
+            self._say(
+                Finding.LOSSY,
+                f"The direct path {shelved[0].path} works but lost "
+                f"{shelved[0].loss_ratio:.0%} of its heartbeats, so the relay is better until "
+                "it has healed.",
+            )
+            return
+        if own.is_udp_blocked:
+            self._say(
+                Finding.UDP_BLOCKED_HERE,
+                "No STUN server answered this node: its firewall blocks UDP.",
+                Remedy.OPEN_UDP_HERE,
+            )
+        if peer.is_udp_blocked:
+            self._say(
+                Finding.UDP_BLOCKED_THERE,
+                f"{self._name} says that its firewall blocks UDP.",
+                Remedy.OPEN_UDP_THERE,
+            )
+        if own.is_udp_blocked or peer.is_udp_blocked:
+            return
+        answered = [c for c in statistics.candidates if c.answered_at is not None]
+        pinged = [c for c in statistics.candidates if c.pinged_at is not None]
+        if answered:
+            last = max(answered, key=lambda c: c.answered_at or 0.0)
+            ago = self._now - (last.answered_at or 0.0)
+            self._say(
+                Finding.PATH_LOST,
+                f"{last.path} worked until {ago:.0f} s ago and does not answer any more.",
+            )
+        elif not statistics.candidates:
+            self._say(
+                Finding.NO_CANDIDATES,
+                f"No address of {self._name} is known"
+                + ("." if statistics.calls_received else ", and it never called by the relay."),
+                Remedy.CHECK_PEER,
+            )
+        elif pinged:
+            self._say(
+                Finding.UNANSWERED,
+                f"None of its {len(pinged)} addresses that were pinged answered.",
+            )
+        self._blame_nats()
+        if statistics.candidates and not statistics.calls_received and not answered:
+            self._say(
+                Finding.NO_CALL,
+                f"{self._name} has sent no CallMeMaybe: it may be off line, or not see our own.",
+                Remedy.CHECK_PEER,
+            )
+
+    def _blame_nats(self) -> None:
+        own, peer = self._own, self._peer
+        if can_punch(own, peer) is not False:
+            last_sent = self._statistics.last_sent_at
+            if last_sent is not None and Finding.PATH_LOST not in self.findings:
+                self._say(
+                    Finding.SEARCHING,
+                    f"This node is behind {describe_nat(own)}, {self._name} behind "
+                    f"{describe_nat(peer)}: nothing known speaks against a direct path, "
+                    "the search goes on.",
+                )
+            return
+        both = f"This node is behind {describe_nat(own)}, {self._name} behind {describe_nat(peer)}"
+        ports = (Remedy.MAP_PORT_HERE, Remedy.MAP_PORT_THERE)
+        if own.is_hard and peer.is_hard:
+            self._say(Finding.BOTH_HARD, f"{both}: neither can learn the other's port.", *ports)
+        elif own.is_hard:
+            self._say(
+                Finding.HARD_HERE,
+                f"{both}: it cannot know the port that it would have to let in.",
+                *ports,
+                Remedy.PORT_SEARCH,
+            )
+        else:
+            self._say(
+                Finding.HARD_THERE,
+                f"{both}: we cannot know the port that we would have to let in.",
+                *ports,
+                Remedy.PORT_SEARCH,
+            )
+
+
+def _attempt(candidate: CandidateStatistics, now: float) -> Attempt:
+    sources = (
+        ("configured", candidate.is_configured),
+        ("called", candidate.is_called),
+        ("seen", candidate.is_seen),
+    )
+    return Attempt(
+        address=str(candidate.path),
+        source=" ".join(name for name, applies in sources if applies),
+        pinged_ago_seconds=None if candidate.pinged_at is None else now - candidate.pinged_at,
+        answered_ago_seconds=None if candidate.answered_at is None else now - candidate.answered_at,
+        latency_seconds=candidate.latency_seconds or None,
+    )
+
+
+def _facts_dict(facts: NatFacts) -> dict[str, object]:
+    return {
+        "mapping": facts.mapping.name.lower(),
+        "filtering": facts.filtering.name.lower(),
+        "port_pattern": facts.ports.pattern.value,
+        "port_step": facts.ports.step,
+        "hairpins": facts.hairpins,
+        "udp_blocked": facts.is_udp_blocked,
+        "port_mapping": facts.has_port_mapping,
+    }
