@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -84,17 +85,23 @@ def _overrides(options: Mapping[str, Any]) -> dict[str, object]:
     return overrides
 
 
+def _config_path(options: Mapping[str, Any]) -> str:
+    """The configuration file; empty if none is named and there is none at the usual place."""
+    named: str | None = options["config_path"]
+    if named is not None:
+        return named
+    return DEFAULT_CONFIG_PATH if Path(DEFAULT_CONFIG_PATH).exists() else ""
+
+
 def _loader(options: Mapping[str, Any], *, dev: bool = False) -> Callable[[], Config]:
     """A function that reads the configuration, now and at each reload."""
     overrides = _overrides(options)
-    path = Path(options["config_path"] or DEFAULT_CONFIG_PATH)
     if dev:
         if options["config_path"]:
             raise click.UsageError("--dev needs no configuration file; leave --config out")
         return lambda: Config.dev(overrides)
-    if options["config_path"] is None and not path.exists():
-        return lambda: Config.load(None, os.environ, overrides)
-    return lambda: Config.load(path, os.environ, overrides)
+    path = _config_path(options)
+    return lambda: Config.load(Path(path) if path else None, os.environ, overrides)
 
 
 def _load(options: Mapping[str, Any]) -> Config:
@@ -132,10 +139,13 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
     from relay.server import serve as serve_relay
 
     load = _loader(options, dev=dev)
+    path = "" if dev else _config_path(options)
 
     async def run(config: Config) -> None:
         async with trio.open_nursery() as nursery:
-            bound: Bound = await nursery.start(serve_relay, config, load)
+            bound: Bound = await nursery.start(
+                functools.partial(serve_relay, config, load, config_path=path)
+            )
             if dev or dev_map:
                 text = _map_of_running(config, bound).to_json()
                 if dev_map:

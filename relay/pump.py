@@ -56,6 +56,9 @@ before, always fits, and the engine is drained."""
 BUFFER_BYTES: Final = 4 * MAX_READ_BYTES
 WRITE_BATCH_BYTES: Final = 65536
 """How much is encrypted at once for a client that reads slowly."""
+MAX_REST_BYTES: Final = 2 * MAX_READ_BYTES
+"""Ciphertext that may wait for one client: more than any flush. Only answers of TLS are added to
+what waits, 23 bytes for each key update that a client asks for."""
 WRITE_TIMEOUT_SECONDS: Final = 2.0
 MESH_WRITE_TIMEOUT_SECONDS: Final = 30.0
 KEEP_ALIVE_SECONDS: Final = 60.0
@@ -248,6 +251,12 @@ class Pump:
             self._handle_frames(connection, *self._place_partial(connection, 0))
         else:
             self._drain_tls(connection, connection.tls)
+
+    def set_rate(self, connection: Connection, bucket: TokenBucket | None) -> None:
+        """Limit what is read from a connection in another way, from now on."""
+        connection.bucket = bucket
+        if connection.paused:
+            self._resume(connection)
 
     def close(self, connection: Connection, reason: str) -> None:
         """End a connection now; harmless when repeated."""
@@ -447,6 +456,8 @@ class Pump:
     def _write_ciphertext(self, connection: Connection, data: bytes | memoryview) -> None:
         """Bytes that must go as they are; what the kernel does not take now waits in `rest`."""
         if connection.rest is not None:
+            if len(connection.rest) + len(data) > MAX_REST_BYTES:
+                raise TlsError("it asks for TLS key updates and does not read the answers")
             connection.rest = memoryview(bytes(connection.rest) + bytes(data))
             return
         count = _send(connection.sock, data)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 import trio
@@ -28,6 +28,7 @@ from relay.certificates import Certificates
 from relay.config import Config, ConfigError, ListenAddress, diff_reload
 from relay.derper_files import load_or_create_server_key, read_mesh_key, read_server_key
 from relay.endpoints import plain_http_responder
+from relay.file_watch import POLL_SECONDS, FileWatch
 from relay.http import Responder, serve_http
 from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.logs import set_level
@@ -123,16 +124,19 @@ async def serve(
     config: Config,
     load_again: Callable[[], Config],
     *,
+    config_path: str = "",
     task_status: trio.TaskStatus[Bound] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a relay until SIGTERM or SIGINT has drained it, or until cancelled.
 
     Args:
-        load_again: reads the configuration anew, for SIGHUP; may raise ConfigError.
+        load_again: reads the configuration anew; may raise ConfigError. Called at SIGHUP and when
+            the file changes.
+        config_path: that file; empty if there is none.
 
     Raises one of StartError at the start.
     """
-    relay = _Relay(config, load_again, load_identity(config))
+    relay = _Relay(config, load_again, load_identity(config), config_path)
     try:
         await relay.run(task_status)
     finally:
@@ -143,8 +147,13 @@ class _Relay:
     """One run of `serve`."""
 
     def __init__(
-        self, config: Config, load_again: Callable[[], Config], identity: Identity
+        self,
+        config: Config,
+        load_again: Callable[[], Config],
+        identity: Identity,
+        config_path: str,
     ) -> None:
+        self._watch = FileWatch([config_path, config.limits.rate_config_file])
         self._config = config
         self._load_again = load_again
         self._identity = identity
@@ -198,38 +207,8 @@ class _Relay:
     async def run(self, task_status: trio.TaskStatus[Bound]) -> None:
         async with trio.open_nursery() as nursery:
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-                await nursery.start(self._plane.run)
-                stun: list[tuple[str, int]] = []
-                if self._stun is not None:
-                    stun = await nursery.start(self._stun.serve)
-                acme = self._config.tls.acme
-                plain = plain_http_responder(
-                    acme_answer=partial(http_challenge_answer, acme.state_directory),
-                    https_port=self._derp[0].getsockname()[1],
-                )
-                for listener in self._http:
-                    nursery.start_soon(accept_loop, listener, _http_handler(plain))
-                admin = admin_responder(
-                    collect=self.collect,
-                    revoke=self._revoke,
-                    token=lambda: self._admin_token,
-                    workers=self._config.server.workers,
-                )
-                for listener in self._admin:
-                    nursery.start_soon(accept_loop, listener, _http_handler(admin))
-                if self._config.tls.mode == "acme":
-                    renewer = AcmeRenewer(acme, self._config.server.hostname)
-                    nursery.start_soon(renewer.run)
-                certificate = (await self.collect(0)).certificate
-                bound = Bound(
-                    server_key=self._identity.private_key.public(),
-                    derp=_places(self._derp),
-                    stun=tuple(stun),
-                    http=_places(self._http),
-                    admin=_places(self._admin),
-                    pin=(certificate.pin or "") if certificate is not None else "",
-                )
-                logger.info("serving DERP on %s, key %s", bound.derp, bound.server_key)
+                bound = await self._start(nursery)
+                logger.info("serving DERP on %s, key %s", _text(bound.derp), bound.server_key)
                 task_status.started(bound)
                 async for number in signals:
                     if number == signal.SIGHUP:
@@ -241,13 +220,53 @@ class _Relay:
                         nursery.start_soon(self._drain, nursery.cancel_scope)
             nursery.cancel_scope.cancel()
 
+    async def _start(self, nursery: trio.Nursery) -> Bound:
+        """Start everything; returns when all of it serves."""
+        await nursery.start(self._plane.run)
+        stun: list[tuple[str, int]] = []
+        if self._stun is not None:
+            stun = await nursery.start(self._stun.serve)
+        tls = self._config.tls
+        plain = plain_http_responder(
+            acme_answer=partial(http_challenge_answer, tls.acme.state_directory),
+            https_port=self._derp[0].getsockname()[1],
+        )
+        for listener in self._http:
+            nursery.start_soon(accept_loop, listener, _http_handler(plain))
+        admin = admin_responder(
+            collect=self.collect,
+            revoke=self._revoke,
+            token=lambda: self._admin_token,
+            workers=self._config.server.workers,
+        )
+        for listener in self._admin:
+            nursery.start_soon(accept_loop, listener, _http_handler(admin))
+        if tls.mode == "acme":
+            nursery.start_soon(AcmeRenewer(tls.acme, self._config.server.hostname).run)
+        nursery.start_soon(self._watch_config)
+        certificate = (await self.collect(0)).certificate
+        return Bound(
+            server_key=self._identity.private_key.public(),
+            derp=_places(self._derp),
+            stun=tuple(stun),
+            http=_places(self._http),
+            admin=_places(self._admin),
+            pin=(certificate.pin or "") if certificate is not None else "",
+        )
+
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")
         await self._plane.drain(self._config.server.drain_seconds)
         everything.cancel()
 
+    async def _watch_config(self) -> NoReturn:
+        while True:
+            await trio.sleep(POLL_SECONDS)
+            if self._watch.poll():
+                await self._reload()
+
     async def _reload(self) -> None:
-        """SIGHUP: configuration and files; what is wrong leaves everything as it was."""
+        """Configuration and files anew; what is wrong leaves everything as it was."""
         try:
             reload = diff_reload(self._config, self._load_again())
             admin_token = _admin_token(reload.config)
@@ -283,6 +302,10 @@ def _stun_server(config: Config) -> StunServer | None:
 
 def _places(listeners: Sequence[socket.socket]) -> tuple[tuple[str, int], ...]:
     return tuple(listener.getsockname()[:2] for listener in listeners)
+
+
+def _text(addresses: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(str(ListenAddress(*address)) for address in addresses)
 
 
 def _http_handler(respond: Responder) -> Callable[[trio.socket.SocketType], Awaitable[None]]:

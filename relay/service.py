@@ -245,11 +245,8 @@ class Service:
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
-                connection.bucket = (
-                    None
-                    if limit is None
-                    else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
-                )
+                bucket = limit and TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
+                self.pump.set_rate(connection, bucket)
 
     async def reload_files(self) -> None:
         """Read certificates and key lists again, whether they look changed or not (SIGHUP)."""

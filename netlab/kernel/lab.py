@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from netlab.addresses import AddressPlan
-from netlab.behavior import ModelError, suggest
+from netlab.behavior import ModelError, Translation, suggest
 from netlab.kernel.builder import Built
 from netlab.kernel.fabric_client import FabricError, FabricProcess
 from netlab.kernel.fidelity import Engine
@@ -263,12 +263,14 @@ class KernelLab:
                 )
         for nat in self.wiring.user_nats:
             router = nat.router
+            translates = router.behavior.translation is not Translation.NONE
+            external = router.plan.outside.ipv4 if translates else ()
             ends = tuple(tuns[e.machine, e.name] for e in (nat.inside, nat.outside))
             fabric.post(
                 "add_nat",
                 router.name,
                 router.behavior,
-                [address.packed for address in router.plan.outside.ipv4],
+                [address.packed for address in external],
                 [address.packed for address in router.inside],
                 f"nat {router.name} {seed}",
                 descriptors=ends,

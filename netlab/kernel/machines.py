@@ -257,6 +257,8 @@ class KernelNat(KernelMachine):
         self._lab.routers[self.name] = router
         self._lab.record_change("renumber", self.name, ", ".join(map(str, outside.ipv4)))
 
-    def log_in(self, address: str) -> None:
-        """Let the inside host with this IPv4 address through the captive portal."""
-        load_ruleset(self.namespace, login_rule(IPv4Address(address)))
+    def log_in(self, host: KernelHost) -> None:
+        """Let an inside host through the captive portal."""
+        for address in host.addresses:
+            if ":" not in address:
+                load_ruleset(self.namespace, login_rule(IPv4Address(address)))

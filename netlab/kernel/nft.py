@@ -107,7 +107,6 @@ def router_sysctls(router: Router) -> dict[str, str]:
     values = {
         "ipv4/conf/all/rp_filter": "0",
         "ipv4/conf/default/rp_filter": "0",
-        "ipv4/conf/all/promote_secondaries": "1",
         "ipv4/ip_forward": "1",
     }
     if behavior.ipv6 is not Ipv6.NONE:

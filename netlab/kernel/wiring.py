@@ -8,7 +8,7 @@ own, point to point, with /32 and /128 addresses and routes to devices: no subne
 A NAT of the user engine has two more interfaces in its router, TUN devices whose other sides the
 fabric process holds:
 
-    lan0 ── (main table) ── natin  ══ engine ══  natout ── (its own table) ── wan
+    lan0 ── (main table) ── natin  ══ engine ══  natout ── (tables of their own) ── wan
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from netlab.addresses import AddressPlan, InterfacePlan, NatPlan, plan_addresses
-from netlab.behavior import Link, ModelError
+from netlab.behavior import Link, ModelError, Translation
 from netlab.kernel.fidelity import Engine, Fidelity, choose_engine
 from netlab.kernel.netlink import IpInterface, Route
 from netlab.kernel.nft import (
@@ -35,6 +35,10 @@ from netlab.model import INTERNET, Nat, Topology, Uplink
 
 AFTER_NAT_TABLE = 200
 """The routing table of packets that the user engine has translated."""
+
+BEFORE_NAT_TABLE = 201
+"""The routing table of packets from outside for the user engine. Those that come from inside for
+an external address have to enter the engine on the inside: that is hairpinning."""
 
 _LOOPBACK_INDEX = 1
 # The kernel's own fallback devices (tunl0, sit0, ...) have the first numbers of a namespace.
@@ -184,6 +188,7 @@ class _Planner:
         self._machines: dict[str, Machine] = {}
         self._cables: list[Cable] = []
         self._user_nats: list[UserNat] = []
+        self._outer_ends: dict[str, End] = {}
         self._inside: dict[str, list[IPv4Address]] = {nat.name: [] for nat in topology.nats}
         for host in topology.hosts:
             for uplink, plan in zip(host.uplinks, self._addresses.hosts[host.name], strict=True):
@@ -248,6 +253,7 @@ class _Planner:
         prefix = "net" if uplink.network == INTERNET else LAN
         outer = End(uplink.network, f"{prefix}{index - _FIRST_INDEX}", index)
         inner = End(machine.name, name, machine.take_index())
+        self._outer_ends[machine.name] = outer
         links = (uplink.link, uplink.towards_owner)
         pumped = machine.name in self._pumped or any(map(is_impaired, links))
         self._cables.append(Cable(machine.name, uplink.network, outer, inner, *links, pumped))
@@ -286,6 +292,8 @@ class _Planner:
             [*plan.outside.ipv4, *plan.outside.ipv6],
             plan.external_ipv6,
         )
+        if behavior.translation is Translation.NONE and plan.inside_ipv4 is not None:
+            self._route_untranslated(nat, plan.inside_ipv4)
         own = interface_addresses(plan)
         gateways = [ipaddress.ip_interface(a) for a in (plan.gateway_ipv4, plan.gateway_ipv6) if a]
         machine.addresses += [(_LOOPBACK_INDEX, gateway) for gateway in gateways]
@@ -305,9 +313,23 @@ class _Planner:
         machine.routes.append(Route(_EVERYWHERE_IPV4, inward.index))
         machine.routes.append(Route(_EVERYWHERE_IPV4, wan.index, AFTER_NAT_TABLE))
         machine.routes += translated_routes(plan, outward.index)
+        if behavior.translation is Translation.NONE and plan.inside_ipv4 is not None:
+            machine.routes.append(Route(plan.inside_ipv4, outward.index, BEFORE_NAT_TABLE))
         self._user_nats.append(UserNat(router, inward, outward))
+
+    def _route_untranslated(self, nat: Nat, inside: IPv4Network) -> None:
+        """Let everything between a router that translates nothing and the next NAT find it."""
+        while True:
+            outer = self._outer_ends[nat.name]
+            self._machines[outer.machine].routes.append(Route(inside, outer.index))
+            if outer.machine == INTERNET:
+                return
+            nat = self._topology.nat_by_name[outer.machine]
+            if nat.behavior.translation is not Translation.NONE:
+                return
 
 
 def translated_routes(plan: NatPlan, index: int) -> list[Route]:
-    """Return the routes by which a user NAT's external addresses reach its engine."""
-    return [Route(IPv4Network(address), index) for address in plan.outside.ipv4]
+    """Return the routes by which packets from outside reach a user NAT's engine."""
+    networks = [IPv4Network(address) for address in plan.outside.ipv4]
+    return [Route(network, index, BEFORE_NAT_TABLE) for network in networks]

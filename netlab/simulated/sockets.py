@@ -168,9 +168,10 @@ class SimulatedSocket(trio.socket.SocketType):
             return endpoint
         assert isinstance(address, tuple)
         host, port = address[:2]
-        found = await trio.socket.getaddrinfo(
-            host or None, port, self._family, self._kind, flags=stdlib.AI_PASSIVE
-        )
+        async with self._host:
+            found = await trio.socket.getaddrinfo(
+                host or None, port, self._family, self._kind, flags=stdlib.AI_PASSIVE
+            )
         endpoint = self._parse(found[0][4])
         assert endpoint is not None
         return endpoint
@@ -228,17 +229,22 @@ class SimulatedSocket(trio.socket.SocketType):
     async def _until(self, attempt: Callable[[], T], slot: WaitSlot) -> T:
         """Run the non-blocking twin of an operation until it does not have to wait."""
         await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_open()
+        try:
+            result = attempt()
+        except BlockingIOError:
+            pass
+        else:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return result
         while True:
-            self._check_open()
+            await slot.wait()
+            if self._number == -1:
+                raise trio.ClosedResourceError("another task closed this socket")
             try:
-                result = attempt()
+                return attempt()
             except BlockingIOError:
-                await slot.wait()
-                if self._number == -1:
-                    raise trio.ClosedResourceError("another task closed this socket") from None
-            else:
-                await trio.lowlevel.cancel_shielded_checkpoint()
-                return result
+                continue
 
     async def wait_readable(self) -> None:
         """Sleep until something can be read; a hand-drained socket uses this and the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol as StructuralType
@@ -19,6 +20,10 @@ from netlab.timeline import (
     PacketSent,
     Timeline,
 )
+
+# The clock arrives at a tick only up to floating-point error; without this the pump would wake
+# just before an event and go round once more.
+_ROUNDING_SECONDS = 1e-9
 
 # A lab's endpoints come again and again; formatting one costs as much as a NAT lookup.
 _text: Callable[[Endpoint], str] = lru_cache(maxsize=65_536)(endpoint_text)
@@ -43,7 +48,10 @@ class World:
     instant happen in the order in which they were scheduled, which makes runs repeatable.
     """
 
-    def __init__(self, timeline: Timeline, record_packets: bool) -> None:
+    def __init__(self, timeline: Timeline, record_packets: bool, tick_seconds: float) -> None:
+        # Events happen in their own order, but on ticks: each instant at which anything happens
+        # costs Trio some 100 us, and jitter gives every packet an instant of its own.
+        self._tick_seconds = tick_seconds
         self.timeline = timeline
         self._record_packets = record_packets
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -65,7 +73,11 @@ class World:
         heapq.heappush(self._heap, (at, self._serial, call, args))
         sleep = self._sleep
         if sleep is not None and at + self._started_at < sleep.deadline:
-            sleep.deadline = at + self._started_at
+            sleep.deadline = min(sleep.deadline, self._wake_at(at))
+
+    def _wake_at(self, at: float) -> float:
+        """Return when to wake for an event: on the next tick, in Trio's time."""
+        return math.ceil(at / self._tick_seconds) * self._tick_seconds + self._started_at
 
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         """Carry out scheduled calls until cancelled."""
@@ -73,7 +85,7 @@ class World:
         task_status.started()
         heap = self._heap
         while True:
-            now = self.now()
+            now = self.now() + _ROUNDING_SECONDS
             # Calls that schedule at this very instant run in the next turn, after the tasks
             # that this turn has woken.
             last = self._serial
@@ -81,7 +93,7 @@ class World:
                 _, _, call, args = heapq.heappop(heap)
                 self.events_run += 1
                 call(*args)
-            deadline = heap[0][0] + self._started_at if heap else float("inf")
+            deadline = self._wake_at(heap[0][0]) if heap else math.inf
             with trio.CancelScope(deadline=deadline) as self._sleep:
                 await trio.sleep_forever()
             self._sleep = None

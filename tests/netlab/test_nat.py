@@ -518,8 +518,8 @@ class TestEvents:
 
 class TestPrefixTranslation:
     def test_rfc_6296_example(self) -> None:
-        """The example of RFC 6296 section 3.1: 0x0001 becomes 0xd550."""
-        # There with /48 prefixes; with a /64 the adjusted word is the identifier's first.
+        """The adjustment of RFC 6296's example, where 0x0001 becomes 0xd550, that is + 0xd54f."""
+        # There the prefixes are /48 and the subnet takes it up; here the identifier's first word.
         npt = PrefixTranslator(IPv6Network("fd01:203:405:1::/64"), IPv6Network("2001:db8:1:1::/64"))
         assert npt.outbound(ip("fd01:203:405:1::1234")) == ip("2001:db8:1:1:d54f::1234")
 

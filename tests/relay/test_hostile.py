@@ -8,116 +8,25 @@ import random
 import resource
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 
 import pytest
 import trio
 
-from relay.config import Config
-from relay.listeners import open_listeners
 from relay.refusals import Stage
-from relay.service import Identity, Service
-from traversal.io.dial import Dialed, DialError, Target, dial
+from tests.relay.arena import arena, new_key
+from traversal.io.dial import DialError
 from traversal.io.stream import HandshakeStream, StreamEndedError
-from traversal.keys import NodePrivate, NodePublic
-from traversal.relay_map import CertificateUnchecked
-from traversal.wire.derp import (
-    ClientInfo,
-    FrameType,
-    encode_client_info,
-    encode_send_packet,
-)
+from traversal.wire.derp import ClientInfo, FrameType, encode_client_info, encode_send_packet
 from traversal.wire.derp_upgrade import encode_upgrade_request
-
-CONVERSATION_PACKETS = 20
-
-
-@dataclass
-class Arena:
-    """A relay in this process and the means to attack it."""
-
-    service: Service
-    port: int
-    server_key: NodePublic
-    nursery: trio.Nursery
-    clients: list[Dialed] = field(default_factory=list)
-
-    async def connect(self, key: NodePrivate | None = None) -> Dialed:
-        target = Target("127.0.0.1", self.port, CertificateUnchecked())
-        client = await dial(target, key or new_key())
-        self.clients.append(client)
-        return client
-
-    async def tcp(self) -> trio.socket.SocketType:
-        sock = trio.socket.socket()
-        await sock.connect(("127.0.0.1", self.port))
-        return sock
-
-    def refused(self, stage: Stage) -> int:
-        return self.service.refusals.counts[stage]
-
-    async def until_refused(self, stage: Stage, count: int) -> None:
-        deadline = trio.current_time() + 20
-        while self.refused(stage) < count:
-            assert trio.current_time() < deadline, self.service.refusals.counts
-            await trio.sleep(0.01)
-
-    async def converse(self) -> None:
-        """Two clients talk to each other; every packet must arrive, in order."""
-        a, b = new_key(), new_key()
-        client_a, client_b = await self.connect(a), await self.connect(b)
-        for number in range(CONVERSATION_PACKETS):
-            payload = number.to_bytes(4, "big") * 50
-            await client_a.stream.send_all(encode_send_packet(b.public(), payload))
-            with trio.fail_after(10):
-                frames = await client_b.receive_frames()
-            assert frames == [(FrameType.RECV_PACKET, a.public().raw + payload)]
-        client_a.close()
-        client_b.close()
-
-
-Start = Callable[..., AbstractAsyncContextManager[Arena]]
-
-
-@pytest.fixture
-def start() -> Start:
-    """A relay on loopback with TLS; keyword arguments are configuration keys, `__` for dots."""
-
-    @asynccontextmanager
-    async def run(**settings: object) -> AsyncIterator[Arena]:
-        config = Config.dev({key.replace("__", "."): value for key, value in settings.items()})
-        listeners = open_listeners(config.listen.derp[0])
-        identity = Identity(new_key(), None)
-        service = Service(config, identity, listeners)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(service.run)
-            port = listeners[0].getsockname()[1]
-            stage = Arena(service, port, identity.private_key.public(), nursery)
-            try:
-                yield stage
-            finally:
-                for client in stage.clients:
-                    client.close()
-                nursery.cancel_scope.cancel()
-        for listener in listeners:
-            listener.close()
-
-    return run
-
-
-def new_key() -> NodePrivate:
-    return NodePrivate.generate(os.urandom)
 
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-async def test_connections_that_never_speak_leave_room_for_others(start: Start) -> None:
+async def test_connections_that_never_speak_leave_room_for_others() -> None:
     """Beyond `limits.handshakes` silent connections are turned away; when they go, room is back."""
-    async with start(limits__handshakes=20) as stage:
+    async with arena(limits__handshakes=20) as stage:
         silent = [await stage.tcp() for _ in range(30)]
         await stage.until_refused(Stage.HANDSHAKES, 10)
         for sock in silent:
@@ -126,12 +35,10 @@ async def test_connections_that_never_speak_leave_room_for_others(start: Start) 
         await stage.converse()
 
 
-async def test_a_silent_client_is_cut_after_ten_seconds(
-    start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_silent_client_is_cut_after_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A TLS handshake that does not go on ends by its deadline (shortened here)."""
     monkeypatch.setattr("relay.service.TLS_TIMEOUT_SECONDS", 0.05)
-    async with start() as stage:
+    async with arena() as stage:
         with await stage.tcp() as sock:
             await sock.send(b"\x16")
             with trio.fail_after(10):
@@ -139,9 +46,9 @@ async def test_a_silent_client_is_cut_after_ten_seconds(
         await stage.until_refused(Stage.TLS, 1)
 
 
-async def test_a_client_that_never_reads_costs_a_bounded_amount(start: Start) -> None:
+async def test_a_client_that_never_reads_costs_a_bounded_amount() -> None:
     """Its packets are dropped beyond its queue, it is closed after 2 s, and others go on."""
-    async with start() as stage:
+    async with arena() as stage:
         deaf_key, flooder_key = new_key(), new_key()
         deaf, flooder = await stage.connect(deaf_key), await stage.connect(flooder_key)
         deaf.stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -168,13 +75,13 @@ async def test_a_client_that_never_reads_costs_a_bounded_amount(start: Start) ->
 
 
 async def test_bad_handshakes_are_counted_and_logged_at_a_bounded_rate(
-    start: Start, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Garbage instead of TLS: each is counted, a few are logged, no descriptor leaks."""
     caplog.set_level(logging.INFO)
     generator = random.Random(1)
     attempts = 1000
-    async with start() as stage:
+    async with arena() as stage:
         await stage.converse()
         before = open_descriptors()
 
@@ -194,9 +101,9 @@ async def test_bad_handshakes_are_counted_and_logged_at_a_bounded_rate(
         assert 20 <= len(lines) <= 100
 
 
-async def test_a_conversation_cut_at_every_byte(start: Start) -> None:
+async def test_a_conversation_cut_at_every_byte() -> None:
     """Whatever a client has sent when it vanishes, nothing of it stays."""
-    async with start() as stage:
+    async with arena() as stage:
         key = new_key()
         info = encode_client_info(ClientInfo(version=2), key, stage.server_key, os.urandom(24))
         everything = (
@@ -228,9 +135,9 @@ async def test_a_conversation_cut_at_every_byte(start: Start) -> None:
     ],
     ids=["oversized", "undersized", "long-ping", "forward", "watch", "close"],
 )
-async def test_a_violation_ends_that_client_only(start: Start, frame: bytes) -> None:
+async def test_a_violation_ends_that_client_only(frame: bytes) -> None:
     """The connection is closed at the frame's header, counted, and the others go on."""
-    async with start() as stage:
+    async with arena() as stage:
         offender = await stage.connect()
         await offender.stream.send_all(frame)
         with trio.fail_after(10), pytest.raises(StreamEndedError):
@@ -239,9 +146,9 @@ async def test_a_violation_ends_that_client_only(start: Start, frame: bytes) -> 
         await stage.converse()
 
 
-async def test_a_flood_of_clients_past_the_limits(start: Start) -> None:
+async def test_a_flood_of_clients_past_the_limits() -> None:
     """Per address and in all; whoever is in stays in, and a place that gets free is given away."""
-    async with start(limits__connections_per_ip=5) as stage:
+    async with arena(limits__connections_per_ip=5) as stage:
         inside = [await stage.connect() for _ in range(5)]
         for _ in range(5):
             with pytest.raises(DialError):
@@ -255,9 +162,9 @@ async def test_a_flood_of_clients_past_the_limits(start: Start) -> None:
         await stage.connect()
 
 
-async def test_an_accept_rate_sheds_and_recovers(start: Start) -> None:
+async def test_an_accept_rate_sheds_and_recovers() -> None:
     """Over the rate connections are closed at once; the relay goes on, unlike derper."""
-    async with start(limits__accept_rate_per_second=20, limits__accept_burst=5) as stage:
+    async with arena(limits__accept_rate_per_second=20, limits__accept_burst=5) as stage:
         for _ in range(30):
             (await stage.tcp()).close()
         await stage.until_refused(Stage.ACCEPT_RATE, 10)
@@ -265,11 +172,9 @@ async def test_an_accept_rate_sheds_and_recovers(start: Start) -> None:
         await stage.converse()
 
 
-async def test_running_out_of_descriptors_is_survived(
-    start: Start, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_running_out_of_descriptors_is_survived(caplog: pytest.LogCaptureFixture) -> None:
     """accept() fails while there are none, says what to do, and works again afterwards."""
-    async with start() as stage:
+    async with arena() as stage:
         await stage.converse()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         sockets = [trio.socket.socket() for _ in range(3)]

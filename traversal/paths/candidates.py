@@ -128,9 +128,8 @@ class Candidate:
         return True
 
     def forget_dynamics(self) -> None:
-        """After our own address or route changed: what was measured is void. It stays known that
-        it is configured, and when the peer last pinged from there."""
-        self.called_at = None
+        """After our own address or route changed: what was measured is void. Who vouches for the
+        candidate, and when the peer last pinged from there, stays known."""
         self.pinged_at = self.pinged_back_at = self.answered_at = -math.inf
         self.latencies = ()
         self.loss.clear()

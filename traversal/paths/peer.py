@@ -60,7 +60,8 @@ TRUST_SECONDS: Final = 6.5
 ACTIVITY_SECONDS: Final = 45.0
 GOOD_ENOUGH_SECONDS: Final = 0.005
 PEER_RELAY_MIN_SECONDS: Final = 30.0
-"""All five: path selection specification 2."""
+PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
+"""All six: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
 """Least time between two Pings in answer to Pings from one address (P7)."""
@@ -207,8 +208,11 @@ class Peer:
             self._trusted_until = now
             reason = f"{self._best.path} went silent"
         if self.route.path is not None and not self.route.relay and now >= self._trusted_until:
-            reason = reason or f"{self._best and self._best.path} did not answer for 6.5 s"
-            self._begin_doubt(now)
+            if self.is_active:
+                reason = reason or f"{self.route.path} did not answer for 6.5 s"
+                self._begin_doubt(now)
+            else:
+                reason = "there is no traffic, so the path is not looked after"
         if now >= self._heartbeat_at:
             self._heartbeat(now)
         if now >= self._recovery_at:
@@ -303,7 +307,12 @@ class Peer:
         self._flush(now, reason)
 
     def handle_authenticated_data(self, path: Path, now: float) -> None:
-        """Data that a tunnel above us authenticated came from `path`: it vouches for the path."""
+        """Data that a tunnel above us authenticated came from `path`: it vouches for the path.
+
+        Once per batch of datagrams is enough.
+        """
+        if now - self._vouched_at < TICK_SECONDS:
+            return
         if self._best is not None and self._best.path == path and not self._best.is_shelved:
             self._liveness.handle_answer()
             self._vouched_at = now
@@ -338,6 +347,11 @@ class Peer:
         if self.is_active:
             self._search(now)
         self._flush(now, "our network changed")
+
+    def handle_new_disco_key(self, now: float) -> None:
+        """The peer's disco key changed: nothing sent to the old one is answered. Paths stay."""
+        self._pinger.forget_all()
+        self._schedule.restart(now)
 
     def handle_peer_relay_ready(
         self, path: Path, server: object, latency_seconds: float, now: float
@@ -387,10 +401,6 @@ class Peer:
         """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
         self._has_relay = is_available
         self._flush(now, "the relay came" if is_available else "the relay went")
-
-    def forget_pings(self) -> None:
-        """The peer's disco key changed: nothing sent to the old one is answered. Paths stay."""
-        self._pinger.forget_all()
 
     def ping_all(self, now: float) -> None:
         """Ping by the relay and by every candidate, or only by a trusted direct path, at once.
@@ -486,7 +496,10 @@ class Peer:
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
         self._caller.want(now)
-        if self.has_peer_relays and now - self._peer_relay_wanted_at >= PEER_RELAY_MIN_SECONDS:
+        is_trusted = self._best is not None and not self.route.relay
+        pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS
+        is_due = now - self._peer_relay_wanted_at >= pause
+        if self.has_peer_relays and self._is_searching and is_due:
             self._peer_relay_wanted_at = now
             self._effects.append(DiscoverPeerRelay())
 
@@ -583,8 +596,6 @@ class Peer:
         return reason
 
     def _begin_doubt(self, now: float) -> None:
-        if not self.is_active:
-            return
         self._recovery_at = now + RECOVERY_SECONDS
         self._search(now, is_forced=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from traversal.paths.effects import (
     AddressForgotten,
     AddressLearned,
+    DiscoverPeerRelay,
     PathChanged,
     PathState,
     PingAnswered,
@@ -392,6 +394,36 @@ def test_ping_all_reports_every_answer(world):
     w.run(0.5)
     answers = [e for _, e in w.a.sent(PingAnswered)]
     assert {e.path for e in answers} == {None, w.a.peer.route.path}
+
+
+def test_peer_relays_are_looked_for_while_no_direct_path_is_trusted():
+    """DiscoverPeerRelay comes every 30 s on the relay, every 60 s on a peer relay, never else."""
+    peer = make_peer(X)
+    peer.has_peer_relays = True
+    times, now = [], 0.0
+    while now < 200.0:
+        peer.sent += 1
+        if peer.route.wake:
+            peer.handle_send(now)
+        while peer.next_deadline() <= now + 0.5:
+            peer.on_time(peer.next_deadline())
+        if now >= 95.0:
+            peer.handle_peer_relay_ready(Path(Y, 9), "server", 0.01, now)
+        times += [now for e in peer.poll_effects() if isinstance(e, DiscoverPeerRelay)]
+        now += 0.5
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert gaps == pytest.approx([30, 30, 30, 60], abs=5)
+
+
+def test_new_disco_key_keeps_paths_and_drops_pings():
+    """The peer restarted: its addresses stay, answers to old Pings do not count."""
+    peer = make_peer(X)
+    peer.handle_send(0.0)
+    (ping,) = [e for e in peer.poll_effects() if isinstance(e, SendPing)]
+    peer.handle_new_disco_key(0.01)
+    assert not peer.handle_pong(ping.transaction_id, X, OWN[0], 0.02)
+    peer.on_time(2.0)
+    assert sent_pings(peer) == [X]
 
 
 def test_send_error_clears_the_path():

@@ -265,11 +265,12 @@ def test_t13_rebind() -> None:
     """Our own rebind clears the best path, keeps the candidates and pings them again."""
     peer = make_peer(X, Y)
     make_direct(peer, X, 0.0)
+    peer.handle_call_me_maybe((X, Z), 0.5)
     pings(peer)
     peer.handle_rebind(1.0)
     assert peer.route.path is None
     assert peer.state is PathState.RELAY
-    assert set(pings(peer)) == {X, Y}
+    assert set(pings(peer)) == {X, Y, Z}
 
 
 def test_t14_stale_endpoints() -> None:

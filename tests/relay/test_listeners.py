@@ -1,0 +1,75 @@
+"""Listening sockets and accept loops."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+import trio
+import trio.testing
+
+from relay.config import ListenAddress
+from relay.listeners import ListenError, accept_loop, open_listeners
+
+
+def test_accepted_sockets_inherit_the_options() -> None:
+    """TCP_NODELAY, keepalive and the user time-out (DERP specification 3.1)."""
+    (listener,) = open_listeners(ListenAddress("127.0.0.1", 0))
+    with listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            tcp = socket.IPPROTO_TCP
+            assert accepted.getsockopt(tcp, socket.TCP_NODELAY) == 1
+            assert accepted.getsockopt(tcp, socket.TCP_USER_TIMEOUT) == 15_000
+            assert accepted.getsockopt(tcp, socket.TCP_KEEPIDLE) == 600
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+
+def test_without_a_host_both_families_share_a_port() -> None:
+    """Or IPv4 alone where the machine has no IPv6."""
+    listeners = open_listeners(ListenAddress("", 0))
+    assert listeners[0].family == socket.AF_INET
+    assert len({listener.getsockname()[1] for listener in listeners}) == 1
+    for listener in listeners:
+        listener.close()
+
+
+def test_a_port_in_use_is_named() -> None:
+    """The error says which address, and why."""
+    (listener,) = open_listeners(ListenAddress("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with listener, pytest.raises(ListenError, match=f"127.0.0.1 port {port}.*another program"):
+        open_listeners(ListenAddress("127.0.0.1", port))
+
+
+class Flaky:
+    """A listener whose `accept` fails first, then gives a connection, then waits."""
+
+    def __init__(self, errors: list[int]) -> None:
+        self.errors = errors
+
+    async def accept(self) -> tuple[str, None]:
+        await trio.lowlevel.checkpoint()
+        if self.errors:
+            raise OSError(self.errors.pop(0), "test")
+        self.errors = [errno.EBADF]
+        return "connection", None
+
+
+async def test_accept_survives_what_concerns_one_connection_and_full_tables(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It pauses where there are no descriptors; it ends where the listener itself is broken."""
+    errors = [errno.ECONNABORTED, errno.EPROTO, errno.EMFILE, errno.ENFILE, errno.EPERM]
+    monkeypatch.setattr(trio.socket, "from_stdlib_socket", lambda sock: sock)
+    accepted = []
+
+    async def handle(connection: object) -> None:
+        accepted.append(connection)
+
+    flaky: object = Flaky(errors)
+    with trio.fail_after(1), pytest.RaisesGroup(OSError):
+        await accept_loop(flaky, handle)  # type: ignore[arg-type]
+    assert accepted == ["connection"]
+    assert trio.current_time() == pytest.approx(0.2)
