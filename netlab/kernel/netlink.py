@@ -58,8 +58,9 @@ MAIN_TABLE = 254
 # Locally administered MAC addresses: the one of every veth end, and one that nobody sends to.
 _COMMON_ADDRESS, _DEAF_ADDRESS = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02"
 
-# A request batch stays below the default send buffer (212 992 bytes) with room to spare.
-_BATCH_BYTES = 32768
+# A request batch stays below the default send buffer (212 992 bytes) with room to spare, and so
+# do the answers if all of them are refused: each takes up to a kilobyte of the receive buffer.
+_BATCH_BYTES, _BATCH_REQUESTS = 32768, 150
 
 _MESSAGE = struct.Struct("=IHHII")
 _IFINFO = struct.Struct("=BxHiII")
@@ -283,7 +284,7 @@ class Netlink:
         for request in requests:
             batch.append(request)
             size += 16 + len(request.body)
-            if size > _BATCH_BYTES:
+            if size > _BATCH_BYTES or len(batch) >= _BATCH_REQUESTS:
                 self._run_batch(batch)
                 batch, size = [], 0
         if batch:
@@ -316,28 +317,29 @@ class Netlink:
 
     def _run_batch(self, batch: Sequence[Request]) -> None:
         first = self._sequence + 1
-        self._sequence += len(batch)
+        last = self._sequence = self._sequence + len(batch)
+        # Refusals are always told; only the last request asks for an answer in any case. A
+        # thousand answers would not even fit into the socket's buffer.
         self._socket.send(
             b"".join(
                 _MESSAGE.pack(
                     16 + len(request.body),
                     request.kind,
-                    request.flags | NLM_F_REQUEST | NLM_F_ACK,
-                    first + offset,
+                    request.flags | NLM_F_REQUEST | (NLM_F_ACK if sequence == last else 0),
+                    sequence,
                     0,
                 )
                 + request.body
-                for offset, request in enumerate(batch)
+                for sequence, request in enumerate(batch, first)
             )
         )
-        missing = len(batch)
         refused: tuple[int, Request] | None = None
-        while missing:
+        sequence = 0
+        while sequence != last:
             for kind, message in messages(self._socket.recv(65536)):
                 (sequence,) = struct.unpack_from("=I", message, 8)
                 if kind == NLMSG_ERROR and sequence >= first:
                     (code,) = struct.unpack_from("=i", message, 16)
-                    missing -= 1
                     if code and refused is None:
                         refused = (-code, batch[sequence - first])
         if refused is not None:
