@@ -66,7 +66,8 @@ class Load:
         packets: how many in all, shared equally by the pairs.
         window: how many packets of a pair may be under way (closed loop).
         rate: packets per second of all pairs together (open loop); None for a closed loop.
-        full_records: fill TLS records, instead of a record for each packet as real clients do.
+        full_records: in a closed loop, fill TLS records, instead of a record for each packet as
+            real clients do.
     """
 
     packet_bytes: int
@@ -173,8 +174,9 @@ class _Pair:
         self._body = os.urandom(load.packet_bytes - 8)
         self._header_and_key = HEADER.pack(FrameType.RECV_PACKET, length) + sender.key
         self._unpacker = struct.Struct(f">{HEADER_LENGTH + 32}sQ{len(self._body)}x")
-        at_once = max(1, MAX_RECORD_BYTES // self._unpacker.size) if load.full_records else 1
-        self._record_packets = at_once
+        self._record_packets = 1
+        if load.full_records and load.rate is None:
+            self._record_packets = max(1, MAX_RECORD_BYTES // self._unpacker.size)
         self._wire = memoryview(self._encrypt(load))
         self._sent_bytes = 0
         self._partial = receiver.received
