@@ -30,7 +30,7 @@ WELL_KNOWN_PREFIX: Final = IPv6Network("64:ff9b::/96")
 PREFIX_LENGTHS: Final = (32, 40, 48, 56, 64, 96)
 
 MAX_ANSWERS: Final = 64
-"""AAAA records looked at: an honest DNS64 gives two per prefix, and networks have a few prefixes."""
+"""AAAA records looked at: an honest DNS64 gives two per prefix, and a network has few."""
 MAX_PREFIXES: Final = 4
 """Each prefix is one more address to try per IPv4 address of a peer."""
 

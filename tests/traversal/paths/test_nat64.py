@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from traversal.paths.candidates import CandidateBook, LocalNetworks
 from traversal.paths.nat64 import (
     MAX_PREFIXES,
     PREFIX_LENGTHS,
@@ -122,3 +123,11 @@ def test_wrong_prefixes_and_addresses_are_refused() -> None:
         extract(WELL_KNOWN_PREFIX, IPv6Address("2001:db8::1"))
     with pytest.raises(ValueError, match="64 to 71"):
         extract(IPv6Network("2001:db8::/32"), IPv6Address("2001:db8:c000:221:100::"))
+
+
+def test_a_peers_ipv4_candidates_on_an_ipv6_only_host() -> None:
+    """What a peer lists becomes candidates that an IPv6-only host can ping."""
+    local = LocalNetworks(nat64_prefixes=(WELL_KNOWN_PREFIX,))
+    book = CandidateBook()
+    book.set_called([Address("192.0.2.33", 7), Address("10.0.0.1", 7)], local, 0.0)
+    assert [candidate.path.address for candidate in book] == [Address("64:ff9b::c000:221", 7)]
