@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from traversal.paths.loss import LossWindow
-from traversal.paths.nat64 import translate
+from traversal.paths.nat64 import WELL_KNOWN_PREFIX, translate
 from traversal.paths.scoring import Measured, Path
 from traversal.wire.address import Address, IPAddress, is_private, is_shared
 
@@ -63,7 +63,9 @@ class LocalNetworks:
 def is_usable(address: Address, local: LocalNetworks) -> bool:
     """Whether an address that somebody told us may be pinged at all."""
     ip = address.ip
-    if address.port == 0 or ip.is_unspecified or ip.is_multicast or ip.is_reserved:
+    if address.port == 0 or ip.is_unspecified or ip.is_multicast:
+        return False
+    if ip.is_reserved and ip not in WELL_KNOWN_PREFIX:
         return False
     if ip.version == 4:
         # 240/4 counts as reserved above and holds the broadcast address; 0/8 is "this network".

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traversal.paths.candidates import CandidateBook, LocalNetworks
@@ -48,6 +48,7 @@ def test_vectors_of_rfc_6052(prefix: str, text: str) -> None:
     assert extract(network, IPv6Address(text)) == IPv4Address("192.0.2.33")
 
 
+@settings(deadline=None)
 @given(prefixes, ipv4)
 def test_round_trip(prefix: IPv6Network, address: IPv4Address) -> None:
     """What was put in comes out, under every prefix."""
@@ -56,12 +57,14 @@ def test_round_trip(prefix: IPv6Network, address: IPv4Address) -> None:
     assert extract(prefix, synthesized) == address
 
 
+@settings(deadline=None)
 @given(prefixes)
 def test_a_dns64_is_found_out(prefix: IPv6Network) -> None:
     """From the two answers of a DNS64, its prefix is found, whatever its length."""
     assert prefix in find_prefixes(synthesize(prefix, known) for known in WELL_KNOWN_IPV4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.builds(IPv6Address, st.integers(0, 2**128 - 1)), max_size=8))
 def test_any_answers_are_survived(answers: list[IPv6Address]) -> None:
     """Whatever a resolver says, few prefixes come of it, and only fitting ones."""
