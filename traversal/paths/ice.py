@@ -47,9 +47,9 @@ from traversal.wire.ice_check import (
 )
 from traversal.wire.ice_description import (
     PEER_REFLEXIVE_PRIORITY,
-    Candidate,
-    CandidateType,
-    Description,
+    IceCandidate,
+    IceCandidateType,
+    IceDescription,
 )
 from traversal.wire.stun import TRANSACTION_ID_LENGTH, StunError, TransactionId
 
@@ -87,7 +87,7 @@ class SelectedPair:
     """Where datagrams go now, how that address was found, and how the peer sees us."""
 
     address: Address
-    type: CandidateType
+    type: IceCandidateType
     latency_seconds: float | None
     mapped_address: Address | None
 
@@ -109,7 +109,7 @@ class IceAgent:
     def __init__(
         self,
         entropy: Entropy,
-        candidates: Iterable[Candidate],
+        candidates: Iterable[IceCandidate],
         local: LocalNetworks,
         *,
         is_controlling: bool,
@@ -119,7 +119,7 @@ class IceAgent:
         self.selected_address: Address | None = None
         self.rejected = 0
         """STUN messages that were for us and not what they must be."""
-        self.description = Description(
+        self.description = IceDescription(
             ufrag=_random_text(entropy, 8),
             password=_random_text(entropy, 24),
             candidates=tuple(candidates),
@@ -127,7 +127,7 @@ class IceAgent:
         self._entropy = entropy
         self._local = local
         self._tie_breaker = int.from_bytes(entropy(8), "big")
-        self._remote: Description | None = None
+        self._remote: IceDescription | None = None
         self._pairs: dict[Address, Pair] = {}
         self._checks: dict[TransactionId, Check] = {}
         self._triggered: deque[Pair] = deque()
@@ -172,7 +172,7 @@ class IceAgent:
 
     # ---- commands
 
-    def set_remote(self, description: Description, now: float) -> None:
+    def set_remote(self, description: IceDescription, now: float) -> None:
         """The peer's description arrived: look for a path. Raises IceError the second time."""
         if self.state is not IceState.NEW:
             raise IceError(
@@ -190,7 +190,7 @@ class IceAgent:
             if self._is_for_us(check.request):
                 self._note_request(check.request, check.source, now)
 
-    def add_remote_candidates(self, candidates: Iterable[Candidate], now: float) -> None:
+    def add_remote_candidates(self, candidates: Iterable[IceCandidate], now: float) -> None:
         """Candidates that came after the description (trickle ICE, RFC 8838).
 
         Those that can't be reached from here are left out, and so are those beyond 100.
@@ -201,11 +201,11 @@ class IceAgent:
             for address in translate([candidate.address], self._local.nat64_prefixes):
                 known = self._pairs.get(address)
                 if known is not None:
-                    if known.remote.type is CandidateType.PEER_REFLEXIVE:
+                    if known.remote.type is IceCandidateType.PEER_REFLEXIVE:
                         known.remote = candidate
                     continue
                 self._add_pair(
-                    Candidate(candidate.foundation, candidate.priority, address, candidate.type)
+                    IceCandidate(candidate.foundation, candidate.priority, address, candidate.type)
                 )
 
     def handle_rebind(self, local: LocalNetworks, now: float) -> None:
@@ -506,7 +506,7 @@ class IceAgent:
     def _priority(self, pair: Pair) -> int:
         return pair.priority(is_controlling=self.is_controlling)
 
-    def _add_pair(self, candidate: Candidate) -> Pair | None:
+    def _add_pair(self, candidate: IceCandidate) -> Pair | None:
         if len(self._pairs) >= MAX_PAIRS or not is_usable(candidate.address, self._local):
             return None
         local_priority = max(
@@ -524,15 +524,15 @@ class IceAgent:
         reflexive = [
             pair
             for pair in self._pairs.values()
-            if pair.remote.type is CandidateType.PEER_REFLEXIVE
+            if pair.remote.type is IceCandidateType.PEER_REFLEXIVE
             and pair not in (self._selected, self._nominee)
         ]
         if len(reflexive) >= MAX_PEER_REFLEXIVE or len(self._pairs) >= MAX_PAIRS:
             if not reflexive:
                 return None
             self._remove(min(reflexive, key=lambda pair: pair.heard_at))
-        kind = CandidateType.PEER_REFLEXIVE
-        return self._add_pair(Candidate("prflx", priority, source, kind))
+        kind = IceCandidateType.PEER_REFLEXIVE
+        return self._add_pair(IceCandidate("prflx", priority, source, kind))
 
     def _remove(self, pair: Pair) -> None:
         del self._pairs[pair.address]

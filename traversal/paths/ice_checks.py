@@ -9,7 +9,7 @@ from typing import Final
 
 from traversal.wire.address import Address
 from traversal.wire.ice_check import CheckRequest
-from traversal.wire.ice_description import Candidate
+from traversal.wire.ice_description import IceCandidate
 
 MAX_SENDS: Final = 7
 PATIENCE_FACTOR: Final = 79
@@ -38,7 +38,7 @@ class Pair:
         mapped_address: where the peer sees our checks come from.
     """
 
-    remote: Candidate
+    remote: IceCandidate
     local_priority: int
     state: PairState = PairState.WAITING
     check: Check | None = None

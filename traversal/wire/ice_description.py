@@ -43,7 +43,7 @@ class IceDescriptionError(ValueError):
     """A text that is no ICE description or candidate; it says which part is wrong."""
 
 
-class CandidateType(Enum):
+class IceCandidateType(Enum):
     """How an address was found (RFC 8445 4)."""
 
     HOST = "host"
@@ -53,18 +53,18 @@ class CandidateType(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class IceCandidate:
     """An address at which an agent may be reachable by UDP. `related` is the address behind it."""
 
     foundation: str
     priority: int
     address: Address
-    type: CandidateType
+    type: IceCandidateType
     related: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class IceDescription:
     """An agent's user name fragment and password, and its candidates.
 
     `is_lite` says that the agent sends no checks of its own (RFC 8445 2.5). Whoever has the
@@ -73,7 +73,7 @@ class Description:
 
     ufrag: str
     password: str = field(repr=False)
-    candidates: tuple[Candidate, ...] = ()
+    candidates: tuple[IceCandidate, ...] = ()
     is_lite: bool = False
 
     def __post_init__(self) -> None:
@@ -91,15 +91,15 @@ class Description:
 
 
 def make_candidate(
-    kind: CandidateType, address: Address, base: Address, local_preference: int
-) -> Candidate:
+    kind: IceCandidateType, address: Address, base: Address, local_preference: int
+) -> IceCandidate:
     """A candidate of ours, with the priority and foundation of RFC 8445 5.1.
 
     `base` is the socket's own address; `local_preference` is 0 to 65535, more is better.
     """
     from aioice.candidate import candidate_foundation, candidate_priority
 
-    return Candidate(
+    return IceCandidate(
         foundation=candidate_foundation(kind.value, "udp", base.host),
         priority=candidate_priority(COMPONENT, kind.value, local_preference),
         address=address,
@@ -108,7 +108,7 @@ def make_candidate(
     )
 
 
-def encode_candidate(candidate: Candidate) -> str:
+def encode_candidate(candidate: IceCandidate) -> str:
     """The value of SDP's `candidate` attribute, as WebRTC's and aioice's `from_sdp` take it."""
     from aioice.candidate import Candidate as SdpCandidate
 
@@ -127,7 +127,7 @@ def encode_candidate(candidate: Candidate) -> str:
     return text
 
 
-def parse_candidate(text: str) -> Candidate:
+def parse_candidate(text: str) -> IceCandidate:
     """Read a candidate, with or without `a=candidate:` in front. Raises IceDescriptionError.
 
     Also raised for one that we can't use; the text then says why.
@@ -137,7 +137,7 @@ def parse_candidate(text: str) -> Candidate:
     value = text.strip()[:1024].removeprefix("a=").removeprefix("candidate:")
     try:
         found = SdpCandidate.from_sdp(value)
-        kind = CandidateType(found.type)
+        kind = IceCandidateType(found.type)
         address = Address(str(ip_address(found.host)), found.port)
     except (ValueError, ArithmeticError) as error:
         raise IceDescriptionError(f"no candidate that we can use: {error}") from None
@@ -147,7 +147,7 @@ def parse_candidate(text: str) -> Candidate:
         raise IceDescriptionError("a candidate must name a port and an address without zone")
     if not 0 < found.priority < 1 << 31 or not _FOUNDATION.fullmatch(found.foundation):
         raise IceDescriptionError("a candidate's priority or foundation is out of range")
-    return Candidate(
+    return IceCandidate(
         foundation=found.foundation,
         priority=found.priority,
         address=address,
@@ -156,7 +156,7 @@ def parse_candidate(text: str) -> Candidate:
     )
 
 
-def parse_description(text: str) -> Description:
+def parse_description(text: str) -> IceDescription:
     """Read SDP, a whole session description or just the attribute lines of ICE.
 
     The first user name fragment and the first password count. Candidates that can't be used are
@@ -165,7 +165,7 @@ def parse_description(text: str) -> Description:
     if len(text) > MAX_TEXT_CHARACTERS:
         raise IceDescriptionError(f"a description has at most {MAX_TEXT_CHARACTERS} characters")
     lines = [line.strip().removeprefix("a=") for line in text.splitlines()]
-    return Description(
+    return IceDescription(
         ufrag=_first(lines, "ice-ufrag:"),
         password=_first(lines, "ice-pwd:"),
         candidates=_usable(line for line in lines if line.startswith("candidate:")),
@@ -180,8 +180,8 @@ def _first(lines: list[str], name: str) -> str:
     raise IceDescriptionError(f"the description has no line a={name}")
 
 
-def _usable(lines: Iterable[str]) -> tuple[Candidate, ...]:
-    usable: dict[Address, Candidate] = {}
+def _usable(lines: Iterable[str]) -> tuple[IceCandidate, ...]:
+    usable: dict[Address, IceCandidate] = {}
     for line in lines:
         try:
             candidate = parse_candidate(line)

@@ -38,18 +38,23 @@ from traversal.wire.ice_check import (
     encode_check_response,
     parse_check_request,
 )
-from traversal.wire.ice_description import Candidate, CandidateType, Description, make_candidate
+from traversal.wire.ice_description import (
+    IceCandidate,
+    IceCandidateType,
+    IceDescription,
+    make_candidate,
+)
 from traversal.wire.stun import StunError, TransactionId
 
-HOST, REFLEXIVE = CandidateType.HOST, CandidateType.SERVER_REFLEXIVE
+HOST, REFLEXIVE = IceCandidateType.HOST, IceCandidateType.SERVER_REFLEXIVE
 A, B, C = Address("192.0.2.1", 1000), Address("192.0.2.2", 2000), Address("192.0.2.3", 3000)
 
 
-def host(address: Address, preference: int = 65535) -> Candidate:
+def host(address: Address, preference: int = 65535) -> IceCandidate:
     return make_candidate(HOST, address, address, preference)
 
 
-def reflexive(address: Address, base: Address) -> Candidate:
+def reflexive(address: Address, base: Address) -> IceCandidate:
     return make_candidate(REFLEXIVE, address, base, 65535)
 
 
@@ -80,7 +85,7 @@ class Network:
         self._wire: list[tuple[float, int, Address, Address, bytes]] = []
         self._numbers = itertools.count()
 
-    def agent(self, address: Address, *candidates: Candidate, is_controlling: bool) -> IceAgent:
+    def agent(self, address: Address, *candidates: IceCandidate, is_controlling: bool) -> IceAgent:
         agent = IceAgent(
             self.rng.randbytes,
             candidates or (host(address),),
@@ -219,10 +224,10 @@ class TestConversation:
         b = network.agent(B, is_controlling=False)
         b.set_remote(a.description, 0.0)
         network.run(1)
-        a.set_remote(Description(b.description.ufrag, b.description.password), network.now)
+        a.set_remote(IceDescription(b.description.ufrag, b.description.password), network.now)
         network.run(2, until=are_connected(a, b))
         assert a.selected is not None
-        assert a.selected.type is CandidateType.PEER_REFLEXIVE
+        assert a.selected.type is IceCandidateType.PEER_REFLEXIVE
         assert a.selected_address == B
 
     def test_a_signalled_candidate_names_a_peer_reflexive_one(self) -> None:
@@ -230,7 +235,7 @@ class TestConversation:
         network = Network()
         a = network.agent(A, is_controlling=False)
         b = network.agent(B, is_controlling=True)
-        a.set_remote(Description(b.description.ufrag, b.description.password), 0.0)
+        a.set_remote(IceDescription(b.description.ufrag, b.description.password), 0.0)
         b.set_remote(a.description, 0.0)
         network.run(1, until=lambda: B in network.learned.get(a, ()))
         a.add_remote_candidates(b.description.candidates, network.now)
@@ -275,7 +280,7 @@ class TestConversation:
         """RFC 8445 6.1.1: the full agent controls a lite one, whatever role it was given."""
         network = Network()
         a = network.agent(A, is_controlling=False)
-        a.set_remote(Description("lite", "p" * 22, (host(B),), is_lite=True), 0.0)
+        a.set_remote(IceDescription("lite", "p" * 22, (host(B),), is_lite=True), 0.0)
         assert a.is_controlling
 
 
@@ -284,7 +289,7 @@ class TestFailure:
         """After 39.5 s the session fails and says why; nothing is left behind."""
         network = Network()
         a = network.agent(A, is_controlling=True)
-        a.set_remote(Description("none", "p" * 22, (host(B),)), 0.0)
+        a.set_remote(IceDescription("none", "p" * 22, (host(B),)), 0.0)
         network.run(100)
         assert network.states[a] == [IceState.CHECKING, IceState.FAILED]
         assert "none of the peer's 1 addresses answered" in network.reasons[-1]
@@ -297,7 +302,7 @@ class TestFailure:
         """The reason tells a peer without addresses from a silent one."""
         network = Network()
         a = network.agent(A, is_controlling=True)
-        a.set_remote(Description("none", "p" * 22, (host(Address("224.0.0.1", 5)),)), 0.0)
+        a.set_remote(IceDescription("none", "p" * 22, (host(Address("224.0.0.1", 5)),)), 0.0)
         network.run(100)
         assert "no address that can be reached" in network.reasons[-1]
         assert network.sent == []
@@ -419,7 +424,7 @@ class TestHostility:
         for port in range(1, 200):
             a.handle_stun(check(name, a.description.password), Address("192.0.2.9", port), 0.0)
         assert len(a.poll_effects()) == 199
-        a.set_remote(Description("peer", "p" * 22), 0.0)
+        a.set_remote(IceDescription("peer", "p" * 22), 0.0)
         sources = [e.address for e in a.poll_effects() if isinstance(e, AddressLearned)]
         assert len(sources) == MAX_EARLY_CHECKS
 
@@ -427,7 +432,7 @@ class TestHostility:
         """It makes us remember a few addresses and send at most 20 checks a second."""
         network = Network()
         a = network.agent(A, is_controlling=True)
-        a.set_remote(Description("peer", "p" * 22), 0.0)
+        a.set_remote(IceDescription("peer", "p" * 22), 0.0)
         name = f"{a.description.ufrag}:peer"
         for port in range(1, 2000):
             datagram = check(name, a.description.password, is_controlling=False)
@@ -444,7 +449,7 @@ class TestHostility:
         network = Network()
         a = network.agent(A, is_controlling=True)
         candidates = [host(Address("192.0.2.9", port)) for port in range(1, 1000)]
-        a.set_remote(Description("peer", "p" * 22, tuple(candidates)), 0.0)
+        a.set_remote(IceDescription("peer", "p" * 22, tuple(candidates)), 0.0)
         network.run(30)
         assert len({to for _, _, to, _ in network.sent}) == MAX_PAIRS
 
@@ -452,7 +457,7 @@ class TestHostility:
         """RFC 8445 7.2.5.2.1: a path must be the same both ways."""
         network = Network()
         a = network.agent(A, is_controlling=True)
-        a.set_remote(Description("peer", "p" * 22, (host(B),)), 0.0)
+        a.set_remote(IceDescription("peer", "p" * 22, (host(B),)), 0.0)
         network.run(0.01)
         request = parse_check_request(network.sent[0][3], "p" * 22)
         answer = encode_check_response(request.transaction_id, A, "p" * 22)
