@@ -244,7 +244,7 @@ class Endpoints:
         home_before = self._relays.home
         report.preferred_region = self._choose_home(report, now)
         self._relays.set_home(report.preferred_region)
-        local = self._local_addresses()
+        local = self.local_addresses()
         mapped = self._port_mapping.external if self._port_mapping is not None else None
         if self._port_mapping is not None:
             report.nat_pmp, report.pcp, report.upnp = self._port_mapping.seen(now)
@@ -302,7 +302,8 @@ class Endpoints:
             if address.version == version
         ]
 
-    def _local_addresses(self) -> tuple[Address, ...]:
+    def local_addresses(self) -> tuple[Address, ...]:
+        """Our interfaces' addresses, each with the port of the socket of its family."""
         found: list[Address] = []
         families: tuple[Family, ...] = (4, 6)
         for family in families:
