@@ -17,6 +17,7 @@ from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NodePrivate, NodePublic
 from traversal.relay_map import Dial, Region, RelayMap, RelayNode
 from traversal.wire.derp import (
+    KEEP_ALIVE,
     FrameSplitter,
     FrameType,
     GoneReason,
@@ -78,6 +79,7 @@ class TinyRelay:
             self.stun_port = stun.getsockname()[1]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve_stun, stun)
+                nursery.start_soon(self._keep_alive)
                 task_status.started()
                 while True:
                     sock, _ = await listener.accept()
@@ -89,6 +91,12 @@ class TinyRelay:
             if not self.mutes_stun:
                 request = parse_binding_request(data)
                 await sock.sendto(encode_binding_response(request.transaction_id, source), source)
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await trio.sleep(60)
+            for stream in list(self.clients.values()):
+                await stream.send_all(KEEP_ALIVE)
 
     async def _serve_client(self, stream: HandshakeStream) -> None:
         key = b""
@@ -112,7 +120,7 @@ class TinyRelay:
                     else:
                         await self._handle(stream, key, kind, body)
                 splitter.receive_data(await self._receive(stream))
-        except StreamEndedError:
+        except (StreamEndedError, trio.ClosedResourceError):
             pass
         finally:
             stream.close()
@@ -129,7 +137,7 @@ class TinyRelay:
                 return
             try:
                 await target.send_all(encode_recv_packet(NodePublic(key), payload))
-            except StreamEndedError:
+            except (StreamEndedError, trio.ClosedResourceError):
                 pass
         elif kind == FrameType.PING:
             await stream.send_all(encode_pong(body[:8]))

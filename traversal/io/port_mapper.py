@@ -6,12 +6,12 @@ Port mapping specification 7 to 9; the decisions are in `traversal.paths.portmap
 from __future__ import annotations
 
 import ipaddress
-import math
 import socket
 from collections.abc import Callable
 
 import trio
 
+from traversal.io.upnp import delete_mapping, map_port
 from traversal.keys import Entropy
 from traversal.paths.portmap import (
     MappingChanged,
@@ -21,7 +21,8 @@ from traversal.paths.portmap import (
     RunUpnp,
     SendDatagram,
 )
-from traversal.wire.address import Address
+from traversal.wire.address import Address, is_private
+from traversal.wire.upnp import UpnpError
 
 
 class PortMapping:
@@ -31,6 +32,7 @@ class PortMapping:
         self._machine = PortMapper(entropy)
         self._note_change = note_change
         self._wanted = trio.Event()
+        self._gateway: ipaddress.IPv4Address | None = None
 
     @property
     def external(self) -> Address | None:
@@ -54,9 +56,8 @@ class PortMapping:
         local_port: int,
     ) -> None:
         """The gateway, our address towards it, our UDP port; any may have changed."""
-        usable = gateway is not None and gateway.is_private
-        now = trio.current_time()
-        self._machine.set_network(gateway if usable else None, own_ip, local_port, now)
+        self._gateway = gateway if gateway is not None and is_private(gateway) else None
+        self._machine.set_network(self._gateway, own_ip, local_port, trio.current_time())
         self._wanted.set()
 
     async def run(self) -> None:
@@ -84,8 +85,7 @@ class PortMapping:
                                 nursery.start_soon(self._run_upnp, effect)
                             case ReleaseUpnp():
                                 nursery.start_soon(self._release_upnp, effect)
-                    deadline = self._machine.next_deadline()
-                    with trio.move_on_at(deadline if deadline < math.inf else math.inf):
+                    with trio.move_on_at(self._machine.next_deadline()):
                         await self._wanted.wait()
 
     async def _receive(self, sock: trio.socket.SocketType) -> None:
@@ -104,8 +104,21 @@ class PortMapping:
             pass  # no route to a gateway that has just gone; the machine tries again
 
     async def _run_upnp(self, effect: RunUpnp) -> None:
-        self._machine.handle_upnp_failed(effect.attempt, trio.current_time())
+        gateway = self._gateway
+        try:
+            if gateway is None:
+                raise UpnpError("there is no gateway any more")
+            service, external, lease_seconds = await map_port(effect, gateway)
+        except UpnpError:
+            self._machine.handle_upnp_failed(effect.attempt, trio.current_time())
+        else:
+            self._machine.handle_upnp_mapped(
+                effect.attempt, service, external, lease_seconds, trio.current_time()
+            )
         self._wanted.set()
 
     async def _release_upnp(self, effect: ReleaseUpnp) -> None:
-        pass
+        try:
+            await delete_mapping(effect.service, effect.external_port)
+        except UpnpError:
+            pass  # its lease ends it
