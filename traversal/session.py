@@ -155,7 +155,7 @@ class Session:
         self._disco_box = Box(self._wiring.disco_private, key)
         self._set_disco_index(key)
         self._has_keys.set()
-        self.machine.forget_pings()
+        self.machine.handle_new_disco_key(now)
         if now - self._wanted_at < ACTIVITY_SECONDS:
             self.machine.handle_send(now)
         self.carry_out()
