@@ -166,8 +166,10 @@ class SimRelay:
                     continue
                 index, which = place
                 answering = sockets.get(
-                    (1 - index if request.change_ip else index,
-                     1 - which if request.change_port else which)
+                    (
+                        1 - index if request.change_ip else index,
+                        1 - which if request.change_port else which,
+                    )
                 )
                 if not self.serves_stun or answering is None:
                     continue

@@ -39,7 +39,8 @@ async def test_easy_pairs_are_direct_at_once(
 
 
 @pytest.mark.parametrize(
-    ("left", "right"), [*itertools.combinations_with_replacement(CLASSES, 2)],
+    ("left", "right"),
+    [*itertools.combinations_with_replacement(CLASSES, 2)],
 )
 async def test_every_pair_of_classes(left: str, right: str, autojump_clock: MockClock) -> None:
     """Direct where the matrix of simple punching says so; the relay carries the others, and
