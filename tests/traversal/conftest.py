@@ -112,7 +112,7 @@ class TinyRelay:
                     else:
                         await self._handle(stream, key, kind, body)
                 splitter.receive_data(await self._receive(stream))
-        except StreamEndedError:
+        except (StreamEndedError, trio.ClosedResourceError):
             pass
         finally:
             stream.close()
@@ -129,7 +129,7 @@ class TinyRelay:
                 return
             try:
                 await target.send_all(encode_recv_packet(NodePublic(key), payload))
-            except StreamEndedError:
+            except (StreamEndedError, trio.ClosedResourceError):
                 pass
         elif kind == FrameType.PING:
             await stream.send_all(encode_pong(body[:8]))

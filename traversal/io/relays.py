@@ -8,6 +8,7 @@ for a minute: peers learn of the change late.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
@@ -40,7 +41,9 @@ class Relays:
         self._options = options
         self._rng = rng
         self._clients: dict[int, tuple[RelayClient, trio.CancelScope]] = {}
-        self._nursery: trio.Nursery | None = None
+        self._is_running = False
+        self._to_start: deque[tuple[RelayClient, trio.CancelScope]] = deque()
+        self._new = trio.Event()
 
     def is_known(self, region: int) -> bool:
         """Whether the map has a relay in this region."""
@@ -115,24 +118,32 @@ class Relays:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the connections up until cancelled."""
         async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+            self._is_running = True
             task_status.started()
             while True:
-                await trio.sleep(SWEEP_SECONDS)
-                now = trio.current_time()
-                self._close(
-                    [
-                        region
-                        for region, (client, _) in self._clients.items()
-                        if region != self.home and now - client.used_at >= IDLE_SECONDS
-                    ]
-                )
+                with trio.move_on_after(SWEEP_SECONDS):
+                    await self._new.wait()
+                # Started here and not where they are wanted, so that they inherit this task's
+                # context and not that of whoever sends a packet.
+                self._new = trio.Event()
+                while self._to_start:
+                    nursery.start_soon(self._run_client, *self._to_start.popleft())
+                self._close_idle(trio.current_time())
+
+    def _close_idle(self, now: float) -> None:
+        self._close(
+            [
+                region
+                for region, (client, _) in self._clients.items()
+                if region != self.home and now - client.used_at >= IDLE_SECONDS
+            ]
+        )
 
     def _client(self, region: int) -> RelayClient | None:
         entry = self._clients.get(region)
         if entry is not None:
             return entry[0]
-        if self._nursery is None or not self.is_known(region):
+        if not self._is_running or not self.is_known(region):
             return None
         client = RelayClient(
             self._map.regions[region],
@@ -144,7 +155,8 @@ class Relays:
         client.set_home(region == self.home)
         scope = trio.CancelScope()
         self._clients[region] = client, scope
-        self._nursery.start_soon(self._run_client, client, scope)
+        self._to_start.append((client, scope))
+        self._new.set()
         return client
 
     async def _run_client(self, client: RelayClient, scope: trio.CancelScope) -> None:
