@@ -195,6 +195,7 @@ class Service:
         for position, connection in enumerate(clients):
             await trio.sleep_until(started + seconds * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
+            self.pump.flush()
 
     def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
         """A picture of this process, with so many clients listed."""

@@ -126,6 +126,9 @@ class Built:
             with Netlink(self.namespaces[name]) as netlink:
                 for index in indexes:
                     netlink.wait_until_up(index)
+                for _, address in machines[name].addresses:
+                    if address.version == 6:
+                        netlink.wait_until_local(address.ip)
 
     def _link_end(self, cable: Cable, end: End) -> LinkEnd:
         return LinkEnd(self.namespaces[end.machine], end.name, end.index, cable.mtu_bytes)

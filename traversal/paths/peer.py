@@ -31,6 +31,7 @@ from typing import Final
 from traversal.keys import Entropy
 from traversal.paths.calling import Call, Caller
 from traversal.paths.candidates import Candidate, CandidateBook, LocalNetworks, is_usable
+from traversal.paths.choice import PathChoice
 from traversal.paths.effects import (
     AddressForgotten,
     AddressLearned,
@@ -46,33 +47,30 @@ from traversal.paths.effects import (
     SendPong,
     SendRelayPing,
 )
-from traversal.paths.liveness import TICK_SECONDS, Liveness
-from traversal.paths.mtu import MtuSearch
-from traversal.paths.pinger import PING_TIMEOUT_SECONDS, Pinger, Purpose, SentPing
-from traversal.paths.scoring import Measured, Path, is_better
+from traversal.paths.liveness import TICK_SECONDS
+from traversal.paths.pinger import Pinger, Purpose
+from traversal.paths.scoring import Path
 from traversal.paths.search import SearchSchedule
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics, none_if_never
 from traversal.wire.address import Address
 from traversal.wire.disco import RELAY_REGION_HOST
 
 HEARTBEAT_SECONDS: Final = 3.0
-TRUST_SECONDS: Final = 6.5
 ACTIVITY_SECONDS: Final = 45.0
 GOOD_ENOUGH_SECONDS: Final = 0.005
 PEER_RELAY_MIN_SECONDS: Final = 30.0
 PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
-"""All six: path selection specification 2."""
+"""All five: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
-"""Least time between two Pings in answer to Pings from one address (P7)."""
+"""Least time between two Pings in answer to Pings from one address (P7); while a direct path is in
+use, between any two. Without that two NATs that map by destination and filter nothing would have
+the peers answer each other's Pings for ever, each from a mapping that the other has not seen."""
 RECOVERY_SECONDS: Final = 1.5
-RECOVERY_FOR_SECONDS: Final = 60.0
-"""A path that died is pinged at this pace for this long: healed, it is used within 3 s, even if
-one Ping is lost. After a minute the ordinary search, every 5 s, has to do."""
+"""A path that died is pinged at this pace for a minute: healed, it is used within 3 s, even if one
+Ping is lost."""
 LOSS_PROBE_SECONDS: Final = 0.5
 """Heartbeats on a path whose loss is in question: 16 outcomes take 8 s instead of 48."""
-SECOND_CHANCE_SECONDS: Final = 60.0
-"""A path that was left for its loss, when another took its place, may compete again after this."""
 RELAY_TICK_SECONDS: Final = 1.0
 MAX_FOREIGN_SOURCES: Final = 16
 """Addresses that Pongs came from though they were not pinged; each is an asymmetric NAT."""
@@ -98,23 +96,14 @@ class Peer:
         self.has_peer_relays = False
         """Whether UDP peer relays are known and the peer can use them."""
         self._local = local or LocalNetworks()
-        self._ceiling_bytes = ceiling_bytes
+        self._choice = PathChoice(ceiling_bytes)
         self._has_relay = True
         self._book = CandidateBook()
         self._pinger = Pinger(entropy)
         self._caller = Caller()
-        self._liveness = Liveness()
         self._effects: list[Effect] = []
         self._mapped: set[Address] = set()
         self._foreign: dict[Address, None] = {}
-
-        self._best: Candidate | None = None
-        self._best_server: object = None
-        self._trusted_until = -math.inf
-        self._vouched_at = -math.inf
-        self._lost: Candidate | None = None
-        self._lost_at = -math.inf
-        self._mtu: MtuSearch | None = None
 
         self._last_sent_at = -math.inf
         self._heartbeat_at = math.inf
@@ -122,6 +111,7 @@ class Peer:
         self._recovery_at = math.inf
         self._schedule = SearchSchedule()
         self._peer_relay_wanted_at = -math.inf
+        self._pinged_back_at = -math.inf
 
         self._calls_sent = 0
         self._calls_received = 0
@@ -147,14 +137,16 @@ class Peer:
     @property
     def max_payload_bytes(self) -> int | None:
         """The largest datagram proven to fit the current path; None when it was not searched."""
-        return self._mtu.max_payload_bytes if self._mtu is not None else None
+        mtu = self._choice.mtu
+        return mtu.max_payload_bytes if mtu is not None else None
 
     def statistics(self) -> PeerStatistics:
         """A snapshot for status pages, metrics and the verdict."""
+        best = self._choice.best
         return PeerStatistics(
             state=self.state,
             route=self.route,
-            best=CandidateStatistics.of(self._best) if self._best is not None else None,
+            best=CandidateStatistics.of(best) if best is not None else None,
             max_payload_bytes=self.max_payload_bytes,
             last_sent_at=none_if_never(self._last_sent_at),
             calls_sent=self._calls_sent,
@@ -175,42 +167,43 @@ class Peer:
         deadline = min(
             self._pinger.next_deadline(),
             self._caller.next_deadline(),
-            self._liveness.next_deadline(),
+            self._choice.liveness.next_deadline(),
             self._tick_at,
             self._heartbeat_at,
             self._recovery_at,
         )
         if self.route.path is not None and not self.route.relay:
-            deadline = min(deadline, self._trusted_until)
+            deadline = min(deadline, self._choice.trusted_until)
         if self.is_active and self._is_searching:
             deadline = min(deadline, self._schedule.next_deadline())
-        if self._mtu is not None and self._may_search_mtu:
-            deadline = min(deadline, self._mtu.next_deadline())
+        if self._choice.mtu is not None and self._may_search_mtu:
+            deadline = min(deadline, self._choice.mtu.next_deadline())
         return deadline
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
         reason = ""
+        choice = self._choice
         for ping in self._pinger.poll_expired(now):
-            best = self._best
-            if best is None or ping.candidate is not best:
-                continue
-            if now >= self._trusted_until and self._is_mute(now):
+            best = choice.best
+            if best is not None and ping.candidate is best and choice.is_dead(now):
                 reason = f"{best.path} did not answer for 5 s"
-                self._lose_best(now)
+                choice.lose(now)
+                self._recovery_at = min(self._recovery_at, now + RECOVERY_SECONDS)
         for candidate in self._pinger.poll_overdue_heartbeats(now):
             reason = self._handle_lost_heartbeat(candidate, now) or reason
         if now >= self._tick_at:
             self._tick(now)
-        if self._liveness.poll_burst(now) and self._best is not None:
-            self._send_ping(self._best, Purpose.CONFIRM, now)
-        if self._liveness.poll_verdict(now) and self._best is not None:
-            self._trusted_until = now
-            reason = f"{self._best.path} went silent"
-        if self.route.path is not None and not self.route.relay and now >= self._trusted_until:
+        if choice.liveness.poll_burst(now) and choice.best is not None:
+            self._send_ping(choice.best, Purpose.CONFIRM, now)
+        if choice.liveness.poll_verdict(now) and choice.best is not None:
+            choice.doubt(now)
+            reason = f"{choice.best.path} went silent"
+        if self._is_settled and not choice.is_trusted(now):
             if self.is_active:
                 reason = reason or f"{self.route.path} did not answer for 6.5 s"
-                self._begin_doubt(now)
+                self._recovery_at = now + RECOVERY_SECONDS
+                self._search(now, is_forced=True)
             else:
                 reason = "there is no traffic, so the path is not looked after"
         if now >= self._heartbeat_at:
@@ -247,7 +240,7 @@ class Peer:
         self._effects.append(SendPong(path, transaction_id, path.address))
         self._learn(path.address)
         if is_new:
-            self._book.prune(now, keep=self._best)
+            self._book.prune(now, keep=self._choice.best)
         self._maybe_ping_back(candidate, now)
         self._flush(now)
 
@@ -268,7 +261,8 @@ class Peer:
             return False
         self._pinger.take(transaction_id)
         candidate = ping.candidate
-        if candidate is not self._best and self._book.get(candidate.path.address) is not candidate:
+        is_listed = self._book.get(candidate.path.address) is candidate
+        if candidate is not self._choice.best and not is_listed:
             return True
         latency = now - ping.sent_at
         if ping.purpose is Purpose.USER:
@@ -279,7 +273,9 @@ class Peer:
         self._learn(candidate.path.address)
         if source != candidate.path.address:
             self._note_foreign(source)
-        reason = self._handle_answer(candidate, ping, now)
+        if ping.purpose is Purpose.HEARTBEAT:
+            candidate.loss.record(is_answered=True)
+        reason = self._choice.handle_answer(candidate, ping.padding_bytes, now)
         self._flush(now, reason)
         return True
 
@@ -311,12 +307,7 @@ class Peer:
 
         Once per batch of datagrams is enough.
         """
-        if now - self._vouched_at < TICK_SECONDS:
-            return
-        if self._best is not None and self._best.path == path and not self._best.is_shelved:
-            self._liveness.handle_answer()
-            self._vouched_at = now
-            self._trusted_until = max(self._trusted_until, now + TRUST_SECONDS)
+        if self._choice.vouch(path, now):
             self._flush(now, f"authenticated data from {path}")
 
     def handle_send_error(self, path: Path, now: float) -> None:
@@ -325,22 +316,22 @@ class Peer:
         if candidate is not None and not path.vni:
             candidate.forget_dynamics()
             candidate.pinged_at = now
-        if self._best is not None and self._best.path == path:
-            self._clear_best()
+        best = self._choice.best
+        if best is not None and best.path == path:
+            self._choice.clear()
         self._flush(now, f"no route to {path}")
 
     def handle_too_big(self, padding_bytes: int, now: float) -> None:
         """A padded Ping could not be sent because it exceeds the interface's MTU."""
-        if self._mtu is not None:
-            self._mtu.handle_too_big(padding_bytes, now)
+        if self._choice.mtu is not None:
+            self._choice.mtu.handle_too_big(padding_bytes, now)
 
     def handle_rebind(self, now: float) -> None:
         """Our sockets or our network are others now: all that was measured is void."""
         for candidate in self._book:
             candidate.forget_dynamics()
         self._pinger.forget_all()
-        self._clear_best()
-        self._lost = None
+        self._choice.forget()
         self._recovery_at = math.inf
         self._caller.forget_freshness()
         self._schedule.restart(now)
@@ -360,18 +351,7 @@ class Peer:
         candidate = Candidate(path)
         candidate.note_latency(latency_seconds)
         candidate.answered_at = now
-        best = self._best
-        is_same_server = best is not None and best.path.vni != 0 and self._best_server == server
-        if (
-            best is None
-            or now >= self._trusted_until
-            or best.is_shelved
-            or is_same_server
-            or is_better(Measured(path, latency_seconds), best.measured())
-        ):
-            self._set_best(candidate, now)
-            self._best_server = server
-            self._trusted_until = now + TRUST_SECONDS
+        if self._choice.handle_relay_ready(candidate, server, now):
             self._flush(now, f"peer relay {path} is ready")
 
     # ---- command
@@ -408,8 +388,9 @@ class Peer:
         Counts as traffic. Answers are told as PingAnswered.
         """
         self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.USER, now)))
-        if self._best is not None and self.state is PathState.DIRECT:
-            self._send_ping(self._best, Purpose.USER, now)
+        best = self._choice.best
+        if best is not None and self.state is PathState.DIRECT:
+            self._send_ping(best, Purpose.USER, now)
         else:
             for candidate in self._book:
                 self._send_ping(candidate, Purpose.USER, now)
@@ -442,11 +423,11 @@ class Peer:
         self._update_route(now, reason)
 
     def _update_route(self, now: float, reason: str) -> None:
-        best = self._best
+        best = self._choice.best
         path = best.path if best is not None else None
         if best is not None and best.is_shelved and self._has_relay:
             path = None
-        is_trusted = path is not None and now < self._trusted_until
+        is_trusted = path is not None and self._choice.is_trusted(now)
         route = Route(path, relay=not is_trusted, wake=self._tick_at == math.inf)
         old = self.route
         if route == old:
@@ -454,6 +435,9 @@ class Peer:
         self.route = route
         if (old.path, old.relay) != (route.path, route.relay):
             self._effects.append(PathChanged(now, old, route, self.state, reason))
+            if is_trusted and self._tick_at != math.inf:
+                # From the relay's slow tick to the one that finds a dead path in time.
+                self._tick_at = min(self._tick_at, now + TICK_SECONDS)
         if is_trusted and not (path and path.vni):
             self._schedule.handle_success()
         else:
@@ -480,11 +464,16 @@ class Peer:
     @property
     def _is_searching(self) -> bool:
         """Whether a trusted, direct and good path is wanting."""
-        best = self._best
+        best = self._choice.best
         return best is None or bool(best.path.vni) or best.is_shelved or self.route.relay
 
+    @property
+    def _is_settled(self) -> bool:
+        """Whether traffic goes to one trusted path only."""
+        return self.route.path is not None and not self.route.relay
+
     def _choose_candidates(self, now: float) -> list[Candidate]:
-        self._book.prune(now, keep=self._best)
+        self._book.prune(now, keep=self._choice.best)
         if self._schedule.is_wide(now):
             return list(self._book)
         return self._book.in_scope(self._local) or list(self._book)
@@ -496,131 +485,41 @@ class Peer:
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
         self._caller.want(now)
-        is_trusted = self._best is not None and not self.route.relay
-        pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS
+        pause = PEER_RELAY_UPGRADE_SECONDS if self._is_settled else PEER_RELAY_MIN_SECONDS
         is_due = now - self._peer_relay_wanted_at >= pause
         if self.has_peer_relays and self._is_searching and is_due:
             self._peer_relay_wanted_at = now
             self._effects.append(DiscoverPeerRelay())
 
     def _maybe_ping_back(self, candidate: Candidate, now: float) -> None:
-        is_trusted = self._best is not None and not self.route.relay
-        if candidate is self._best and is_trusted:
-            return
+        best = self._choice.best
+        if best is not None and self._is_settled:
+            # Another port of the host that we send to is not a better path.
+            is_same_host = candidate.path.address.host == best.path.address.host
+            if is_same_host or now - self._pinged_back_at < PING_BACK_SECONDS:
+                return
         if now - candidate.pinged_back_at < PING_BACK_SECONDS:
             return
         has_answered = now - candidate.answered_at < ACTIVITY_SECONDS
-        if has_answered and (is_trusted or not self.is_active):
+        if has_answered and (self._is_settled or not self.is_active):
             return
-        candidate.pinged_back_at = now
+        candidate.pinged_back_at = self._pinged_back_at = now
         self._send_ping(candidate, Purpose.DISCOVERY, now)
 
-    # ---- the best path
-
-    def _handle_answer(self, candidate: Candidate, ping: SentPing, now: float) -> str:
-        reason = ""
-        if ping.purpose is Purpose.HEARTBEAT:
-            candidate.loss.record(is_answered=True)
-        if candidate is self._best:
-            self._liveness.handle_answer()
-            self._trusted_until = now + TRUST_SECONDS
-            if candidate.is_shelved and candidate.loss.is_healed:
-                candidate.shelved_at = None
-                candidate.loss.clear()
-                reason = f"{candidate.path} has healed"
-            else:
-                reason = f"{candidate.path} answers"
-            if ping.padding_bytes and self._mtu is not None:
-                self._mtu.handle_answer(ping.padding_bytes, now)
-                candidate.wire_mtu_bytes = self._mtu.proven_bytes
-            return reason
-        if candidate.shelved_at is not None:
-            if now - candidate.shelved_at < SECOND_CHANCE_SECONDS:
-                return ""
-            candidate.shelved_at = None
-            candidate.loss.clear()
-        best = self._best
-        if (
-            best is None
-            or best.is_shelved
-            or now >= self._trusted_until
-            or is_better(candidate.measured(), best.measured())
-        ):
-            self._set_best(candidate, now)
-            self._trusted_until = now + TRUST_SECONDS
-            reason = f"{candidate.path} answers"
-        return reason
-
-    def _set_best(self, candidate: Candidate, now: float) -> None:
-        self._clear_best()
-        self._best = candidate
-        self._lost = None
-        self._recovery_at = math.inf
-        if self.is_active:
-            self._tick_at = min(self._tick_at, now + TICK_SECONDS)
-        if self._ceiling_bytes is not None:
-            self._mtu = MtuSearch(
-                is_ipv6=candidate.path.address.is_ipv6,
-                ceiling_bytes=self._ceiling_bytes,
-                now=now,
-                geneve_bytes=8 if candidate.path.vni else 0,
-            )
-
-    def _clear_best(self) -> None:
-        if self._best is not None and not self._best.is_shelved:
-            self._best.loss.clear()
-        self._best = None
-        self._best_server = None
-        self._mtu = None
-        self._trusted_until = self._vouched_at = -math.inf
-        self._liveness.handle_answer()
-
-    def _lose_best(self, now: float) -> None:
-        """The best path is dead beyond doubt; it is looked after for a while."""
-        best = self._best
-        self._clear_best()
-        if best is not None and not best.path.vni:
-            # Dead is not lossy: when it answers again it is as good as new.
-            best.shelved_at = None
-            best.loss.clear()
-            self._lost, self._lost_at = best, now
-            self._recovery_at = min(self._recovery_at, now + RECOVERY_SECONDS)
-
     def _drop_removed_best(self, now: float, reason: str) -> str:
-        best = self._best
+        best = self._choice.best
         if best is None or best.path.vni or self._book.get(best.path.address) is best:
             return ""
-        self._clear_best()
+        self._choice.clear()
         if self.is_active:
             self._search(now, is_forced=True)
         return reason
 
-    def _begin_doubt(self, now: float) -> None:
-        self._recovery_at = now + RECOVERY_SECONDS
-        self._search(now, is_forced=True)
-
-    def _is_mute(self, now: float) -> bool:
-        """Whether the best path has not answered for as long as a Ping may take: it is dead, not
-        lossy."""
-        return self._best is None or now - self._best.answered_at >= PING_TIMEOUT_SECONDS
-
     def _handle_lost_heartbeat(self, candidate: Candidate, now: float) -> str:
-        if now - self._vouched_at < HEARTBEAT_SECONDS:
-            return ""
-        candidate.loss.record(is_answered=False)
-        if candidate is not self._best:
-            return ""
-        if candidate.loss.is_suspicious and self.is_active:
+        reason = self._choice.handle_lost_heartbeat(candidate, now, has_relay=self._has_relay)
+        if self.is_active and self._choice.is_loss_in_question(now):
             self._heartbeat_at = min(self._heartbeat_at, now + LOSS_PROBE_SECONDS)
-        if candidate.is_shelved:
-            return ""
-        if candidate.loss.is_bad and self._has_relay and not self._is_mute(now):
-            candidate.shelved_at = now
-            self._liveness.handle_answer()
-            return f"{candidate.path} loses too much ({candidate.loss.ratio:.0%} of heartbeats)"
-        if now < self._trusted_until:
-            self._liveness.start_burst(candidate.patient_rtt_seconds, now)
-        return ""
+        return reason
 
     # ---- timers
 
@@ -635,27 +534,26 @@ class Peer:
             self._tick_at = now + TICK_SECONDS
 
     def _tick(self, now: float) -> None:
-        has_sent, is_suspect = self._liveness.handle_tick(self.sent, self.received, now)
+        choice = self._choice
+        has_sent, is_suspect = choice.liveness.handle_tick(self.sent, self.received, now)
         if has_sent:
             self._last_sent_at = now
-        is_trusted = self.route.path is not None and not self.route.relay
-        if is_suspect and is_trusted and self._best is not None:
-            self._liveness.start_burst(self._best.patient_rtt_seconds, now)
-        if self._liveness.is_quiet(now) or not self.is_active:
+        if is_suspect and self._is_settled and choice.best is not None:
+            choice.liveness.start_burst(choice.best.patient_rtt_seconds, now)
+        if choice.liveness.is_quiet(now) or not self.is_active:
             self._tick_at = math.inf
         else:
-            self._tick_at = now + (TICK_SECONDS if is_trusted else RELAY_TICK_SECONDS)
+            self._tick_at = now + (TICK_SECONDS if self._is_settled else RELAY_TICK_SECONDS)
 
     def _heartbeat(self, now: float) -> None:
         if now - self._last_sent_at > ACTIVITY_SECONDS:
             self._heartbeat_at = self._tick_at = self._recovery_at = math.inf
-            self._lost = None
             return
-        best = self._best
+        best = self._choice.best
         interval = HEARTBEAT_SECONDS
         if best is not None:
             self._send_ping(best, Purpose.HEARTBEAT, now)
-            if best.is_shelved or best.loss.is_suspicious:
+            if self._choice.is_loss_in_question(now):
                 interval = LOSS_PROBE_SECONDS
             is_fast = 0 < best.latency_seconds <= GOOD_ENOUGH_SECONDS
             if not self._is_searching and not is_fast and self._schedule.wants_upgrade(now):
@@ -666,10 +564,8 @@ class Peer:
 
     def _recover(self, now: float) -> None:
         """Ping the path in doubt, or the one that died a short while ago."""
-        in_doubt = self._best if self.route.relay and self.route.path is not None else None
-        target = in_doubt or self._lost
-        is_worth_it = in_doubt is not None or now - self._lost_at < RECOVERY_FOR_SECONDS
-        if target is None or not is_worth_it or not self.is_active:
+        target = self._choice.recovery_target(now)
+        if target is None or not self.is_active:
             self._recovery_at = math.inf
             return
         self._send_ping(target, Purpose.RECOVERY, now)
@@ -677,12 +573,13 @@ class Peer:
 
     @property
     def _may_search_mtu(self) -> bool:
-        return self.is_active and self.route.path is not None and not self.route.relay
+        return self.is_active and self._is_settled
 
     def _probe_mtu(self, now: float) -> None:
-        if self._mtu is None or self._best is None or not self._may_search_mtu:
+        best, mtu = self._choice.best, self._choice.mtu
+        if mtu is None or best is None or not self._may_search_mtu:
             return
-        padding = self._mtu.poll_probe(now, self._best.patient_rtt_seconds)
+        padding = mtu.poll_probe(now, best.patient_rtt_seconds)
         if padding is not None:
-            self._send_ping(self._best, Purpose.MTU, now, padding)
-        self._best.wire_mtu_bytes = self._mtu.proven_bytes
+            self._send_ping(best, Purpose.MTU, now, padding)
+        best.wire_mtu_bytes = mtu.proven_bytes

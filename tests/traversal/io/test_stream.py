@@ -111,7 +111,7 @@ async def test_a_refused_certificate_ends_both_sides_with_a_reason() -> None:
     client, server = stream_pair()
 
     async def serve() -> None:
-        with pytest.raises(StreamEndedError, match="TLS handshake: .*unknown ca"):
+        with pytest.raises(StreamEndedError, match="unknown ca"):
             await server.start_tls(SERVER, server_side=True)
         server.close()
 
