@@ -23,9 +23,6 @@ class Gate:
         """Let a host through the captive portal."""
         self._logged_in.add(host)
 
-    def log_out(self, host: Address) -> None:
-        self._logged_in.discard(host)
-
     def check(
         self, protocol: int, source: Address, destination_port: int, payload: bytes
     ) -> Drop | None:

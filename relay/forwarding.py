@@ -536,8 +536,8 @@ class Switch:
         counters = self.counters
         counters.bytes_received += payload_bytes
         if disco:
-            counters.packets_received[Kind.DISCO] += disco
-        counters.packets_received[Kind.OTHER] += packets - disco
+            counters.disco_received += disco
+        counters.other_received += packets - disco
         source.packets_in += packets
         source.bytes_in += payload_bytes
         self._deliver(source.key, destination, frames, packets, payload_bytes, now)
@@ -579,7 +579,8 @@ class Switch:
         disco = looks_like_disco(payload)
         kind = Kind.DISCO if disco else Kind.OTHER
         counters = self.counters
-        counters.packets_received[kind] += 1
+        counters.disco_received += disco
+        counters.other_received += not disco
         counters.bytes_received += len(payload)
         client.packets_in += 1
         client.bytes_in += len(payload)

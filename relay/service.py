@@ -25,7 +25,7 @@ from relay.certificates import Certificates
 from relay.config import BootstrapDnsConfig, Config
 from relay.endpoints import public_responder
 from relay.http import Request, serve_http, wanted_protocol
-from relay.limits import AcceptLimiter, ConnectionCounter, TokenBucket
+from relay.limits import AcceptLimiter, ConnectionCounter
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
@@ -195,6 +195,7 @@ class Service:
         for position, connection in enumerate(clients):
             await trio.sleep_until(started + seconds * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
+            self.pump.flush()
 
     def snapshot(self, max_clients: int = MAX_CLIENTS) -> Snapshot:
         """A picture of this process, with so many clients listed."""
@@ -245,8 +246,7 @@ class Service:
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
-                bucket = limit and TokenBucket(limit.bytes_per_second, limit.burst_bytes, now)
-                self.pump.set_rate(connection, bucket)
+                self.pump.set_rate(connection, None if limit is None else limit.new_bucket(now))
 
     async def reload_files(self) -> None:
         """Read certificates and key lists again, whether they look changed or not (SIGHUP)."""

@@ -82,7 +82,7 @@ th, td { padding: .38rem .8rem; text-align: right; white-space: nowrap;
 thead th { border-top: 0; color: var(--dim); font-weight: 500; font-size: .85rem; }
 .left { text-align: left; }
 .wrap { white-space: normal; }
-.left.wrap { width: 60%; }
+.left.wrap { width: 65%; }
 code { font: .9em ui-monospace, monospace; }
 .mark { display: inline-block; padding: 0 .4rem; border-radius: .6rem; font-size: .78rem;
   border: 1px solid var(--line); color: var(--dim); }

@@ -59,6 +59,10 @@ class RateLimit:
     bytes_per_second: int
     burst_bytes: int
 
+    def new_bucket(self, now: float) -> TokenBucket:
+        """A full bucket for one client; `now` is in monotonic seconds."""
+        return TokenBucket(self.bytes_per_second, self.burst_bytes, now)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Session:
@@ -137,9 +141,7 @@ class Upgrader:
             sock,
             tls,
             on_close=self._on_close,
-            bucket=None
-            if limit is None
-            else TokenBucket(limit.bytes_per_second, limit.burst_bytes, now),
+            bucket=None if limit is None else limit.new_bucket(now),
             connected_at=now,
             address=address,
             port=port,

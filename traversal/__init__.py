@@ -4,6 +4,7 @@
 datagrams; everything a program needs is exported here.
 """
 
+from traversal.io.ice import IceSession, IceStatistics
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.udp import UdpError, UdpStatistics
@@ -21,10 +22,18 @@ from traversal.link import (
 from traversal.node import Node, NodeError, NodeStatistics, open_node
 from traversal.paths.effects import PathState
 from traversal.paths.home import HomePolicy
+from traversal.paths.ice import IceError, SelectedPair
+from traversal.paths.ice_effects import IceState
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.verdict import Verdict
 from traversal.relay_map import RelayMap, RelayMapError
 from traversal.wire.address import Address
+from traversal.wire.ice_description import (
+    IceCandidate,
+    IceCandidateType,
+    IceDescription,
+    IceDescriptionError,
+)
 
 __all__ = [
     # A node and its links
@@ -39,6 +48,13 @@ __all__ = [
     "Verdict",
     "Report",
     "NatFacts",
+    # Peers that speak ICE
+    "IceSession",
+    "IceState",
+    "SelectedPair",
+    "IceDescription",
+    "IceCandidate",
+    "IceCandidateType",
     # What they are made with
     "RelayMap",
     "RelayOptions",
@@ -54,10 +70,13 @@ __all__ = [
     "LinkStatistics",
     "RelayStatistics",
     "UdpStatistics",
+    "IceStatistics",
     # Errors
     "NodeError",
     "LinkError",
     "LinkClosedError",
+    "IceError",
+    "IceDescriptionError",
     "UdpError",
     "KeyFormatError",
     "RelayMapError",

@@ -19,6 +19,7 @@ from traversal.io.interfaces import (
     read_network_state,
     watch_network,
 )
+from traversal.io.nat64 import discover_prefixes
 from traversal.io.net_check import NetCheck
 from traversal.io.port_mapper import PortMapping
 from traversal.io.relay_client import RelayOptions
@@ -84,6 +85,7 @@ class Endpoints:
         self.own_addresses: tuple[OwnAddress, ...] = ()
         self.local_networks = LocalNetworks(excluded=interfaces.denied_networks)
         self.state = NetworkState()
+        self._nat64_prefixes: tuple[ipaddress.IPv6Network, ...] = ()
         self._map = relay_map
         self._udp = udp
         self._relays = relays
@@ -144,6 +146,7 @@ class Endpoints:
         self.state = await read_network_state(self._interfaces)
         self._update_local_networks()
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._discover_nat64)
             if self._port_mapping is not None:
                 nursery.start_soon(self._port_mapping.run)
                 self._map_port()
@@ -187,7 +190,16 @@ class Endpoints:
         if change.needs_rebind:
             self._resolver.forget()
             await self.rebind()
+            await self._discover_nat64()
         else:
+            self._update_local_networks()
+            self.refresh()
+
+    async def _discover_nat64(self) -> None:
+        is_only_ipv6 = self.state.default_ipv6 is not None and self.state.default_ipv4 is None
+        found = await discover_prefixes() if is_only_ipv6 else ()
+        if found != self._nat64_prefixes:
+            self._nat64_prefixes = found
             self._update_local_networks()
             self.refresh()
 
@@ -232,7 +244,7 @@ class Endpoints:
         home_before = self._relays.home
         report.preferred_region = self._choose_home(report, now)
         self._relays.set_home(report.preferred_region)
-        local = self._local_addresses()
+        local = self.local_addresses()
         mapped = self._port_mapping.external if self._port_mapping is not None else None
         if self._port_mapping is not None:
             report.nat_pmp, report.pcp, report.upnp = self._port_mapping.seen(now)
@@ -290,7 +302,8 @@ class Endpoints:
             if address.version == version
         ]
 
-    def _local_addresses(self) -> tuple[Address, ...]:
+    def local_addresses(self) -> tuple[Address, ...]:
+        """Our interfaces' addresses, each with the port of the socket of its family."""
         found: list[Address] = []
         families: tuple[Family, ...] = (4, 6)
         for family in families:
@@ -310,4 +323,5 @@ class Endpoints:
             excluded=self._interfaces.denied_networks,
             has_ipv4=self._udp.port(4) is not None,
             has_ipv6=self._udp.port(6) is not None,
+            nat64_prefixes=self._nat64_prefixes,
         )

@@ -18,6 +18,7 @@ import trio
 
 from traversal.endpoints import Endpoints
 from traversal.io.deadlines import Deadlines
+from traversal.io.ice import IceRouter, IceSession
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
@@ -33,6 +34,7 @@ from traversal.keys import (
 )
 from traversal.link import Link
 from traversal.paths.home import HomePolicy
+from traversal.paths.ice_candidates import make_candidates
 from traversal.paths.introduction import Introducer, new_session
 from traversal.paths.own_addresses import OwnAddress
 from traversal.paths.peer import Peer
@@ -176,6 +178,7 @@ class Node:
         self._udp = UdpSockets(hosts)
         self._relays = Relays(relay_map, private_key, self, options=relay_options, rng=rng)
         self._deadlines = Deadlines()
+        self._ice = IceRouter(self._udp, self._deadlines, entropy)
         self._endpoints = Endpoints(
             relay_map,
             self._udp,
@@ -299,6 +302,18 @@ class Node:
         """The next link that an admitted peer opened towards us."""
         return await self._links_to_accept.receive()
 
+    def open_ice(self, *, is_controlling: bool) -> IceSession:
+        """A session with a peer that speaks ICE, as WebRTC does, over our sockets.
+
+        Use it in `async with`. The side that makes the first offer is usually controlling; if both
+        claim it, they settle it. A peer that is linked by `connect` can't be an ICE peer from the
+        same address at the same time.
+        """
+        candidates = make_candidates(self.own_addresses, self._endpoints.local_addresses())
+        return self._ice.open(
+            candidates, self._endpoints.local_networks, is_controlling=is_controlling
+        )
+
     async def refresh(self) -> Report:
         """Run a full net check now and wait for it."""
         return await self._endpoints.refresh_now()
@@ -329,6 +344,7 @@ class Node:
     def _close(self) -> None:
         for link in self.links:
             link.close()
+        self._ice.close()
         self._opened_links.close()
 
     async def _announce_forever(self) -> None:
@@ -399,6 +415,7 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
+        self._ice.handle_rebind(self._endpoints.local_networks)
 
     # ---- from UDP
 
@@ -409,13 +426,16 @@ class Node:
             if kind is Kind.DATA:
                 session = by_address.get(source)
                 if session is None:
-                    self._unknown_datagrams += 1
+                    if not self._ice.handle_datagram(datagram, source):
+                        self._unknown_datagrams += 1
                     continue
                 session.machine.received += 1
                 session.receive_data(datagram)
             elif kind is Kind.DISCO:
                 self._handle_disco(datagram, source)
             elif kind is Kind.STUN:
+                if self._ice.handle_datagram(datagram, source):
+                    continue
                 self._endpoints.handle_stun(datagram, source, trio.current_time())
             else:
                 self._unknown_datagrams += 1

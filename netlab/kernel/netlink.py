@@ -39,7 +39,7 @@ NLMSG_ERROR = 2
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
-_RTM_NEWRULE = 32
+_RTM_GETROUTE, _RTM_NEWRULE = 26, 32
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
 _IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 13, 16, 28, 29
 _RTEXT_FILTER_SKIP_STATS = 0x8
@@ -50,7 +50,7 @@ _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 _FRA_IIFNAME, _FRA_PRIORITY, _FR_ACT_TO_TBL = 3, 6, 1
 _IFA_F_NODAD = 0x02
 _IFF_UP, _IFF_NOARP = 0x1, 0x80
-_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_BLACKHOLE = 4, 253, 1, 6
+_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_LOCAL, _RTN_BLACKHOLE = 4, 253, 1, 2, 6
 
 MAIN_TABLE = 254
 """The routing table that is asked when no rule says otherwise."""
@@ -58,8 +58,9 @@ MAIN_TABLE = 254
 # Locally administered MAC addresses: the one of every veth end, and one that nobody sends to.
 _COMMON_ADDRESS, _DEAF_ADDRESS = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02"
 
-# A request batch stays below the default send buffer (212 992 bytes) with room to spare.
-_BATCH_BYTES = 32768
+# A request batch stays below the default send buffer (212 992 bytes) with room to spare, and so
+# do the answers if all of them are refused: each takes up to a kilobyte of the receive buffer.
+_BATCH_BYTES, _BATCH_REQUESTS = 32768, 150
 
 _MESSAGE = struct.Struct("=IHHII")
 _IFINFO = struct.Struct("=BxHiII")
@@ -283,7 +284,7 @@ class Netlink:
         for request in requests:
             batch.append(request)
             size += 16 + len(request.body)
-            if size > _BATCH_BYTES:
+            if size > _BATCH_BYTES or len(batch) >= _BATCH_REQUESTS:
                 self._run_batch(batch)
                 batch, size = [], 0
         if batch:
@@ -314,30 +315,55 @@ class Netlink:
                 raise NetlinkError(errno.ETIMEDOUT, f"link {index} does not come up")
             time.sleep(0.0005)
 
+    def wait_until_local(self, address: IpAddress, *, timeout_seconds: float = 2.0) -> None:
+        """Wait until packets to one of this machine's IPv6 addresses are taken in.
+
+        Linux makes that route in the background, also where it detects no duplicates.
+
+        Raises:
+            NetlinkError: the route didn't appear.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, 0)
+        body += attribute(_RTA_DST, address.packed)
+        header = (16 + len(body), _RTM_GETROUTE, NLM_F_REQUEST)
+        while True:
+            self._sequence += 1
+            self._socket.send(_MESSAGE.pack(*header, self._sequence, 0) + body)
+            answer = self._socket.recv(65536)
+            # The type of a route is byte 7 of struct rtmsg.
+            (kind,) = struct.unpack_from("=H", answer, 4)
+            if kind == _RTM_NEWROUTE and answer[16 + 7] == _RTN_LOCAL:
+                return
+            if time.monotonic() > deadline:
+                raise NetlinkError(errno.ETIMEDOUT, f"the address {address} does not come up")
+            time.sleep(0.0005)
+
     def _run_batch(self, batch: Sequence[Request]) -> None:
         first = self._sequence + 1
-        self._sequence += len(batch)
+        last = self._sequence = self._sequence + len(batch)
+        # Refusals are always told; only the last request asks for an answer in any case. A
+        # thousand answers would not even fit into the socket's buffer.
         self._socket.send(
             b"".join(
                 _MESSAGE.pack(
                     16 + len(request.body),
                     request.kind,
-                    request.flags | NLM_F_REQUEST | NLM_F_ACK,
-                    first + offset,
+                    request.flags | NLM_F_REQUEST | (NLM_F_ACK if sequence == last else 0),
+                    sequence,
                     0,
                 )
                 + request.body
-                for offset, request in enumerate(batch)
+                for sequence, request in enumerate(batch, first)
             )
         )
-        missing = len(batch)
         refused: tuple[int, Request] | None = None
-        while missing:
+        sequence = 0
+        while sequence != last:
             for kind, message in messages(self._socket.recv(65536)):
                 (sequence,) = struct.unpack_from("=I", message, 8)
                 if kind == NLMSG_ERROR and sequence >= first:
                     (code,) = struct.unpack_from("=i", message, 16)
-                    missing -= 1
                     if code and refused is None:
                         refused = (-code, batch[sequence - first])
         if refused is not None:

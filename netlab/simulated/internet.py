@@ -28,7 +28,7 @@ from netlab.addresses import AddressPlan, InterfacePlan, plan_addresses
 from netlab.behavior import Ipv6, Link, ModelError, Translation, suggest
 from netlab.drops import Address
 from netlab.model import INTERNET, Nat, Topology
-from netlab.simulated.determinism import repeatable_schedule
+from netlab.simulated.determinism import driven_by_clock, repeatable_schedule
 from netlab.simulated.host import Interface, SimulatedHost, current_host
 from netlab.simulated.network import Attachment, NatNode, Network, prefix_of
 from netlab.simulated.resolver import Resolver
@@ -119,6 +119,7 @@ class SimulatedInternet:
             trio.socket.set_custom_hostname_resolver(self.resolver),
         )
         await self._nursery.start(self.world.run)
+        self._undo.enter_context(driven_by_clock(self.world))
         return self
 
     async def __aexit__(
@@ -143,8 +144,13 @@ class SimulatedInternet:
         return random.Random(f"{purpose} {self.topology.seed}")
 
     def _build(self) -> None:
+        inside_hosts: dict[str, list[Address]] = {}
+        for interfaces in self.plan.hosts.values():
+            for interface in interfaces:
+                addresses = inside_hosts.setdefault(interface.network, [])
+                addresses += (address.packed for address in interface.ipv4)
         for nat in self.topology.nats_outermost_first():
-            self._build_nat(nat)
+            self._build_nat(nat, inside_hosts.get(nat.name, []))
         for server in self.topology.servers:
             node = self._new_host(server.name)
             plan = self.plan.servers[server.name]
@@ -175,16 +181,9 @@ class SimulatedInternet:
         node.add_interface(interface)
         return interface
 
-    def _build_nat(self, nat: Nat) -> None:
+    def _build_nat(self, nat: Nat, inside_hosts: list[Address]) -> None:
         plan = self.plan.nats[nat.name]
         inside = self._networks[nat.name] = Network(self.world, nat.name)
-        inside_hosts = tuple(
-            address.packed
-            for host in self.topology.hosts
-            for interface in self.plan.hosts[host.name]
-            if interface.network == nat.name
-            for address in interface.ipv4
-        )
         node = NatNode(
             self.world,
             nat.name,
@@ -192,7 +191,7 @@ class SimulatedInternet:
             plan,
             inside,
             self._generator(f"nat {nat.name}"),
-            inside_hosts,
+            tuple(inside_hosts),
         )
         inside.router = node
         around = self._networks[nat.uplink.network]

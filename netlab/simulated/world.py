@@ -60,6 +60,9 @@ class World:
         self._started_at = 0.0
         self._sleep: trio.CancelScope | None = None
         self.events_run = 0
+        self.is_driven = False
+        """Whether a jumping clock carries out what lies in the future (see `driven_by_clock`), so
+        that the pump has to care for the present only."""
 
     # --- time ----------------------------------------------------------------------------
 
@@ -72,10 +75,15 @@ class World:
         self._serial += 1
         heapq.heappush(self._heap, (at, self._serial, call, args))
         sleep = self._sleep
-        if sleep is not None and at + self._started_at < sleep.deadline:
-            sleep.deadline = min(sleep.deadline, self._wake_at(at))
+        if sleep is not None and not (self.is_driven and at > self.now() + _ROUNDING_SECONDS):
+            sleep.deadline = min(sleep.deadline, self.wake_at(at))
 
-    def _wake_at(self, at: float) -> float:
+    @property
+    def next_wake(self) -> float:
+        """When the pump has to wake next, in Trio's time; infinity for never."""
+        return self.wake_at(self._heap[0][0]) if self._heap else math.inf
+
+    def wake_at(self, at: float) -> float:
         """Return when to wake for an event: on the next tick, in Trio's time."""
         return math.ceil(at / self._tick_seconds) * self._tick_seconds + self._started_at
 
@@ -83,20 +91,26 @@ class World:
         """Carry out scheduled calls until cancelled."""
         self._started_at = trio.current_time()
         task_status.started()
-        heap = self._heap
         while True:
-            now = self.now() + _ROUNDING_SECONDS
-            # Calls that schedule at this very instant run in the next turn, after the tasks
-            # that this turn has woken.
-            last = self._serial
-            while heap and heap[0][0] <= now and heap[0][1] <= last:
-                _, _, call, args = heapq.heappop(heap)
-                self.events_run += 1
-                call(*args)
-            deadline = self._wake_at(heap[0][0]) if heap else math.inf
+            self.run_due()
+            now = trio.current_time() + _ROUNDING_SECONDS
+            deadline = self.next_wake
+            if self.is_driven and deadline > now:
+                deadline = math.inf
             with trio.CancelScope(deadline=deadline) as self._sleep:
                 await trio.sleep_forever()
             self._sleep = None
+
+    def run_due(self) -> None:
+        """Carry out the calls that are due, without those that they schedule for this instant:
+        these come next, after the tasks that have been woken."""
+        heap = self._heap
+        now = self.now() + _ROUNDING_SECONDS
+        last = self._serial
+        while heap and heap[0][0] <= now and heap[0][1] <= last:
+            _, _, call, args = heapq.heappop(heap)
+            self.events_run += 1
+            call(*args)
 
     # --- record --------------------------------------------------------------------------
 

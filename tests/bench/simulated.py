@@ -42,12 +42,13 @@ def build(pairs: int) -> Topology:
 
 
 async def punch_for_a_minute(topology: Topology, record: bool) -> dict[str, float]:
-    began = time.perf_counter()
+    # Processor time: a shared machine's other work is not this program's cost.
+    began = time.process_time()
     pairs = len(topology.hosts) // 2
     connected = 0
     async with SimulatedInternet(topology, record_packets=record, tick_seconds=0.001) as internet:
         one, two, three = map(str, internet.plan.servers["stun"].ipv4)
-        built = time.perf_counter()
+        built = time.process_time()
 
         async def one_pair(n: int) -> None:
             nonlocal connected
@@ -64,18 +65,18 @@ async def punch_for_a_minute(topology: Topology, record: bool) -> dict[str, floa
                 for n in range(pairs):
                     punching.start_soon(one_pair, n)
             nursery.cancel_scope.cancel()
-        seconds = time.perf_counter() - built
+        seconds = time.process_time() - built
         world = internet.world
     if connected != pairs:
         sys.exit(f"only {connected} of {pairs} pairs connected; the rates mean nothing")
     return {
         "hosts": 2 * pairs,
-        "build_seconds": round(built - began, 2),
-        "run_seconds": round(seconds, 2),
+        "build_cpu_seconds": round(built - began, 2),
+        "run_cpu_seconds": round(seconds, 2),
         "virtual_seconds": round(trio.current_time(), 1),
         "packets": world.packet_count,
-        "packets_per_second": round(world.packet_count / seconds),
-        "events_per_second": round(world.events_run / seconds),
+        "packets_per_cpu_second": round(world.packet_count / seconds),
+        "events_per_cpu_second": round(world.events_run / seconds),
     }
 
 
@@ -83,11 +84,11 @@ def nat_cost(packets: int = 200_000) -> dict[str, float]:
     """Time the NAT alone: one mapping, packets both ways."""
     inside, outside, remote = b"\xc0\xa8\x01\x02", b"\x02\x01\x00\x01", b"\x02\x00\x00\x05"
     nat = Translator(NatBehavior(), [outside], generator=random.Random(1))
-    began = time.perf_counter()
+    began = time.process_time()
     for n in range(packets):
         nat.outbound(Protocol.UDP, inside, 4000, remote, 3478, n * 1e-4)
         verdict = nat.inbound(Protocol.UDP, remote, 3478, outside, 4000, n * 1e-4)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     if not isinstance(verdict, Translated):
         sys.exit(f"the NAT dropped a packet: {verdict.text}")
     return {"nat_microseconds_per_packet": round(seconds / packets / 2 * 1e6, 2)}

@@ -45,7 +45,7 @@ class Contexts:
     authority: trustme.CA
 
     def client(self, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = context.maximum_version = version
         self.authority.configure_trust(context)
         return context

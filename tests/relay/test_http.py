@@ -150,7 +150,8 @@ REFUSED = [
 @pytest.mark.parametrize(("data", "status"), REFUSED, ids=lambda value: repr(value[:30]))
 async def test_bad_requests_are_refused_and_the_connection_ends(data: bytes, status: bytes) -> None:
     """With an answer that says why, and never with an exception."""
-    memory = MemoryStream([data[:7000], data[7000:], head("GET /after")])
+    pieces = [data[position : position + 5000] for position in range(0, len(data), 5000)]
+    memory = MemoryStream([*pieces, head("GET /after")])
     assert await serve(memory) is None
     assert memory.sent.startswith(b"HTTP/1.1 " + status)
     assert b"Connection: close" in memory.sent
@@ -204,7 +205,7 @@ PARTS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(PARTS | st.binary(max_size=8), max_size=14).map(b"".join), st.integers(0, 60))
 def test_no_bytes_make_it_raise(data: bytes, cut: int) -> None:
     """Whatever a client sends, the outcome is None, an upgrade, or StreamEndedError."""

@@ -165,8 +165,8 @@ class TestValues:
         """Under the labels where they belong."""
         counters = Counters()
         counters.accepts = 3
-        counters.packets_received[Kind.DISCO] = 4
-        counters.packets_received[Kind.OTHER] = 5
+        counters.disco_received = 4
+        counters.other_received = 5
         counters.drop(DropReason.DUP_CLIENT, Kind.DISCO, 100, packets=2)
         subject = msgspec.structs.replace(
             snapshot(), traffic=Traffic.of(counters), stun=StunStatistics(success=6, ipv6=2)

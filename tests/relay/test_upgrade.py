@@ -217,7 +217,7 @@ async def test_a_violation_right_behind_the_handshake_is_closed_once(run_relay: 
 async def test_garbage_instead_of_tls_or_http(
     run_relay: RunRelay, contexts: Contexts, count: int
 ) -> None:
-    """A probe that connects, says something silly and goes away costs nothing and breaks nothing."""
+    """A probe that connects, says something silly and goes away breaks nothing."""
     for tls in (contexts, None):
         async with run_relay(tls) as relay:
             for garbage in (b"\xff" * count, b"GET " * count, b"\r\n" * count):

@@ -68,8 +68,9 @@ class TinyRelay:
 
     async def serve(self, host: str = "127.0.0.1", *, task_status: trio.TaskStatus[None]) -> None:
         self.host = host
-        listener = trio.socket.socket()
-        stun = trio.socket.socket(type=trio.socket.SOCK_DGRAM)
+        family = trio.socket.AF_INET6 if ":" in host else trio.socket.AF_INET
+        listener = trio.socket.socket(family)
+        stun = trio.socket.socket(family, trio.socket.SOCK_DGRAM)
         with listener, stun, self.scope:
             listener.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
             await listener.bind((host, self.port))
@@ -90,7 +91,9 @@ class TinyRelay:
             data, source = await sock.recvfrom(2048)
             if not self.mutes_stun:
                 request = parse_binding_request(data)
-                await sock.sendto(encode_binding_response(request.transaction_id, source), source)
+                await sock.sendto(
+                    encode_binding_response(request.transaction_id, source[:2]), source
+                )
 
     async def _keep_alive(self) -> None:
         while True:

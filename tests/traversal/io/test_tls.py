@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 
 import pytest
@@ -17,8 +18,9 @@ AUTHORITY.issue_cert("localhost").configure_cert(SERVER)
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 
 
+@functools.cache
 def client_context(version: ssl.TLSVersion) -> ssl.SSLContext:
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = context.maximum_version = version
     AUTHORITY.configure_trust(context)
     return context
@@ -99,7 +101,7 @@ def test_a_cut_connection_is_no_orderly_end(version: ssl.TLSVersion) -> None:
     assert not isinstance(error.value, TlsClosedError)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.binary(min_size=1, max_size=60), st.sampled_from(VERSIONS))
 def test_garbage_in_a_connection_raises_tls_error_only(
     garbage: bytes, version: ssl.TLSVersion
@@ -119,7 +121,7 @@ def test_garbage_in_a_connection_raises_tls_error_only(
     server.data_to_send()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.binary(min_size=1, max_size=100), st.booleans())
 def test_garbage_in_a_handshake_raises_tls_error_only(garbage: bytes, server_side: bool) -> None:
     """On either side; so does the end of the stream."""

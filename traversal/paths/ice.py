@@ -1,0 +1,584 @@
+"""An ICE agent (RFC 8445), so that a WebRTC-style peer can reach a node: pure decisions.
+
+Both roles, with checks of our own, so that it works from behind a NAT; consent by RFC 7675. What
+the RFC has and this agent lacks, because a node's datagrams need one component over one socket per
+family: several streams and components, and with them the Frozen state, which only keeps checks
+of one foundation from overtaking each other; pairs that differ in nothing but our own candidate
+(RFC 8445 6.1.2.4 prunes them); relayed candidates of our own; and restarts, for which the
+application opens a new session.
+
+What a stranger can cause: a request is verified before anything is remembered or answered, and no
+answer is longer than its request. Whoever knows our password, because we described ourselves to
+them, can make us send at most 20 checks a second, repetitions apart, to at most 100 addresses.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from traversal.keys import Entropy
+from traversal.paths.candidates import LocalNetworks, is_usable
+from traversal.paths.effects import AddressForgotten, AddressLearned
+from traversal.paths.ice_checks import PATIENCE_FACTOR, Check, Pair, PairState
+from traversal.paths.ice_effects import (
+    CheckEnded,
+    CheckStarted,
+    IceEffect,
+    IceState,
+    IceStateChanged,
+    SendStun,
+)
+from traversal.paths.nat64 import translate
+from traversal.wire.address import Address
+from traversal.wire.ice_check import (
+    ROLE_CONFLICT,
+    CheckRequest,
+    encode_check_request,
+    encode_check_response,
+    encode_role_conflict,
+    is_request,
+    parse_check_request,
+    parse_check_response,
+)
+from traversal.wire.ice_description import (
+    PEER_REFLEXIVE_PRIORITY,
+    IceCandidate,
+    IceCandidateType,
+    IceDescription,
+)
+from traversal.wire.stun import TRANSACTION_ID_LENGTH, StunError, TransactionId
+
+PACE_SECONDS: Final = 0.05
+"""Ta, the least time between two new checks (RFC 8445 14.2)."""
+TIMEOUT_SECONDS: Final = 0.5
+"""The first wait for an answer (RFC 8445 14.3 forbids less)."""
+PATIENCE_SECONDS: Final = 39.5
+"""How long a path is looked for: as long as a check takes to fail (RFC 8863 4)."""
+NOMINATION_PATIENCE_SECONDS: Final = 0.2
+"""How long a better pair may take to work after the first one did: a round trip, usually."""
+AGGRESSIVE_SECONDS: Final = 5.0
+"""Agents of RFC 5245 nominate every pair that works and mean the best; later nominations than
+this mean that the peer has moved."""
+CONSENT_SECONDS: Final = 5.0
+CONSENT_EXPIRY_SECONDS: Final = 30.0
+"""RFC 7675 5.1: asked every 5 s, give or take a fifth, and gone after 30 s of silence."""
+CONSENT_ANSWER_SECONDS: Final = 8.0
+DOUBT_SECONDS: Final = 1.0
+"""A selected pair that leaves a consent check unanswered for so long loses against a live one."""
+MAX_PAIRS: Final = 100
+"""RFC 8445 6.1.2.5."""
+MAX_PEER_REFLEXIVE: Final = 16
+"""A peer with more NATs than this in front of it replaces the oldest; so does one that moves."""
+MAX_EARLY_CHECKS: Final = 16
+"""Addresses from which a peer checked before the application told us of it."""
+
+
+class IceError(Exception):
+    """The session can't do what was asked, or has failed; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedPair:
+    """Where datagrams go now, how that address was found, and how the peer sees us."""
+
+    address: Address
+    type: IceCandidateType
+    latency_seconds: float | None
+    mapped_address: Address | None
+
+
+@dataclass(frozen=True, slots=True)
+class _EarlyCheck:
+    source: Address
+    request: CheckRequest
+
+
+class IceAgent:
+    """One session with one peer.
+
+    Look: `description`, `state`, `selected_address`, `selected`, `is_controlling`. Command:
+    `set_remote`, `add_remote_candidates`, `handle_rebind`, `close`. Feed: `handle_stun`. After each
+    of these, and after `on_time`, take `poll_effects` and mind `next_deadline`.
+    """
+
+    def __init__(
+        self,
+        entropy: Entropy,
+        candidates: Iterable[IceCandidate],
+        local: LocalNetworks,
+        *,
+        is_controlling: bool,
+    ) -> None:
+        self.is_controlling = is_controlling
+        self.state = IceState.NEW
+        self.selected_address: Address | None = None
+        self.rejected = 0
+        """STUN messages that were for us and not what they must be."""
+        self.description = IceDescription(
+            ufrag=_random_text(entropy, 8),
+            password=_random_text(entropy, 24),
+            candidates=tuple(candidates),
+        )
+        self._entropy = entropy
+        self._local = local
+        self._tie_breaker = int.from_bytes(entropy(8), "big")
+        self._remote: IceDescription | None = None
+        self._pairs: dict[Address, Pair] = {}
+        self._checks: dict[TransactionId, Check] = {}
+        self._triggered: deque[Pair] = deque()
+        self._early: dict[Address, _EarlyCheck] = {}
+        self._effects: list[IceEffect] = []
+        self._selected: Pair | None = None
+        self._selected_at = -math.inf
+        self._nominee: Pair | None = None
+        self._first_valid_at = math.inf
+        self._last_check_at = -math.inf
+        self._give_up_at = math.inf
+        self._consent_at = math.inf
+        self._unanswered_since: float | None = None
+
+    # ---- look
+
+    @property
+    def selected(self) -> SelectedPair | None:
+        """The pair in use; None before and after."""
+        pair = self._selected
+        if pair is None:
+            return None
+        return SelectedPair(
+            pair.address, pair.remote.type, pair.latency_seconds, pair.mapped_address
+        )
+
+    def poll_effects(self) -> list[IceEffect]:
+        """What is to be done, in this order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def next_deadline(self) -> float:
+        """When to call `on_time`, in monotonic seconds; infinity for never."""
+        deadline = min(self._give_up_at, self._consent_at, self._nomination_due_at())
+        for check in self._checks.values():
+            deadline = min(deadline, check.resend_at, check.expires_at)
+        if self._has_work():
+            deadline = min(deadline, self._last_check_at + PACE_SECONDS)
+        if self._selected is not None:
+            deadline = min(deadline, self._consent_expires_at(self._selected))
+        return deadline
+
+    # ---- commands
+
+    def set_remote(self, description: IceDescription, now: float) -> None:
+        """The peer's description arrived: look for a path. Raises IceError the second time."""
+        if self.state is not IceState.NEW:
+            raise IceError(
+                f"this ICE session is {self.state.value}: a session takes one description of its "
+                "peer; open a new one for another"
+            )
+        self._remote = description
+        if description.is_lite:
+            self.is_controlling = True
+        self._set_state(IceState.CHECKING, "the peer's description is known")
+        self._give_up_at = now + PATIENCE_SECONDS
+        self.add_remote_candidates(description.candidates, now)
+        early, self._early = self._early, {}
+        for check in early.values():
+            if self._is_for_us(check.request):
+                self._note_request(check.request, check.source, now)
+
+    def add_remote_candidates(self, candidates: Iterable[IceCandidate], now: float) -> None:
+        """Candidates that came after the description (trickle ICE, RFC 8838).
+
+        Those that can't be reached from here are left out, and so are those beyond 100.
+        """
+        if self.state is not IceState.CHECKING:
+            return
+        for candidate in candidates:
+            for address in translate([candidate.address], self._local.nat64_prefixes):
+                known = self._pairs.get(address)
+                if known is not None:
+                    if known.remote.type is IceCandidateType.PEER_REFLEXIVE:
+                        known.remote = candidate
+                    continue
+                self._add_pair(
+                    IceCandidate(candidate.foundation, candidate.priority, address, candidate.type)
+                )
+
+    def handle_rebind(self, local: LocalNetworks, now: float) -> None:
+        """Our own address or route changed: the peer must learn our new one at once."""
+        self._local = local
+        if self._selected is not None:
+            self._send_consent_check(self._selected, now)
+        elif self.state is IceState.CHECKING:
+            for pair in self._pairs.values():
+                self._trigger(pair)
+
+    def close(self) -> None:
+        """Forget the peer. Harmless when repeated."""
+        self._finish(IceState.CLOSED, "the session was closed")
+
+    # ---- feed
+
+    def handle_stun(self, datagram: bytes, source: Address, now: float) -> None:
+        """A STUN message that names us or one of our checks. Anything may be in it."""
+        if self.state in (IceState.FAILED, IceState.CLOSED):
+            return
+        try:
+            if is_request(datagram):
+                self._handle_request(datagram, source, now)
+            else:
+                self._handle_response(datagram, source, now)
+        except StunError:
+            self.rejected += 1
+
+    def on_time(self, now: float) -> None:
+        """Do what is due."""
+        if self._selected is not None:
+            if now >= self._consent_expires_at(self._selected):
+                self._finish(IceState.FAILED, "the peer has not answered for 30 s")
+                return
+        elif now >= self._give_up_at:
+            self._finish(IceState.FAILED, self._describe_failure())
+            return
+        for check in list(self._checks.values()):
+            if now >= check.expires_at:
+                self._expire(check)
+            elif now >= check.resend_at:
+                check.note_repeated()
+                self._effects.append(SendStun(check.datagram, check.pair.address))
+        if self._selected is not None and now >= self._consent_at:
+            self._send_consent_check(self._selected, now)
+        self._maybe_nominate(now)
+        if self._has_work() and now >= self._last_check_at + PACE_SECONDS:
+            self._send_next(now)
+
+    # ---- requests of the peer
+
+    def _handle_request(self, datagram: bytes, source: Address, now: float) -> None:
+        request = parse_check_request(datagram, self.description.password)
+        if not self._is_for_us(request):
+            raise StunError("a connectivity check between others")
+        transaction_id, password = request.transaction_id, self.description.password
+        if request.is_controlling is self.is_controlling:
+            # RFC 8445 7.3.1.1: the larger tie-breaker controls.
+            has_won = self._tie_breaker >= request.tie_breaker
+            if has_won is self.is_controlling:
+                answer = encode_role_conflict(transaction_id, password)
+                self._effects.append(SendStun(answer, source))
+                return
+            self._switch_role()
+        answer = encode_check_response(transaction_id, source, password)
+        self._effects.append(SendStun(answer, source))
+        if self._remote is not None:
+            self._note_request(request, source, now)
+        elif source in self._early or len(self._early) < MAX_EARLY_CHECKS:
+            self._early[source] = _EarlyCheck(source, request)
+
+    def _is_for_us(self, request: CheckRequest) -> bool:
+        receiver, _, sender = request.username.partition(":")
+        if receiver != self.description.ufrag:
+            return False
+        return self._remote is None or sender == self._remote.ufrag
+
+    def _note_request(self, request: CheckRequest, source: Address, now: float) -> None:
+        """Triggered checks and nomination (RFC 8445 7.3.1.3 to 7.3.1.5)."""
+        pair = self._pairs.get(source) or self._add_peer_reflexive(request.priority, source)
+        if pair is None:
+            return
+        self._note_heard(pair, now)
+        if pair.state is not PairState.SUCCEEDED:
+            self._trigger(pair)
+        if request.use_candidate and not self.is_controlling:
+            pair.is_nominated = True
+            self._maybe_follow(pair, now)
+
+    # ---- answers of the peer
+
+    def _handle_response(self, datagram: bytes, source: Address, now: float) -> None:
+        check = self._checks.get(TransactionId(datagram[8:20]))
+        if check is None or self._remote is None:
+            return
+        response = parse_check_response(datagram, self._remote.password)
+        self._end(check)
+        pair = check.pair
+        if response.error_code == ROLE_CONFLICT:
+            if check.request.is_controlling is self.is_controlling:
+                self._switch_role()
+                self._tie_breaker = int.from_bytes(self._entropy(8), "big")
+            self._trigger(pair)
+            return
+        if response.error_code is not None or source != pair.address:
+            # An answer from elsewhere means that the path is not the same both ways (7.2.5.2.1).
+            self._note_failure(pair)
+            return
+        self._note_heard(pair, now)
+        pair.answered_at = now
+        pair.mapped_address = response.mapped_address
+        if not check.repeats:
+            pair.latency_seconds = now - check.sent_at
+        was_valid = pair.state is PairState.SUCCEEDED
+        pair.state = PairState.SUCCEEDED
+        if pair in self._triggered and pair is not self._nominee:
+            self._triggered.remove(pair)
+        self._first_valid_at = min(self._first_valid_at, now)
+        if pair is self._selected:
+            self._unanswered_since = None
+        if check.request.use_candidate and pair is self._nominee:
+            self._nominee = None
+            self._select(pair, now)
+        elif not self.is_controlling:
+            self._maybe_follow(pair, now)
+        elif self._selected is not None and not was_valid and self._unanswered_since is None:
+            # The peer checked from a new address: has it left the old one?
+            self._send_consent_check(self._selected, now)
+        self._maybe_nominate(now)
+
+    def _note_failure(self, pair: Pair) -> None:
+        if pair is not self._selected:
+            pair.state = PairState.FAILED
+        if pair is self._nominee:
+            self._nominee = None
+
+    # ---- checks of ours
+
+    def _has_work(self) -> bool:
+        if self._triggered:
+            return True
+        return self.state is IceState.CHECKING and any(
+            pair.state is PairState.WAITING for pair in self._pairs.values()
+        )
+
+    def _trigger(self, pair: Pair) -> None:
+        if pair.state is PairState.FAILED:
+            pair.state = PairState.WAITING
+        if pair not in self._triggered:
+            self._triggered.append(pair)
+
+    def _send_next(self, now: float) -> None:
+        if self._triggered:
+            pair = self._triggered.popleft()
+        else:
+            waiting = [p for p in self._pairs.values() if p.state is PairState.WAITING]
+            pair = max(waiting, key=self._priority)
+        self._last_check_at = now
+        is_nomination = pair is self._nominee
+        under_way = pair.check
+        if under_way is not None:
+            request = under_way.request
+            if (request.use_candidate, request.is_controlling) == (
+                is_nomination,
+                self.is_controlling,
+            ):
+                # Sent again instead of anew: the peer's NAT may be open for it by now.
+                self._effects.append(SendStun(under_way.datagram, pair.address))
+                return
+            under_way.resend_at = math.inf
+        if pair.state is not PairState.SUCCEEDED:
+            pair.state = PairState.IN_PROGRESS
+        active = sum(
+            p.state in (PairState.WAITING, PairState.IN_PROGRESS) for p in self._pairs.values()
+        )
+        timeout = max(TIMEOUT_SECONDS, PACE_SECONDS * active)
+        pair.check = self._start_check(
+            pair, now, timeout * PATIENCE_FACTOR, is_nomination=is_nomination
+        )
+        pair.check.repeat(timeout)
+
+    def _send_consent_check(self, pair: Pair, now: float) -> None:
+        spread = int.from_bytes(self._entropy(2), "big") / 65536
+        self._consent_at = now + CONSENT_SECONDS * (0.8 + 0.4 * spread)
+        if self._unanswered_since is None:
+            self._unanswered_since = now
+        # The controlling agent goes on nominating, so that the peer follows when we move.
+        self._start_check(pair, now, CONSENT_ANSWER_SECONDS, is_nomination=self.is_controlling)
+
+    def _consent_expires_at(self, pair: Pair) -> float:
+        return max(pair.answered_at, self._selected_at) + CONSENT_EXPIRY_SECONDS
+
+    def _start_check(
+        self, pair: Pair, now: float, timeout_seconds: float, *, is_nomination: bool
+    ) -> Check:
+        assert self._remote is not None
+        request = CheckRequest(
+            transaction_id=TransactionId(self._entropy(TRANSACTION_ID_LENGTH)),
+            username=f"{self._remote.ufrag}:{self.description.ufrag}",
+            priority=PEER_REFLEXIVE_PRIORITY,
+            is_controlling=self.is_controlling,
+            tie_breaker=self._tie_breaker,
+            use_candidate=is_nomination and self.is_controlling,
+        )
+        datagram = encode_check_request(request, self._remote.password)
+        check = Check(request, datagram, pair, now, now + timeout_seconds)
+        self._checks[request.transaction_id] = check
+        self._effects.append(CheckStarted(request.transaction_id))
+        self._effects.append(SendStun(datagram, pair.address))
+        return check
+
+    def _expire(self, check: Check) -> None:
+        is_latest = check.pair.check is check
+        self._end(check)
+        if is_latest:
+            self._note_failure(check.pair)
+
+    def _end(self, check: Check) -> None:
+        del self._checks[check.request.transaction_id]
+        if check.pair.check is check:
+            check.pair.check = None
+        self._effects.append(CheckEnded(check.request.transaction_id))
+
+    # ---- nomination
+
+    def _nomination_due_at(self) -> float:
+        """When to nominate the best valid pair; infinity if there is nothing to nominate."""
+        if not self.is_controlling or self._nominee is not None or self._best_valid() is None:
+            return math.inf
+        if self._selected is None:
+            return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
+        if self._unanswered_since is None:
+            return math.inf
+        return self._unanswered_since + DOUBT_SECONDS
+
+    def _best_valid(self) -> Pair | None:
+        valid = [
+            pair
+            for pair in self._pairs.values()
+            if pair.state is PairState.SUCCEEDED and pair is not self._selected
+        ]
+        return max(valid, key=self._priority, default=None)
+
+    def _maybe_nominate(self, now: float) -> None:
+        due_at = self._nomination_due_at()
+        best = self._best_valid()
+        if due_at == math.inf or best is None:
+            return
+        if now < due_at and (self._selected is not None or self._may_be_beaten(best)):
+            return
+        self._nominee = best
+        if best in self._triggered:
+            self._triggered.remove(best)
+        self._triggered.appendleft(best)
+
+    def _may_be_beaten(self, pair: Pair) -> bool:
+        return any(
+            other.state in (PairState.WAITING, PairState.IN_PROGRESS)
+            and self._priority(other) > self._priority(pair)
+            for other in self._pairs.values()
+        )
+
+    def _maybe_follow(self, pair: Pair, now: float) -> None:
+        """The controlling peer nominated a pair; use it if it works."""
+        if not pair.is_nominated or pair.state is not PairState.SUCCEEDED:
+            return
+        current = self._selected
+        if (
+            current is None
+            or now - self._selected_at > AGGRESSIVE_SECONDS
+            or self._priority(pair) > self._priority(current)
+        ):
+            self._select(pair, now)
+
+    def _select(self, pair: Pair, now: float) -> None:
+        pair.is_nominated = False
+        if pair is self._selected:
+            return
+        self._selected = pair
+        self._selected_at = now
+        self.selected_address = pair.address
+        self._unanswered_since = None
+        self._give_up_at = math.inf
+        self._consent_at = max(now, pair.answered_at + CONSENT_SECONDS)
+        for check in self._checks.values():
+            check.resend_at = math.inf
+        self._set_state(
+            IceState.CONNECTED, f"datagrams go to {pair.address} ({pair.remote.type.value})"
+        )
+
+    def _switch_role(self) -> None:
+        self.is_controlling = not self.is_controlling
+        self._nominee = None
+
+    # ---- pairs
+
+    def _priority(self, pair: Pair) -> int:
+        return pair.priority(is_controlling=self.is_controlling)
+
+    def _add_pair(self, candidate: IceCandidate) -> Pair | None:
+        if len(self._pairs) >= MAX_PAIRS or not is_usable(candidate.address, self._local):
+            return None
+        local_priority = max(
+            (
+                own.priority
+                for own in self.description.candidates
+                if own.address.is_ipv6 == candidate.address.is_ipv6
+            ),
+            default=1,
+        )
+        pair = self._pairs[candidate.address] = Pair(candidate, local_priority)
+        return pair
+
+    def _add_peer_reflexive(self, priority: int, source: Address) -> Pair | None:
+        reflexive = [
+            pair
+            for pair in self._pairs.values()
+            if pair.remote.type is IceCandidateType.PEER_REFLEXIVE
+            and pair not in (self._selected, self._nominee)
+        ]
+        if len(reflexive) >= MAX_PEER_REFLEXIVE or len(self._pairs) >= MAX_PAIRS:
+            if not reflexive:
+                return None
+            self._remove(min(reflexive, key=lambda pair: pair.heard_at))
+        kind = IceCandidateType.PEER_REFLEXIVE
+        return self._add_pair(IceCandidate("prflx", priority, source, kind))
+
+    def _remove(self, pair: Pair) -> None:
+        del self._pairs[pair.address]
+        if pair in self._triggered:
+            self._triggered.remove(pair)
+        for check in [check for check in self._checks.values() if check.pair is pair]:
+            self._end(check)
+        if pair.heard_at > -math.inf:
+            self._effects.append(AddressForgotten(pair.address))
+
+    def _note_heard(self, pair: Pair, now: float) -> None:
+        if pair.heard_at == -math.inf:
+            self._effects.append(AddressLearned(pair.address))
+        pair.heard_at = now
+
+    # ---- the session as a whole
+
+    def _set_state(self, state: IceState, reason: str) -> None:
+        self.state = state
+        self._effects.append(IceStateChanged(state, reason))
+
+    def _describe_failure(self) -> str:
+        if not self._pairs:
+            return "the peer named no address that can be reached from here"
+        if any(pair.heard_at > -math.inf for pair in self._pairs.values()):
+            return (
+                "the peer was heard, but no path was agreed on; it may have ended, or taken "
+                "another description for ours"
+            )
+        tried = len(self._pairs)
+        return (
+            f"none of the peer's {tried} addresses answered in {PATIENCE_SECONDS} s; a firewall "
+            "may drop UDP, or the peer did not get our description"
+        )
+
+    def _finish(self, state: IceState, reason: str) -> None:
+        if self.state in (IceState.FAILED, IceState.CLOSED):
+            return
+        for pair in list(self._pairs.values()):
+            self._remove(pair)
+        self._early.clear()
+        self._selected = self._nominee = self.selected_address = None
+        self._consent_at = self._give_up_at = math.inf
+        self._set_state(state, reason)
+
+
+def _random_text(entropy: Entropy, characters: int) -> str:
+    """Characters of ICE's alphabet, which is that of base64: 6 bits of entropy each."""
+    return binascii.b2a_base64(entropy(characters * 6 // 8), newline=False).decode()

@@ -1,0 +1,55 @@
+"""What an ICE agent wants done, for the shell to carry out in the order given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from traversal.paths.effects import AddressForgotten, AddressLearned
+from traversal.wire.address import Address
+from traversal.wire.stun import TransactionId
+
+
+class IceState(Enum):
+    """Where a session is in its life."""
+
+    NEW = "new"
+    CHECKING = "checking"
+    CONNECTED = "connected"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class SendStun:
+    """Send these bytes by UDP."""
+
+    datagram: bytes
+    address: Address
+
+
+@dataclass(frozen=True, slots=True)
+class CheckStarted:
+    """A STUN response with this transaction id is for this agent."""
+
+    transaction_id: TransactionId
+
+
+@dataclass(frozen=True, slots=True)
+class CheckEnded:
+    """No more responses with this transaction id are expected."""
+
+    transaction_id: TransactionId
+
+
+@dataclass(frozen=True, slots=True)
+class IceStateChanged:
+    """`reason` is a sentence for a person."""
+
+    state: IceState
+    reason: str
+
+
+IceEffect = (
+    SendStun | CheckStarted | CheckEnded | IceStateChanged | AddressLearned | AddressForgotten
+)
