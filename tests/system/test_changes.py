@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from netlab.model import Host, Nat, PortAllocation, PortAssignment, Server, Topology, Uplink
 from netlab.presets import class_behavior
-from tests.system.world import WIRE, set_udp_between_hosts, simulate, topology
+from tests.system.world import FINE_TICK_SECONDS, WIRE, set_udp_between_hosts, simulate, topology
 from traversal import PathKind
 
 EASY = class_behavior("EIM+APDF")
@@ -20,7 +20,7 @@ EASY = class_behavior("EIM+APDF")
 async def test_dead_and_healed_path(seed: int, autojump_clock: MockClock) -> None:
     """Less than a second of traffic is lost with the path, then none by the relay, and 3 s after
     it has healed the path is used again. The path dies at any point of the heartbeat's cycle."""
-    async with simulate(topology(EASY, EASY, seed=seed)) as world:
+    async with simulate(topology(EASY, EASY, seed=seed), tick_seconds=FINE_TICK_SECONDS) as world:
         conversation = await world.converse()
         await conversation.until_direct()
         await trio.sleep(5 + 0.7 * seed)
@@ -30,7 +30,6 @@ async def test_dead_and_healed_path(seed: int, autojump_clock: MockClock) -> Non
         relayed = trio.current_time()
         print(f"LAB dead {relayed - died:.3f}")
         await trio.sleep(10 + seed)
-        healed = trio.current_time()
         set_udp_between_hosts(world, "n0", "n1", works=True)
         took = await conversation.until_direct(3)
         print(f"LAB healed {took:.3f}")
@@ -54,7 +53,7 @@ async def test_roaming(seed: int, autojump_clock: MockClock) -> None:
         nats=tuple(Nat(name=name, behavior=EASY) for name in ("home", "cell", "n1")),
         seed=seed,
     )
-    async with simulate(of) as world:
+    async with simulate(of, tick_seconds=FINE_TICK_SECONDS) as world:
         conversation = await world.converse()
         await conversation.until_direct()
         await trio.sleep(5 + seed)
@@ -80,7 +79,7 @@ async def test_changing_nat(what: str, autojump_clock: MockClock) -> None:
     traffic, and the path is direct again within 3 s. The relay connection breaks too."""
     behavior = class_behavior("EIM+APDF")
     behavior = dataclasses.replace(behavior, ports=PortAllocation(assignment=PortAssignment.RANDOM))
-    async with simulate(topology(behavior, EASY)) as world:
+    async with simulate(topology(behavior, EASY), tick_seconds=FINE_TICK_SECONDS) as world:
         conversation = await world.converse()
         await conversation.until_direct()
         await trio.sleep(4.5)
@@ -124,7 +123,7 @@ async def test_loss_does_not_flap(seed: int, autojump_clock: MockClock) -> None:
 async def test_relay_death_leaves_the_direct_path_alone(autojump_clock: MockClock) -> None:
     """When the home relay dies, direct traffic loses nothing, the home changes, and the peer
     learns the new one: when the direct path dies too, the new relay carries the traffic."""
-    async with simulate(topology(EASY, EASY, relays=2)) as world:
+    async with simulate(topology(EASY, EASY, relays=2), tick_seconds=FINE_TICK_SECONDS) as world:
         a, b = await world.open_nodes("h0", "h1")
         conversation = await world.introduce(a, b)
         await conversation.until_direct()
@@ -133,7 +132,7 @@ async def test_relay_death_leaves_the_direct_path_alone(autojump_clock: MockCloc
         began = trio.current_time()
         world.relays[home - 900].stop()
         with trio.fail_after(30):
-            while home in (a.home_region, b.home_region):
+            while home in (a.home_region, b.home_region):  # noqa: ASYNC110  # no event tells
                 await trio.sleep(0.1)
         print(f"LAB home changes after {trio.current_time() - began:.1f}")
         await trio.sleep(3)
