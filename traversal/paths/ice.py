@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import binascii
 import math
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks, is_usable
 from traversal.paths.effects import AddressForgotten, AddressLearned
-from traversal.paths.ice_checks import PATIENCE_FACTOR, Check, Pair, PairState
+from traversal.paths.ice_checks import PATIENCE_FACTOR, Check, CheckList, Pair, PairState
 from traversal.paths.ice_effects import (
     CheckEnded,
     CheckStarted,
@@ -70,10 +69,6 @@ CONSENT_EXPIRY_SECONDS: Final = 30.0
 CONSENT_ANSWER_SECONDS: Final = 8.0
 DOUBT_SECONDS: Final = 1.0
 """A selected pair that leaves a consent check unanswered for so long loses against a live one."""
-MAX_PAIRS: Final = 100
-"""RFC 8445 6.1.2.5."""
-MAX_PEER_REFLEXIVE: Final = 16
-"""A peer with more NATs than this in front of it replaces the oldest; so does one that moves."""
 MAX_EARLY_CHECKS: Final = 16
 """Addresses from which a peer checked before the application told us of it."""
 
@@ -114,7 +109,6 @@ class IceAgent:
         *,
         is_controlling: bool,
     ) -> None:
-        self.is_controlling = is_controlling
         self.state = IceState.NEW
         self.selected_address: Address | None = None
         self.rejected = 0
@@ -128,9 +122,9 @@ class IceAgent:
         self._local = local
         self._tie_breaker = int.from_bytes(entropy(8), "big")
         self._remote: IceDescription | None = None
-        self._pairs: dict[Address, Pair] = {}
+        self._pairs = CheckList()
+        self._pairs.is_controlling = is_controlling
         self._checks: dict[TransactionId, Check] = {}
-        self._triggered: deque[Pair] = deque()
         self._early: dict[Address, _EarlyCheck] = {}
         self._effects: list[IceEffect] = []
         self._selected: Pair | None = None
@@ -141,8 +135,14 @@ class IceAgent:
         self._give_up_at = math.inf
         self._consent_at = math.inf
         self._unanswered_since: float | None = None
+        self._has_rechecked = False
 
     # ---- look
+
+    @property
+    def is_controlling(self) -> bool:
+        """Whether we nominate; a conflict of roles may change it."""
+        return self._pairs.is_controlling
 
     @property
     def selected(self) -> SelectedPair | None:
@@ -161,7 +161,12 @@ class IceAgent:
 
     def next_deadline(self) -> float:
         """When to call `on_time`, in monotonic seconds; infinity for never."""
-        deadline = min(self._give_up_at, self._consent_at, self._nomination_due_at())
+        deadline = min(
+            self._give_up_at,
+            self._consent_at,
+            self._nomination_due_at(),
+            self._recheck_due_at(),
+        )
         for check in self._checks.values():
             deadline = min(deadline, check.resend_at, check.expires_at)
         if self._has_work():
@@ -181,7 +186,7 @@ class IceAgent:
             )
         self._remote = description
         if description.is_lite:
-            self.is_controlling = True
+            self._pairs.is_controlling = True
         self._set_state(IceState.CHECKING, "the peer's description is known")
         self._give_up_at = now + PATIENCE_SECONDS
         self.add_remote_candidates(description.candidates, now)
@@ -199,14 +204,12 @@ class IceAgent:
             return
         for candidate in candidates:
             for address in translate([candidate.address], self._local.nat64_prefixes):
+                reachable = replace(candidate, address=address)
                 known = self._pairs.get(address)
-                if known is not None:
-                    if known.remote.type is IceCandidateType.PEER_REFLEXIVE:
-                        known.remote = candidate
-                    continue
-                self._add_pair(
-                    IceCandidate(candidate.foundation, candidate.priority, address, candidate.type)
-                )
+                if known is None:
+                    self._maybe_add_pair(reachable)
+                elif known.remote.type is IceCandidateType.PEER_REFLEXIVE:
+                    known.remote = reachable
 
     def handle_rebind(self, local: LocalNetworks, now: float) -> None:
         """Our own address or route changed: the peer must learn our new one at once."""
@@ -214,8 +217,8 @@ class IceAgent:
         if self._selected is not None:
             self._send_consent_check(self._selected, now)
         elif self.state is IceState.CHECKING:
-            for pair in self._pairs.values():
-                self._trigger(pair)
+            for pair in self._pairs:
+                self._pairs.trigger(pair)
 
     def close(self) -> None:
         """Forget the peer. Harmless when repeated."""
@@ -252,6 +255,8 @@ class IceAgent:
                 self._effects.append(SendStun(check.datagram, check.pair.address))
         if self._selected is not None and now >= self._consent_at:
             self._send_consent_check(self._selected, now)
+        if now >= self._recheck_due_at():
+            self._recheck()
         self._maybe_nominate(now)
         if self._has_work() and now >= self._last_check_at + PACE_SECONDS:
             self._send_next(now)
@@ -286,12 +291,12 @@ class IceAgent:
 
     def _note_request(self, request: CheckRequest, source: Address, now: float) -> None:
         """Triggered checks and nomination (RFC 8445 7.3.1.3 to 7.3.1.5)."""
-        pair = self._pairs.get(source) or self._add_peer_reflexive(request.priority, source)
+        pair = self._pairs.get(source) or self._maybe_add_reflexive(request.priority, source)
         if pair is None:
             return
         self._note_heard(pair, now)
         if pair.state is not PairState.SUCCEEDED:
-            self._trigger(pair)
+            self._pairs.trigger(pair)
         if request.use_candidate and not self.is_controlling:
             pair.is_nominated = True
             self._maybe_follow(pair, now)
@@ -309,7 +314,7 @@ class IceAgent:
             if check.request.is_controlling is self.is_controlling:
                 self._switch_role()
                 self._tie_breaker = int.from_bytes(self._entropy(8), "big")
-            self._trigger(pair)
+            self._pairs.trigger(pair)
             return
         if response.error_code is not None or source != pair.address:
             # An answer from elsewhere means that the path is not the same both ways (7.2.5.2.1).
@@ -318,15 +323,16 @@ class IceAgent:
         self._note_heard(pair, now)
         pair.answered_at = now
         pair.mapped_address = response.mapped_address
-        if not check.repeats:
+        if check.sends == 1:
             pair.latency_seconds = now - check.sent_at
         was_valid = pair.state is PairState.SUCCEEDED
         pair.state = PairState.SUCCEEDED
-        if pair in self._triggered and pair is not self._nominee:
-            self._triggered.remove(pair)
+        if pair is not self._nominee:
+            self._pairs.withdraw(pair)
         self._first_valid_at = min(self._first_valid_at, now)
         if pair is self._selected:
             self._unanswered_since = None
+            self._has_rechecked = False
         if check.request.use_candidate and pair is self._nominee:
             self._nominee = None
             self._select(pair, now)
@@ -346,24 +352,17 @@ class IceAgent:
     # ---- checks of ours
 
     def _has_work(self) -> bool:
-        if self._triggered:
+        if self._pairs.has_triggered:
             return True
-        return self.state is IceState.CHECKING and any(
-            pair.state is PairState.WAITING for pair in self._pairs.values()
+        return (
+            self.state is IceState.CHECKING
+            and self._pairs.maybe_best(PairState.WAITING) is not None
         )
 
-    def _trigger(self, pair: Pair) -> None:
-        if pair.state is PairState.FAILED:
-            pair.state = PairState.WAITING
-        if pair not in self._triggered:
-            self._triggered.append(pair)
-
     def _send_next(self, now: float) -> None:
-        if self._triggered:
-            pair = self._triggered.popleft()
-        else:
-            waiting = [p for p in self._pairs.values() if p.state is PairState.WAITING]
-            pair = max(waiting, key=self._priority)
+        pair = self._pairs.maybe_next_triggered() or self._pairs.maybe_best(PairState.WAITING)
+        if pair is None:
+            return
         self._last_check_at = now
         is_nomination = pair is self._nominee
         under_way = pair.check
@@ -374,15 +373,13 @@ class IceAgent:
                 self.is_controlling,
             ):
                 # Sent again instead of anew: the peer's NAT may be open for it by now.
+                under_way.sends += 1
                 self._effects.append(SendStun(under_way.datagram, pair.address))
                 return
             under_way.resend_at = math.inf
         if pair.state is not PairState.SUCCEEDED:
             pair.state = PairState.IN_PROGRESS
-        active = sum(
-            p.state in (PairState.WAITING, PairState.IN_PROGRESS) for p in self._pairs.values()
-        )
-        timeout = max(TIMEOUT_SECONDS, PACE_SECONDS * active)
+        timeout = max(TIMEOUT_SECONDS, PACE_SECONDS * self._pairs.count_unfinished())
         pair.check = self._start_check(
             pair, now, timeout * PATIENCE_FACTOR, is_nomination=is_nomination
         )
@@ -432,42 +429,46 @@ class IceAgent:
 
     # ---- nomination
 
+    def _maybe_best_valid(self) -> Pair | None:
+        """The pair to nominate: valid, and heard since the selected one fell silent."""
+        if not self.is_controlling:
+            return None
+        if self._selected is None:
+            return self._pairs.maybe_best(PairState.SUCCEEDED)
+        if self._unanswered_since is None:
+            return None
+        best = self._pairs.maybe_best(PairState.SUCCEEDED, self._unanswered_since)
+        return best if best is not self._selected else None
+
     def _nomination_due_at(self) -> float:
         """When to nominate the best valid pair; infinity if there is nothing to nominate."""
-        if not self.is_controlling or self._nominee is not None or self._best_valid() is None:
+        if self._nominee is not None or self._maybe_best_valid() is None:
             return math.inf
-        if self._selected is None:
-            return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
-        if self._unanswered_since is None:
+        if self._unanswered_since is not None:
+            return self._unanswered_since + DOUBT_SECONDS
+        return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
+
+    def _maybe_nominate(self, now: float) -> None:
+        best = self._maybe_best_valid()
+        if best is None or self._nominee is not None:
+            return
+        is_early = now < self._nomination_due_at()
+        if is_early and (self._selected is not None or self._pairs.count_unfinished(above=best)):
+            return
+        self._nominee = best
+        self._pairs.trigger(best, is_urgent=True)
+
+    def _recheck_due_at(self) -> float:
+        """When to see which other pairs work, because the selected one is silent."""
+        if self._unanswered_since is None or self._has_rechecked or not self.is_controlling:
             return math.inf
         return self._unanswered_since + DOUBT_SECONDS
 
-    def _best_valid(self) -> Pair | None:
-        valid = [
-            pair
-            for pair in self._pairs.values()
-            if pair.state is PairState.SUCCEEDED and pair is not self._selected
-        ]
-        return max(valid, key=self._priority, default=None)
-
-    def _maybe_nominate(self, now: float) -> None:
-        due_at = self._nomination_due_at()
-        best = self._best_valid()
-        if due_at == math.inf or best is None:
-            return
-        if now < due_at and (self._selected is not None or self._may_be_beaten(best)):
-            return
-        self._nominee = best
-        if best in self._triggered:
-            self._triggered.remove(best)
-        self._triggered.appendleft(best)
-
-    def _may_be_beaten(self, pair: Pair) -> bool:
-        return any(
-            other.state in (PairState.WAITING, PairState.IN_PROGRESS)
-            and self._priority(other) > self._priority(pair)
-            for other in self._pairs.values()
-        )
+    def _recheck(self) -> None:
+        self._has_rechecked = True
+        for pair in sorted(self._pairs, key=self._pairs.priority, reverse=True):
+            if pair is not self._selected:
+                self._pairs.trigger(pair)
 
     def _maybe_follow(self, pair: Pair, now: float) -> None:
         """The controlling peer nominated a pair; use it if it works."""
@@ -477,7 +478,7 @@ class IceAgent:
         if (
             current is None
             or now - self._selected_at > AGGRESSIVE_SECONDS
-            or self._priority(pair) > self._priority(current)
+            or self._pairs.priority(pair) > self._pairs.priority(current)
         ):
             self._select(pair, now)
 
@@ -487,6 +488,7 @@ class IceAgent:
             return
         self._selected = pair
         self._selected_at = now
+        self._has_rechecked = False
         self.selected_address = pair.address
         self._unanswered_since = None
         self._give_up_at = math.inf
@@ -498,16 +500,13 @@ class IceAgent:
         )
 
     def _switch_role(self) -> None:
-        self.is_controlling = not self.is_controlling
+        self._pairs.is_controlling = not self.is_controlling
         self._nominee = None
 
     # ---- pairs
 
-    def _priority(self, pair: Pair) -> int:
-        return pair.priority(is_controlling=self.is_controlling)
-
-    def _add_pair(self, candidate: IceCandidate) -> Pair | None:
-        if len(self._pairs) >= MAX_PAIRS or not is_usable(candidate.address, self._local):
+    def _maybe_add_pair(self, candidate: IceCandidate) -> Pair | None:
+        if self._pairs.is_full or not is_usable(candidate.address, self._local):
             return None
         local_priority = max(
             (
@@ -517,27 +516,19 @@ class IceAgent:
             ),
             default=1,
         )
-        pair = self._pairs[candidate.address] = Pair(candidate, local_priority)
+        pair = Pair(candidate, local_priority)
+        self._pairs.add(pair)
         return pair
 
-    def _add_peer_reflexive(self, priority: int, source: Address) -> Pair | None:
-        reflexive = [
-            pair
-            for pair in self._pairs.values()
-            if pair.remote.type is IceCandidateType.PEER_REFLEXIVE
-            and pair not in (self._selected, self._nominee)
-        ]
-        if len(reflexive) >= MAX_PEER_REFLEXIVE or len(self._pairs) >= MAX_PAIRS:
-            if not reflexive:
-                return None
-            self._remove(min(reflexive, key=lambda pair: pair.heard_at))
+    def _maybe_add_reflexive(self, priority: int, source: Address) -> Pair | None:
+        oldest = self._pairs.maybe_oldest_reflexive(keep=(self._selected, self._nominee))
+        if oldest is not None:
+            self._remove(oldest)
         kind = IceCandidateType.PEER_REFLEXIVE
-        return self._add_pair(IceCandidate("prflx", priority, source, kind))
+        return self._maybe_add_pair(IceCandidate("prflx", priority, source, kind))
 
     def _remove(self, pair: Pair) -> None:
-        del self._pairs[pair.address]
-        if pair in self._triggered:
-            self._triggered.remove(pair)
+        self._pairs.remove(pair)
         for check in [check for check in self._checks.values() if check.pair is pair]:
             self._end(check)
         if pair.heard_at > -math.inf:
@@ -557,7 +548,7 @@ class IceAgent:
     def _describe_failure(self) -> str:
         if not self._pairs:
             return "the peer named no address that can be reached from here"
-        if any(pair.heard_at > -math.inf for pair in self._pairs.values()):
+        if any(pair.heard_at > -math.inf for pair in self._pairs):
             return (
                 "the peer was heard, but no path was agreed on; it may have ended, or taken "
                 "another description for ours"
@@ -571,10 +562,11 @@ class IceAgent:
     def _finish(self, state: IceState, reason: str) -> None:
         if self.state in (IceState.FAILED, IceState.CLOSED):
             return
-        for pair in list(self._pairs.values()):
+        for pair in self._pairs:
             self._remove(pair)
         self._early.clear()
         self._selected = self._nominee = self.selected_address = None
+        self._unanswered_since = None
         self._consent_at = self._give_up_at = math.inf
         self._set_state(state, reason)
 
