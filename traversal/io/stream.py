@@ -113,6 +113,8 @@ class HandshakeStream:
         if self._sock.fileno() < 0:
             return
         try:
+            # Whoever still waits for this socket must learn of it before its number is reused.
+            trio.lowlevel.notify_closing(self._sock.fileno())
             sock, tls = self.detach()
         except NotImplementedError:
             # A simulated socket, from which there is nothing to detach.
