@@ -20,12 +20,14 @@ from traversal.io.udp import Source, UdpSockets
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks
 from traversal.paths.effects import AddressForgotten, AddressLearned
-from traversal.paths.ice import IceAgent, IceError, SelectedPair
+from traversal.paths.ice import IceAgent
 from traversal.paths.ice_effects import (
     CheckEnded,
     CheckStarted,
+    IceError,
     IceState,
     IceStateChanged,
+    SelectedPair,
     SendStun,
 )
 from traversal.wire.address import Address

@@ -23,13 +23,20 @@ from typing import Final
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks, is_usable
 from traversal.paths.effects import AddressForgotten, AddressLearned
-from traversal.paths.ice_checks import PATIENCE_FACTOR, Check, CheckList, Pair, PairState
+from traversal.paths.ice_checks import (
+    PATIENCE_FACTOR,
+    Check,
+    CheckList,
+    ChecksUnderWay,
+    Pair,
+    PairState,
+)
 from traversal.paths.ice_effects import (
-    CheckEnded,
-    CheckStarted,
     IceEffect,
+    IceError,
     IceState,
     IceStateChanged,
+    SelectedPair,
     SendStun,
 )
 from traversal.paths.nat64 import translate
@@ -73,20 +80,6 @@ MAX_EARLY_CHECKS: Final = 16
 """Addresses from which a peer checked before the application told us of it."""
 
 
-class IceError(Exception):
-    """The session can't do what was asked, or has failed; the text says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class SelectedPair:
-    """Where datagrams go now, how that address was found, and how the peer sees us."""
-
-    address: Address
-    type: IceCandidateType
-    latency_seconds: float | None
-    mapped_address: Address | None
-
-
 @dataclass(frozen=True, slots=True)
 class _EarlyCheck:
     source: Address
@@ -124,9 +117,9 @@ class IceAgent:
         self._remote: IceDescription | None = None
         self._pairs = CheckList()
         self._pairs.is_controlling = is_controlling
-        self._checks: dict[TransactionId, Check] = {}
         self._early: dict[Address, _EarlyCheck] = {}
         self._effects: list[IceEffect] = []
+        self._checks = ChecksUnderWay(self._effects)
         self._selected: Pair | None = None
         self._selected_at = -math.inf
         self._nominee: Pair | None = None
@@ -156,7 +149,8 @@ class IceAgent:
 
     def poll_effects(self) -> list[IceEffect]:
         """What is to be done, in this order."""
-        effects, self._effects = self._effects, []
+        effects = list(self._effects)
+        self._effects.clear()
         return effects
 
     def next_deadline(self) -> float:
@@ -167,8 +161,7 @@ class IceAgent:
             self._nomination_due_at(),
             self._recheck_due_at(),
         )
-        for check in self._checks.values():
-            deadline = min(deadline, check.resend_at, check.expires_at)
+        deadline = min(deadline, self._checks.next_deadline())
         if self._has_work():
             deadline = min(deadline, self._last_check_at + PACE_SECONDS)
         if self._selected is not None:
@@ -247,12 +240,8 @@ class IceAgent:
         elif now >= self._give_up_at:
             self._finish(IceState.FAILED, self._describe_failure())
             return
-        for check in list(self._checks.values()):
-            if now >= check.expires_at:
-                self._expire(check)
-            elif now >= check.resend_at:
-                check.note_repeated()
-                self._effects.append(SendStun(check.datagram, check.pair.address))
+        for pair in self._checks.handle_time(now):
+            self._note_failure(pair)
         if self._selected is not None and now >= self._consent_at:
             self._send_consent_check(self._selected, now)
         if now >= self._recheck_due_at():
@@ -304,11 +293,11 @@ class IceAgent:
     # ---- answers of the peer
 
     def _handle_response(self, datagram: bytes, source: Address, now: float) -> None:
-        check = self._checks.get(TransactionId(datagram[8:20]))
+        check = self._checks.get(datagram[8:20])
         if check is None or self._remote is None:
             return
         response = parse_check_response(datagram, self._remote.password)
-        self._end(check)
+        self._checks.end(check)
         pair = check.pair
         if response.error_code == ROLE_CONFLICT:
             if check.request.is_controlling is self.is_controlling:
@@ -373,8 +362,7 @@ class IceAgent:
                 self.is_controlling,
             ):
                 # Sent again instead of anew: the peer's NAT may be open for it by now.
-                under_way.sends += 1
-                self._effects.append(SendStun(under_way.datagram, pair.address))
+                self._checks.send_again(under_way)
                 return
             under_way.resend_at = math.inf
         if pair.state is not PairState.SUCCEEDED:
@@ -410,22 +398,8 @@ class IceAgent:
         )
         datagram = encode_check_request(request, self._remote.password)
         check = Check(request, datagram, pair, now, now + timeout_seconds)
-        self._checks[request.transaction_id] = check
-        self._effects.append(CheckStarted(request.transaction_id))
-        self._effects.append(SendStun(datagram, pair.address))
+        self._checks.start(check)
         return check
-
-    def _expire(self, check: Check) -> None:
-        is_latest = check.pair.check is check
-        self._end(check)
-        if is_latest:
-            self._note_failure(check.pair)
-
-    def _end(self, check: Check) -> None:
-        del self._checks[check.request.transaction_id]
-        if check.pair.check is check:
-            check.pair.check = None
-        self._effects.append(CheckEnded(check.request.transaction_id))
 
     # ---- nomination
 
@@ -493,8 +467,7 @@ class IceAgent:
         self._unanswered_since = None
         self._give_up_at = math.inf
         self._consent_at = max(now, pair.answered_at + CONSENT_SECONDS)
-        for check in self._checks.values():
-            check.resend_at = math.inf
+        self._checks.stop_repeating()
         self._set_state(
             IceState.CONNECTED, f"datagrams go to {pair.address} ({pair.remote.type.value})"
         )
@@ -529,8 +502,7 @@ class IceAgent:
 
     def _remove(self, pair: Pair) -> None:
         self._pairs.remove(pair)
-        for check in [check for check in self._checks.values() if check.pair is pair]:
-            self._end(check)
+        self._checks.end_all(pair)
         if pair.heard_at > -math.inf:
             self._effects.append(AddressForgotten(pair.address))
 

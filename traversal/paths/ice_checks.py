@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from traversal.paths.ice_effects import CheckEnded, CheckStarted, IceEffect, SendStun
 from traversal.wire.address import Address
 from traversal.wire.ice_check import CheckRequest
 from traversal.wire.ice_description import IceCandidate, IceCandidateType
@@ -96,6 +97,69 @@ class Check:
             self.resend_at += self._wait_seconds
         else:
             self.resend_at = math.inf
+
+
+class ChecksUnderWay:
+    """The requests that await an answer; says so to the shell by effects."""
+
+    def __init__(self, effects: list[IceEffect]) -> None:
+        self._effects = effects
+        self._checks: dict[bytes, Check] = {}
+
+    def get(self, transaction_id: bytes) -> Check | None:
+        """The check that an answer is for."""
+        return self._checks.get(transaction_id)
+
+    def start(self, check: Check) -> None:
+        """Send it for the first time."""
+        self._checks[check.request.transaction_id] = check
+        self._effects.append(CheckStarted(check.request.transaction_id))
+        self._effects.append(SendStun(check.datagram, check.pair.address))
+
+    def send_again(self, check: Check) -> None:
+        """Send it although that is not due."""
+        check.sends += 1
+        self._effects.append(SendStun(check.datagram, check.pair.address))
+
+    def end(self, check: Check) -> None:
+        """It was answered, or nobody waits for the answer any more."""
+        del self._checks[check.request.transaction_id]
+        if check.pair.check is check:
+            check.pair.check = None
+        self._effects.append(CheckEnded(check.request.transaction_id))
+
+    def end_all(self, pair: Pair) -> None:
+        """The pair is given up."""
+        for check in [check for check in self._checks.values() if check.pair is pair]:
+            self.end(check)
+
+    def stop_repeating(self) -> None:
+        """Answers still count, but no check is worth sending again."""
+        for check in self._checks.values():
+            check.resend_at = math.inf
+
+    def next_deadline(self) -> float:
+        """When to call `handle_time`."""
+        return min(
+            (min(check.resend_at, check.expires_at) for check in self._checks.values()),
+            default=math.inf,
+        )
+
+    def handle_time(self, now: float) -> list[Pair]:
+        """Repeat what is due; the pairs whose last check was not answered in time are returned.
+
+        A consent check that stays unanswered says nothing here.
+        """
+        failed = []
+        for check in list(self._checks.values()):
+            if now >= check.expires_at:
+                if check.pair.check is check:
+                    failed.append(check.pair)
+                self.end(check)
+            elif now >= check.resend_at:
+                check.note_repeated()
+                self._effects.append(SendStun(check.datagram, check.pair.address))
+        return failed
 
 
 class CheckList:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -165,3 +167,12 @@ def test_candidates_of_a_node() -> None:
         (IceCandidateType.SERVER_REFLEXIVE, Address("203.0.113.1", 7)),
     ]
     assert made[2].related == local[0]
+
+
+def test_the_example_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/ice.md shows runs as it stands."""
+    page = Path(__file__).parents[3] / "docs" / "ice.md"
+    example = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], str(page), "exec"), {})
+    assert capsys.readouterr().out.startswith("b'hello' from 127.0.0.1:")

@@ -20,12 +20,12 @@ from traversal.paths.ice import (
     PACE_SECONDS,
     PATIENCE_SECONDS,
     IceAgent,
-    IceError,
 )
 from traversal.paths.ice_checks import MAX_PAIRS, MAX_PEER_REFLEXIVE
 from traversal.paths.ice_effects import (
     CheckEnded,
     CheckStarted,
+    IceError,
     IceState,
     IceStateChanged,
     SendStun,
