@@ -39,6 +39,7 @@ from traversal.paths.ice_effects import (
     SelectedPair,
     SendStun,
 )
+from traversal.paths.ice_selection import DOUBT_SECONDS, Selection
 from traversal.paths.nat64 import translate
 from traversal.wire.address import Address
 from traversal.wire.ice_check import (
@@ -67,15 +68,8 @@ PATIENCE_SECONDS: Final = 39.5
 """How long a path is looked for: as long as a check takes to fail (RFC 8863 4)."""
 NOMINATION_PATIENCE_SECONDS: Final = 0.2
 """How long a better pair may take to work after the first one did: a round trip, usually."""
-AGGRESSIVE_SECONDS: Final = 5.0
-"""Agents of RFC 5245 nominate every pair that works and mean the best; later nominations than
-this mean that the peer has moved."""
-CONSENT_SECONDS: Final = 5.0
-CONSENT_EXPIRY_SECONDS: Final = 30.0
-"""RFC 7675 5.1: asked every 5 s, give or take a fifth, and gone after 30 s of silence."""
 CONSENT_ANSWER_SECONDS: Final = 8.0
-DOUBT_SECONDS: Final = 1.0
-"""A selected pair that leaves a consent check unanswered for so long loses against a live one."""
+"""How long the answer to a consent check counts: longer than any round trip."""
 MAX_EARLY_CHECKS: Final = 16
 """Addresses from which a peer checked before the application told us of it."""
 
@@ -120,15 +114,11 @@ class IceAgent:
         self._early: dict[Address, _EarlyCheck] = {}
         self._effects: list[IceEffect] = []
         self._checks = ChecksUnderWay(self._effects)
-        self._selected: Pair | None = None
-        self._selected_at = -math.inf
+        self._selection: Selection | None = None
         self._nominee: Pair | None = None
         self._first_valid_at = math.inf
         self._last_check_at = -math.inf
         self._give_up_at = math.inf
-        self._consent_at = math.inf
-        self._unanswered_since: float | None = None
-        self._has_rechecked = False
 
     # ---- look
 
@@ -140,12 +130,7 @@ class IceAgent:
     @property
     def selected(self) -> SelectedPair | None:
         """The pair in use; None before and after."""
-        pair = self._selected
-        if pair is None:
-            return None
-        return SelectedPair(
-            pair.address, pair.remote.type, pair.latency_seconds, pair.mapped_address
-        )
+        return None if self._selection is None else self._selection.look()
 
     def poll_effects(self) -> list[IceEffect]:
         """What is to be done, in this order."""
@@ -157,15 +142,14 @@ class IceAgent:
         """When to call `on_time`, in monotonic seconds; infinity for never."""
         deadline = min(
             self._give_up_at,
-            self._consent_at,
+            self._checks.next_deadline(),
             self._nomination_due_at(),
             self._recheck_due_at(),
         )
-        deadline = min(deadline, self._checks.next_deadline())
         if self._has_work():
             deadline = min(deadline, self._last_check_at + PACE_SECONDS)
-        if self._selected is not None:
-            deadline = min(deadline, self._consent_expires_at(self._selected))
+        if self._selection is not None:
+            deadline = min(deadline, self._selection.ask_at, self._selection.expires_at)
         return deadline
 
     # ---- commands
@@ -207,8 +191,8 @@ class IceAgent:
     def handle_rebind(self, local: LocalNetworks, now: float) -> None:
         """Our own address or route changed: the peer must learn our new one at once."""
         self._local = local
-        if self._selected is not None:
-            self._send_consent_check(self._selected, now)
+        if self._selection is not None:
+            self._send_consent_check(self._selection, now)
         elif self.state is IceState.CHECKING:
             for pair in self._pairs:
                 self._pairs.trigger(pair)
@@ -233,8 +217,9 @@ class IceAgent:
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
-        if self._selected is not None:
-            if now >= self._consent_expires_at(self._selected):
+        selection = self._selection
+        if selection is not None:
+            if now >= selection.expires_at:
                 self._finish(IceState.FAILED, "the peer has not answered for 30 s")
                 return
         elif now >= self._give_up_at:
@@ -242,8 +227,8 @@ class IceAgent:
             return
         for pair in self._checks.handle_time(now):
             self._note_failure(pair)
-        if self._selected is not None and now >= self._consent_at:
-            self._send_consent_check(self._selected, now)
+        if selection is not None and now >= selection.ask_at:
+            self._send_consent_check(selection, now)
         if now >= self._recheck_due_at():
             self._recheck()
         self._maybe_nominate(now)
@@ -319,21 +304,21 @@ class IceAgent:
         if pair is not self._nominee:
             self._pairs.withdraw(pair)
         self._first_valid_at = min(self._first_valid_at, now)
-        if pair is self._selected:
-            self._unanswered_since = None
-            self._has_rechecked = False
+        selection = self._selection
+        if selection is not None and pair is selection.pair:
+            selection.note_answered()
         if check.request.use_candidate and pair is self._nominee:
             self._nominee = None
             self._select(pair, now)
         elif not self.is_controlling:
             self._maybe_follow(pair, now)
-        elif self._selected is not None and not was_valid and self._unanswered_since is None:
+        elif selection is not None and not was_valid and selection.unanswered_since is None:
             # The peer checked from a new address: has it left the old one?
-            self._send_consent_check(self._selected, now)
+            self._send_consent_check(selection, now)
         self._maybe_nominate(now)
 
     def _note_failure(self, pair: Pair) -> None:
-        if pair is not self._selected:
+        if not self._is_selected(pair):
             pair.state = PairState.FAILED
         if pair is self._nominee:
             self._nominee = None
@@ -373,16 +358,12 @@ class IceAgent:
         )
         pair.check.repeat(timeout)
 
-    def _send_consent_check(self, pair: Pair, now: float) -> None:
-        spread = int.from_bytes(self._entropy(2), "big") / 65536
-        self._consent_at = now + CONSENT_SECONDS * (0.8 + 0.4 * spread)
-        if self._unanswered_since is None:
-            self._unanswered_since = now
+    def _send_consent_check(self, selection: Selection, now: float) -> None:
+        selection.note_asked(now, int.from_bytes(self._entropy(2), "big") / 65536)
         # The controlling agent goes on nominating, so that the peer follows when we move.
-        self._start_check(pair, now, CONSENT_ANSWER_SECONDS, is_nomination=self.is_controlling)
-
-    def _consent_expires_at(self, pair: Pair) -> float:
-        return max(pair.answered_at, self._selected_at) + CONSENT_EXPIRY_SECONDS
+        self._start_check(
+            selection.pair, now, CONSENT_ANSWER_SECONDS, is_nomination=self.is_controlling
+        )
 
     def _start_check(
         self, pair: Pair, now: float, timeout_seconds: float, *, is_nomination: bool
@@ -407,19 +388,20 @@ class IceAgent:
         """The pair to nominate: valid, and heard since the selected one fell silent."""
         if not self.is_controlling:
             return None
-        if self._selected is None:
+        selection = self._selection
+        if selection is None:
             return self._pairs.maybe_best(PairState.SUCCEEDED)
-        if self._unanswered_since is None:
+        if selection.unanswered_since is None:
             return None
-        best = self._pairs.maybe_best(PairState.SUCCEEDED, self._unanswered_since)
-        return best if best is not self._selected else None
+        best = self._pairs.maybe_best(PairState.SUCCEEDED, selection.unanswered_since)
+        return best if best is not selection.pair else None
 
     def _nomination_due_at(self) -> float:
         """When to nominate the best valid pair; infinity if there is nothing to nominate."""
         if self._nominee is not None or self._maybe_best_valid() is None:
             return math.inf
-        if self._unanswered_since is not None:
-            return self._unanswered_since + DOUBT_SECONDS
+        if self._selection is not None and self._selection.unanswered_since is not None:
+            return self._selection.unanswered_since + DOUBT_SECONDS
         return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
 
     def _maybe_nominate(self, now: float) -> None:
@@ -427,50 +409,51 @@ class IceAgent:
         if best is None or self._nominee is not None:
             return
         is_early = now < self._nomination_due_at()
-        if is_early and (self._selected is not None or self._pairs.count_unfinished(above=best)):
+        if is_early and (self._selection is not None or self._pairs.count_unfinished(above=best)):
             return
         self._nominee = best
         self._pairs.trigger(best, is_urgent=True)
 
     def _recheck_due_at(self) -> float:
         """When to see which other pairs work, because the selected one is silent."""
-        if self._unanswered_since is None or self._has_rechecked or not self.is_controlling:
+        selection = self._selection
+        if selection is None or selection.unanswered_since is None or not self.is_controlling:
             return math.inf
-        return self._unanswered_since + DOUBT_SECONDS
+        return math.inf if selection.has_rechecked else selection.unanswered_since + DOUBT_SECONDS
 
     def _recheck(self) -> None:
-        self._has_rechecked = True
+        assert self._selection is not None
+        self._selection.has_rechecked = True
         for pair in sorted(self._pairs, key=self._pairs.priority, reverse=True):
-            if pair is not self._selected:
+            if pair is not self._selection.pair:
                 self._pairs.trigger(pair)
 
     def _maybe_follow(self, pair: Pair, now: float) -> None:
         """The controlling peer nominated a pair; use it if it works."""
         if not pair.is_nominated or pair.state is not PairState.SUCCEEDED:
             return
-        current = self._selected
+        selection, priority = self._selection, self._pairs.priority
         if (
-            current is None
-            or now - self._selected_at > AGGRESSIVE_SECONDS
-            or self._pairs.priority(pair) > self._pairs.priority(current)
+            selection is None
+            or selection.is_settled(now)
+            or priority(pair) > priority(selection.pair)
         ):
             self._select(pair, now)
 
     def _select(self, pair: Pair, now: float) -> None:
         pair.is_nominated = False
-        if pair is self._selected:
+        if self._is_selected(pair):
             return
-        self._selected = pair
-        self._selected_at = now
-        self._has_rechecked = False
+        self._selection = Selection.make(pair, now)
         self.selected_address = pair.address
-        self._unanswered_since = None
         self._give_up_at = math.inf
-        self._consent_at = max(now, pair.answered_at + CONSENT_SECONDS)
         self._checks.stop_repeating()
         self._set_state(
             IceState.CONNECTED, f"datagrams go to {pair.address} ({pair.remote.type.value})"
         )
+
+    def _is_selected(self, pair: Pair) -> bool:
+        return self._selection is not None and self._selection.pair is pair
 
     def _switch_role(self) -> None:
         self._pairs.is_controlling = not self.is_controlling
@@ -494,7 +477,8 @@ class IceAgent:
         return pair
 
     def _maybe_add_reflexive(self, priority: int, source: Address) -> Pair | None:
-        oldest = self._pairs.maybe_oldest_reflexive(keep=(self._selected, self._nominee))
+        selected = None if self._selection is None else self._selection.pair
+        oldest = self._pairs.maybe_oldest_reflexive(keep=(selected, self._nominee))
         if oldest is not None:
             self._remove(oldest)
         kind = IceCandidateType.PEER_REFLEXIVE
@@ -537,9 +521,8 @@ class IceAgent:
         for pair in self._pairs:
             self._remove(pair)
         self._early.clear()
-        self._selected = self._nominee = self.selected_address = None
-        self._unanswered_since = None
-        self._consent_at = self._give_up_at = math.inf
+        self._selection = self._nominee = self.selected_address = None
+        self._give_up_at = math.inf
         self._set_state(state, reason)
 
 
