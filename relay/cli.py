@@ -15,7 +15,10 @@ import click
 
 from relay.config import Config, ConfigError
 from relay.demo import demo_command
+from relay.loadtest import loadtest_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
+from relay.probe import probe_command
+from relay.top import top_command
 from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
 from traversal.relay_map import RelayMap, RelayMapError
 
@@ -383,7 +386,8 @@ def token_issue(
     click.echo(f"id {claims.id}", err=True)
 
 
-main.add_command(demo_command)
+for command in (demo_command, probe_command, loadtest_command, top_command):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

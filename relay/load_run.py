@@ -34,7 +34,7 @@ QUEUE_PACKETS: Final = 32
 clients do (DERP specification 15.4)."""
 MIN_TICK_SECONDS: Final = 0.0005
 """A pair with a rate so high that several packets are due together sends them together."""
-SILENCE_SECONDS: Final = 0.5
+SILENCE_SECONDS: Final = 2.0
 """Nothing arrived for so long: what is missing was dropped."""
 WARM_UP_SHARE: Final = 0.1
 """Of the packets, not measured: buffers and TCP windows grow first."""
@@ -66,7 +66,8 @@ class Load:
         packets: how many in all, shared equally by the pairs.
         window: how many packets of a pair may be under way (closed loop).
         rate: packets per second of all pairs together (open loop); None for a closed loop.
-        full_records: fill TLS records, instead of a record for each packet as real clients do.
+        full_records: in a closed loop, fill TLS records, instead of a record for each packet as
+            real clients do.
     """
 
     packet_bytes: int
@@ -118,7 +119,7 @@ class LoadResult:
     @property
     def server_cpu_seconds_per_million(self) -> float:
         """What the server's process used for a million packets."""
-        return self.server_cpu_seconds / self.received * 1e6
+        return self.server_cpu_seconds / max(self.received, 1) * 1e6
 
     def latency_seconds(self, quantile: float) -> float:
         """For example 0.99: this share of the packets took no longer."""
@@ -150,8 +151,9 @@ class _Pair:
         "_body",
         "_bursts",
         "_header_and_key",
-        "_packet_wire_bytes",
         "_partial",
+        "_record_bytes",
+        "_record_packets",
         "_sent_bytes",
         "_unpacker",
         "_wire",
@@ -172,8 +174,10 @@ class _Pair:
         self._body = os.urandom(load.packet_bytes - 8)
         self._header_and_key = HEADER.pack(FrameType.RECV_PACKET, length) + sender.key
         self._unpacker = struct.Struct(f">{HEADER_LENGTH + 32}sQ{len(self._body)}x")
+        self._record_packets = 1
+        if load.full_records and load.rate is None:
+            self._record_packets = max(1, MAX_RECORD_BYTES // self._unpacker.size)
         self._wire = memoryview(self._encrypt(load))
-        self._packet_wire_bytes = len(self._wire) / packets
         self._sent_bytes = 0
         self._partial = receiver.received
         self._allowed = 0
@@ -187,25 +191,28 @@ class _Pair:
     def _encrypt(self, load: Load) -> bytearray:
         """Everything that will be sent, as it goes over the wire."""
         head = HEADER.pack(FrameType.SEND_PACKET, 32 + load.packet_bytes) + self.receiver.key
-        at_once = max(1, MAX_RECORD_BYTES // self._unpacker.size) if load.full_records else 1
         tls = self.sender.tls
         wire = bytearray()
-        for first in range(0, self.total, at_once):
+        for first in range(0, self.total, self._record_packets):
             plain = b"".join(
                 head + number.to_bytes(8, "big") + self._body
-                for number in range(first, min(first + at_once, self.total))
+                for number in range(first, min(first + self._record_packets, self.total))
             )
             if tls is None:
                 wire += plain
             else:
                 tls.write(plain)
                 wire += tls.data_to_send()
+            if first == 0:
+                self._record_bytes = len(wire)
         return wire
 
     @property
     def sent(self) -> int:
         """Packets that have left whole."""
-        return int(self._sent_bytes / self._packet_wire_bytes + 1e-6)
+        if self._sent_bytes == len(self._wire):
+            return self.total
+        return self._sent_bytes // self._record_bytes * self._record_packets
 
     @property
     def used_up(self) -> bool:
@@ -213,8 +220,9 @@ class _Pair:
         return self._allowed == self.total
 
     def allow(self, packets: int, now: float) -> None:
-        """Packets up to this number may leave from now on."""
-        packets = min(packets, self.total)
+        """Packets up to this number may leave from now on, and what shares a record with them."""
+        records = -(-packets // self._record_packets)
+        packets = min(records * self._record_packets, self.total)
         if packets > self._allowed:
             self._allowed = packets
             self._bursts.append((packets, now))
@@ -239,7 +247,9 @@ class _Pair:
 
     def send(self) -> bool:
         """Send what is allowed; whether all of it went."""
-        end = round(self._allowed * self._packet_wire_bytes)
+        end = len(self._wire)
+        if self._allowed < self.total:
+            end = self._allowed // self._record_packets * self._record_bytes
         while self._sent_bytes < end:
             try:
                 self._sent_bytes += self.sender.sock.send(self._wire[self._sent_bytes : end])

@@ -127,7 +127,10 @@ def _nodes_of_map(path: Path, region: int | None, names: tuple[str, ...]) -> lis
         if name not in (node.name for node in nodes):
             known = ", ".join(node.name for node in nodes) or "none"
             raise TargetError(f"{path}: no node {name!r}; there are {known}")
-    return [node for node in nodes if not names or node.name in names]
+    nodes = [node for node in nodes if not names or node.name in names]
+    if not nodes:
+        raise TargetError(f"{path}: holds no node to probe")
+    return nodes
 
 
 @click.command("probe")

@@ -275,6 +275,23 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         )
 
 
+def without_gauges(snapshot: Snapshot) -> Snapshot:
+    """Only what was counted: of a worker that is gone, so that no sum ever goes down."""
+    return msgspec.structs.replace(
+        snapshot,
+        workers=0,
+        is_draining=False,
+        connections=Connections(),
+        rates=Rates(),
+        tls_active=dict.fromkeys(snapshot.tls_active, 0),
+        resources=Resources(),
+        clients=(),
+        clients_left_out=0,
+        mesh_links=(),
+        pump_problem="",
+    )
+
+
 def merge(snapshots: Sequence[Snapshot]) -> Snapshot:
     """One snapshot of several workers' of one relay; there must be at least one.
 

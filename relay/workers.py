@@ -26,7 +26,7 @@ import trio
 from relay.certificate_files import load_or_create_self_signed
 from relay.config import Config
 from relay.service import Identity
-from relay.snapshot import MAX_CLIENTS, Snapshot
+from relay.snapshot import MAX_CLIENTS, Snapshot, merge, without_gauges
 from relay.worker_pipe import (
     Command,
     WorkerError,
@@ -66,7 +66,8 @@ class WorkerPool:
             tls = msgspec.structs.replace(config.tls, directory=self._directory.name)
             self._config = msgspec.structs.replace(config, tls=tls)
             load_or_create_self_signed(self._directory.name, config.server.hostname)
-        self.restarts = 0
+        self._last: dict[int, Snapshot] = {}
+        self._ended: list[Snapshot] = []
         self._stopping = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -105,24 +106,32 @@ class WorkerPool:
     async def revoke(self, key: bytes, reason: str) -> int:
         """As `Service.revoke`; the sum over all workers."""
         counts = await self._tell_all(Command("revoke", (key, reason)))
-        return sum(int(count) for count in counts)
+        return sum(counts.values())
 
     async def snapshots(self, max_clients: int = MAX_CLIENTS) -> list[Snapshot]:
         """One per worker that answers. Raises WorkerError if none does."""
-        return await self._tell_all(Command("snapshot", (max_clients,)))
+        replies = await self._tell_all(Command("snapshot", (max_clients,)))
+        silent = [last for index, last in self._last.items() if index not in replies]
+        self._last.update(replies)
+        return [*replies.values(), *map(without_gauges, silent), *self._ended]
 
-    async def _tell_all(self, command: Command) -> list[Any]:
-        replies: list[Any] = []
+    async def _tell_all(self, command: Command) -> dict[int, Any]:
+        """The replies by worker. Raises WorkerError if there is none.
+
+        A worker that does not answer in time hangs: it is killed, and restarted as any other.
+        """
+        replies: dict[int, Any] = {}
         problems: list[str] = []
 
         async def tell(worker: _Worker) -> None:
             with trio.move_on_after(REPLY_TIMEOUT_SECONDS) as timeout:
                 try:
-                    replies.append(await worker.request(command))
+                    replies[worker.index] = await worker.request(command)
                 except WorkerError as error:
                     problems.append(str(error))
             if timeout.cancelled_caught:
-                problems.append(f"worker {worker.index} did not answer in time")
+                problems.append(f"worker {worker.index} did not answer in time and is killed")
+                worker.process.kill()
 
         async with trio.open_nursery() as nursery:
             for worker in list(self._workers.values()):
@@ -152,9 +161,12 @@ class WorkerPool:
                 self._workers.pop(index, None)
                 with trio.CancelScope(shield=True):
                     await worker.stop()
+            if index in self._last:
+                # What it counted last stays in the sums.
+                ended = without_gauges(self._last.pop(index))
+                self._ended = [merge([*self._ended, ended])]
             if self._stopping:
                 return
-            self.restarts += 1
             if trio.current_time() - began > STEADY_SECONDS:
                 delay = FIRST_RESTART_SECONDS
             logger.error("worker %d ended (status %s); restarting in %.1f s", index, status, delay)

@@ -167,7 +167,7 @@ class Endpoints:
             while not self._wanted.is_set():
                 with trio.move_on_after(pause):
                     await self._wanted.wait()
-                if self._is_busy() or not self._relays.home:
+                if self._is_busy() or not self.report.latencies:
                     break
             if not self._is_full_wanted:
                 await trio.sleep(max(0.0, began + MIN_SPACING_SECONDS - trio.current_time()))

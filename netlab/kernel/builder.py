@@ -115,14 +115,20 @@ class Built:
                 links[end.machine].append(self._add_tun(end, 1500))
         for machine in machines.values():
             self._configure(machine, links[machine.name])
-        outer_ends: dict[str, list[int]] = {}
+        # Either end may lag: one that was up before its peer has no carrier yet, and IPv6 starts
+        # on neither before the kernel has noticed the carrier.
+        plain: dict[str, list[int]] = {}
         for cable in self.wiring.cables:
             if not cable.pumped:
-                outer_ends.setdefault(cable.outer.machine, []).append(cable.outer.index)
-        for name, indexes in outer_ends.items():
+                for end in (cable.outer, cable.inner):
+                    plain.setdefault(end.machine, []).append(end.index)
+        for name, indexes in plain.items():
             with Netlink(self.namespaces[name]) as netlink:
                 for index in indexes:
                     netlink.wait_until_up(index)
+                for _, address in machines[name].addresses:
+                    if address.version == 6:
+                        netlink.wait_until_local(address.ip)
 
     def _link_end(self, cable: Cable, end: End) -> LinkEnd:
         return LinkEnd(self.namespaces[end.machine], end.name, end.index, cable.mtu_bytes)

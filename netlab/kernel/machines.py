@@ -169,6 +169,9 @@ class KernelHost(KernelMachine):
             requests += [add_address(chosen.inner.index, address) for address in addresses]
         requests += map(replace_route, host_routes(chosen.inner.index, plan))
         self._run(requests)
+        with Netlink(self.namespace) as netlink:
+            for own in plan.ipv6:
+                netlink.wait_until_local(own)
         self._up = [network, *(old if keep_old else ())]
         self._lab.record_change("roam", self.name, network)
 

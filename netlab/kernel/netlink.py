@@ -39,7 +39,7 @@ NLMSG_ERROR = 2
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
-_RTM_NEWRULE = 32
+_RTM_GETROUTE, _RTM_NEWRULE = 26, 32
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
 _IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 13, 16, 28, 29
 _RTEXT_FILTER_SKIP_STATS = 0x8
@@ -50,7 +50,7 @@ _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
 _FRA_IIFNAME, _FRA_PRIORITY, _FR_ACT_TO_TBL = 3, 6, 1
 _IFA_F_NODAD = 0x02
 _IFF_UP, _IFF_NOARP = 0x1, 0x80
-_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_BLACKHOLE = 4, 253, 1, 6
+_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_LOCAL, _RTN_BLACKHOLE = 4, 253, 1, 2, 6
 
 MAIN_TABLE = 254
 """The routing table that is asked when no rule says otherwise."""
@@ -313,6 +313,30 @@ class Netlink:
                 return
             if time.monotonic() > deadline:
                 raise NetlinkError(errno.ETIMEDOUT, f"link {index} does not come up")
+            time.sleep(0.0005)
+
+    def wait_until_local(self, address: IpAddress, *, timeout_seconds: float = 2.0) -> None:
+        """Wait until packets to one of this machine's IPv6 addresses are taken in.
+
+        Linux makes that route in the background, also where it detects no duplicates.
+
+        Raises:
+            NetlinkError: the route didn't appear.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        body = struct.pack("=BBBBBBBBI", socket.AF_INET6, 128, 0, 0, 0, 0, 0, 0, 0)
+        body += attribute(_RTA_DST, address.packed)
+        header = (16 + len(body), _RTM_GETROUTE, NLM_F_REQUEST)
+        while True:
+            self._sequence += 1
+            self._socket.send(_MESSAGE.pack(*header, self._sequence, 0) + body)
+            answer = self._socket.recv(65536)
+            # The type of a route is byte 7 of struct rtmsg.
+            (kind,) = struct.unpack_from("=H", answer, 4)
+            if kind == _RTM_NEWROUTE and answer[16 + 7] == _RTN_LOCAL:
+                return
+            if time.monotonic() > deadline:
+                raise NetlinkError(errno.ETIMEDOUT, f"the address {address} does not come up")
             time.sleep(0.0005)
 
     def _run_batch(self, batch: Sequence[Request]) -> None:

@@ -286,7 +286,9 @@ def main(
 ) -> None:
     """Compare our relay with a reference, or measure one server."""
     _prefer_aes_128()
-    rows = [row for row in ROWS if not wanted or any(text in row.name for text in wanted)]
+    chosen = [row for row in ROWS if not wanted or any(text in row.name for text in wanted)]
+    needed = {row.overload_of for row in chosen}
+    chosen = [row for row in ROWS if row in chosen or row.name in needed]
     if idle is None:
         idle = 0 if wanted else IDLE_CLIENTS // (10 if quick else 1)
     rows = [
@@ -299,7 +301,7 @@ def main(
                 full_records=full_records,
             ),
         )
-        for row in rows
+        for row in chosen
     ]
     console = Console(stderr=True)
     os.sched_setaffinity(0, {GENERATOR_CORE % (os.cpu_count() or 1)})
@@ -323,9 +325,10 @@ def main(
     for figures in found:
         groups.setdefault((figures.row, figures.server), []).append(figures)
     medians = [median_of(group) for group in groups.values()]
-    ratios = [ratio_of(*pair) for pair in zip(medians[::2], medians[1::2], strict=True)]
-    if len(servers) == 1:
-        ratios = []
+    ratios = []
+    if len(servers) == 2:
+        pairs = zip(medians[::2], medians[1::2], strict=True)
+        ratios = [ratio_of(ours, reference) for ours, reference in pairs]
     if as_json:
         click.echo(
             json.dumps(

@@ -147,7 +147,13 @@ def _process(
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env={**os.environ, "HOME": directory, "GOMAXPROCS": "1", **(environment or {})},
+            # OPENSSL_CONF is for the generator, which speaks for Go's clients.
+            env={
+                **{name: value for name, value in os.environ.items() if name != "OPENSSL_CONF"},
+                "HOME": directory,
+                "GOMAXPROCS": "1",
+                **(environment or {}),
+            },
         )
     try:
         yield process, output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from relay.http_client import get
 from traversal.io.dial import Dialed, DialError, Target, dial
 from traversal.io.stream import StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
@@ -168,9 +171,12 @@ async def test_clients_of_different_workers_reach_each_other(start: Start) -> No
 
 
 async def test_a_killed_worker_loses_only_its_own_clients_and_comes_back(start: Start) -> None:
-    """The others' connections go on, and new clients are served by the worker's successor."""
-    async with start("--workers", "2", "--admin", "off") as relay:
+    """The others' connections go on, newcomers are served by its successor, no count goes down."""
+    admin = f"127.0.0.1:{free_port()}"
+    async with start("--workers", "2", "--admin", admin) as relay:
         clients = [await relay.connect(new_key()) for _ in range(8)]
+        before = await read_accepts(admin)
+        assert before >= 8
         workers = _children(relay.process.pid)
         assert len(workers) == 2
         os.kill(workers[0], signal.SIGKILL)
@@ -193,6 +199,7 @@ async def test_a_killed_worker_loses_only_its_own_clients_and_comes_back(start: 
             newcomer = await relay.connect(key)
             await send_until_received(survivors[0], key.public(), newcomer)
         assert len(_children(relay.process.pid)) == 2
+        assert await read_accepts(admin) >= before + 8
 
 
 async def test_a_mesh_of_two_relays_forwards_and_says_goodbye(
@@ -265,6 +272,27 @@ async def test_restarting_spreads_the_clients(start: Start) -> None:
             waits.add(frame.reconnect_in_ms)
         assert len(waits) == 4
         assert max(waits) <= 500
+
+
+async def read_accepts(admin: str) -> float:
+    """The value of the metric `derp_accepts`."""
+    response = await get(
+        f"http://{admin}/metrics",
+        [],
+        timeout_seconds=10,
+        tls=ssl.create_default_context(),
+        max_bytes=1 << 20,
+    )
+    assert response.status == 200
+    lines = response.body.decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("derp_accepts ")))
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def _children(pid: int) -> list[int]:
