@@ -406,6 +406,7 @@ class Node:
             session.machine.set_local_networks(local)
             session.machine.set_own_addresses(addresses, now)
             session.carry_out()
+        self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
 
@@ -415,7 +416,8 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
-        self._ice.handle_rebind(self._endpoints.local_networks)
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
 
     # ---- from UDP
 

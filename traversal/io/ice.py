@@ -90,10 +90,15 @@ class IceRouter:
                 session.handle_stun(datagram, source)
         return session is not None
 
-    def handle_rebind(self, local: LocalNetworks) -> None:
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed."""
+        for session in self.by_ufrag.values():
+            session.set_local_networks(local)
+
+    def handle_rebind(self) -> None:
         """The sockets are fresh ones: tell every peer where we are now."""
         for session in list(self.by_ufrag.values()):
-            session.handle_rebind(local)
+            session.handle_rebind()
 
     def close(self) -> None:
         """Close all sessions."""
@@ -249,9 +254,13 @@ class IceSession:
             self._dropped += 1
         self._readers.unpark()
 
-    def handle_rebind(self, local: LocalNetworks) -> None:
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed."""
+        self._agent.set_local_networks(local)
+
+    def handle_rebind(self) -> None:
         """The sockets are fresh ones."""
-        self._agent.handle_rebind(local, trio.current_time())
+        self._agent.handle_rebind(trio.current_time())
         self._carry_out()
 
     def next_deadline(self) -> float:

@@ -84,8 +84,9 @@ class IceAgent:
     """One session with one peer.
 
     Look: `description`, `state`, `selected_address`, `selected`, `is_controlling`. Command:
-    `set_remote`, `add_remote_candidates`, `handle_rebind`, `close`. Feed: `handle_stun`. After each
-    of these, and after `on_time`, take `poll_effects` and mind `next_deadline`.
+    `set_remote`, `add_remote_candidates`, `set_local_networks`, `handle_rebind`, `close`. Feed:
+    `handle_stun`. After each of these, and after `on_time`, take `poll_effects` and mind
+    `next_deadline`.
     """
 
     def __init__(
@@ -188,9 +189,12 @@ class IceAgent:
                 elif known.remote.type is IceCandidateType.PEER_REFLEXIVE:
                     known.remote = reachable
 
-    def handle_rebind(self, local: LocalNetworks, now: float) -> None:
-        """Our own address or route changed: the peer must learn our new one at once."""
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed; matters for candidates yet to come."""
         self._local = local
+
+    def handle_rebind(self, now: float) -> None:
+        """Our own address or route changed: the peer must learn our new one at once."""
         if self._selection is not None:
             self._send_consent_check(self._selection, now)
         elif self.state is IceState.CHECKING:

@@ -362,7 +362,7 @@ class TestRoaming:
         network.run(20)
         mover, other = (a, b) if controlling_moves else (b, a)
         network.move(mover, C)
-        mover.handle_rebind(LocalNetworks(), network.now)
+        mover.handle_rebind(network.now)
         network.run(2)
         assert other.selected_address == C
         network.run(120)
@@ -393,7 +393,7 @@ class TestRoaming:
         introduce(network, a, b)
         network.run(3)
         network.dead.clear()
-        a.handle_rebind(LocalNetworks(), network.now)
+        a.handle_rebind(network.now)
         network.run(0.5)
         assert are_connected(a, b)()
 
