@@ -44,6 +44,8 @@ MAX_DATAGRAM_BYTES: Final = 65507
 MAX_WAITING_DATAGRAMS: Final = 1024
 MAX_WAITING_BYTES: Final = 4 << 20
 """What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
+SENDS_PER_CHECKPOINT: Final = 16
+"""A checkpoint costs as much as sending; others get a turn this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,10 @@ class IceSession:
         Raises IceError when there is no path, or no more, and for what can't be sent at all.
         """
         self.send_nowait(datagram)
-        await trio.lowlevel.checkpoint()
+        if self._sent % SENDS_PER_CHECKPOINT:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
 
     def send_nowait(self, datagram: bytes) -> None:
         """`send` without a checkpoint, for those who make their own."""
@@ -221,7 +226,9 @@ class IceSession:
 
         Raises IceError when the session has failed or is closed, and nothing waits any more.
         """
-        await trio.lowlevel.checkpoint()
+        # A reader that never sleeps while there is something to read is harmless: what fills the
+        # queue is another task, which runs only when this one sleeps.
+        await trio.lowlevel.checkpoint_if_cancelled()
         while not self._queue:
             if self.state in (IceState.FAILED, IceState.CLOSED):
                 self._check_connected()
