@@ -342,6 +342,7 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
+        self._admit = None
         for link in self.links:
             link.close()
         self._ice.close()
