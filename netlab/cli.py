@@ -1,6 +1,7 @@
 """The `underpass-lab` command.
 
-Exit statuses: 0 as expected; 1 measured and not as expected; 2 wrong use, file or back end.
+Exit statuses: 0 as expected; 1 measured and not as expected; 2 wrong use, file or back end;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-AS_EXPECTED, UNEXPECTED, WRONG_USE = 0, 1, 2
+AS_EXPECTED, UNEXPECTED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def _refuse(problem: object) -> NoReturn:
     error_console.print(f"[bold red]underpass-lab:[/] {escape(str(problem))}")
     sys.exit(WRONG_USE)
+
+
+def _stop() -> NoReturn:
+    error_console.print("underpass-lab: interrupted; the lab is gone and left nothing behind")
+    sys.exit(INTERRUPTED)
 
 
 def _explain_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -75,13 +81,17 @@ def _explain_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
             _refuse(error)
         except BaseExceptionGroup as group:
             # Nurseries wrap what is raised in them, once for each.
-            _, others = group.split(expected)
-            if others is not None:
+            interrupts, others = group.split(KeyboardInterrupt)
+            if interrupts is not None:
+                _stop()
+            if others is None or others.split(expected)[1] is not None:
                 raise
-            leaf: BaseException = group
+            leaf: BaseException = others
             while isinstance(leaf, BaseExceptionGroup):
                 leaf = leaf.exceptions[0]
             _refuse(leaf)
+        except KeyboardInterrupt:
+            _stop()
 
     return wrapped
 

@@ -439,7 +439,7 @@ class _Parser:
             raise table.error("python", f'"{python}" is not of the form module:function')
         arguments = table.take_texts("args")
         ready, ready_seconds = None, DEFAULT_READY_SECONDS
-        if isinstance(table._values.get("ready"), dict):
+        if table.holds_table("ready"):
             inner = table.maybe_table("ready")
             assert inner is not None
             ready = self._pattern(inner, "line", inner.take_text("line"))
