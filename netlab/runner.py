@@ -18,7 +18,7 @@ from netlab.expressions import ExpressionError
 from netlab.labs import BackEnd, Lab, ProgramError, open_lab
 from netlab.model import Topology
 from netlab.observations import Observations
-from netlab.scenario import Action, Change, Expectation, Program, Scenario
+from netlab.scenario import PLACEHOLDER, Action, Change, Expectation, Program, Scenario
 from netlab.services import run_service
 from netlab.timeline import (
     Event,
@@ -30,7 +30,6 @@ from netlab.timeline import (
     Timeline,
 )
 
-_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 # What a program's exception shows as when it runs inside the simulated internet.
 _CRASHED = 1
 
@@ -212,7 +211,7 @@ class _Run:
                 raise ProgramError(f'"{machine}" has not printed the value of ${{{name}}}')
             return self._groups[name]
 
-        return _PLACEHOLDER.sub(value, text)
+        return PLACEHOLDER.sub(value, text)
 
     def _problem(self, text: str) -> None:
         self._result.problems.append(text)
