@@ -353,7 +353,7 @@ class Node:
             await self._announce_wanted.wait()
             self._announce_wanted = trio.Event()
             for number, session in enumerate(list(self._sessions.values()), 1):
-                session.announce()
+                session.announce(trio.current_time())
                 if number % ANNOUNCE_AT_ONCE == 0:
                     await trio.sleep(ANNOUNCE_PAUSE_SECONDS)
 
@@ -440,6 +440,8 @@ class Node:
                 if self._ice.handle_datagram(datagram, source):
                     continue
                 self._endpoints.handle_stun(datagram, source, trio.current_time())
+            elif kind is Kind.INTRODUCTION:
+                self._handle_direct_introduction(datagram, source)
             else:
                 self._unknown_datagrams += 1
 
@@ -458,6 +460,15 @@ class Node:
             if session.handle_disco(message, Address(*source), now):
                 return
         self._rejected_disco += 1
+
+    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
+        session = self._wiring.by_address.get(source)
+        try:
+            if session is None:
+                raise IntroductionError("it comes from no address of a peer")
+            session.handle_introduction(datagram, 0, trio.current_time())
+        except IntroductionError:
+            self._rejected_introductions += 1
 
     # ---- from relays
 
