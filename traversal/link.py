@@ -185,7 +185,7 @@ class Link:
             self._machine.statistics(),
             self._own_nat(),
             session.nat,
-            f"the relay of region {session.relay_region}" if session.relay_region else "no relay",
+            f"of region {session.relay_region}" if session.relay_region else "(none known)",
             trio.current_time(),
         )
 

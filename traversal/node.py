@@ -342,6 +342,7 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
+        self._admit = None
         for link in self.links:
             link.close()
         self._ice.close()
@@ -406,6 +407,7 @@ class Node:
             session.machine.set_local_networks(local)
             session.machine.set_own_addresses(addresses, now)
             session.carry_out()
+        self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
 
@@ -415,7 +417,8 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
-        self._ice.handle_rebind(self._endpoints.local_networks)
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
 
     # ---- from UDP
 
