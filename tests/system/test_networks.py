@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import ssl
 
 import pytest
 import trio
+import trustme
 from trio.testing import MockClock
 
 from netlab.model import (
@@ -23,13 +26,13 @@ from netlab.nat import Protocol
 from netlab.presets import class_behavior, nat_preset
 from netlab.simulated.host import SimulatedHost
 from netlab.simulated.packet import Packet
+from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
+from tests.system.sim_relay import SimRelay
 from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
-from traversal import PathKind
+from traversal import RelayOptions
 
 EASY = class_behavior("EIM+APDF")
 ROUTED = dataclasses.replace(EASY, ipv6=Ipv6.ROUTED)
-DIRECT = (PathKind.DIRECT, PathKind.DIRECT)
-RELAY = (PathKind.RELAY, PathKind.RELAY)
 
 
 def chain(*nats: Nat, seed: int = 1, **hosts: str) -> Topology:
@@ -216,3 +219,24 @@ async def test_path_mtu(mtu: int, black_hole: bool, autojump_clock: MockClock) -
         assert conversation.kinds == DIRECT
         assert all(size is not None and mtu - 28 - 8 <= size <= mtu - 28 for size in sizes)
         assert conversation.lost_seconds() == 0
+
+
+async def test_relay_with_tls(autojump_clock: MockClock) -> None:
+    """A relay with a certificate is reached by its name, and carries hard pairs."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("r0").configure_cert(server)
+
+    def make_context() -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        return context
+
+    hard = class_behavior("APDM+APDF")
+    async with simulate(
+        topology(hard, hard),
+        options={"relay_options": RelayOptions(make_context=make_context)},
+        make_relay=functools.partial(SimRelay, context=server),
+    ) as world:
+        conversation = await check_stays_on_the_relay(world, 5)
+        assert conversation.left.path.region == 900

@@ -14,6 +14,7 @@ from tests.system.world import simulate, topology
 from traversal import Address, DiscoPrivate, NodePrivate
 
 PEERS = 1000
+ABSENT_PEERS = 200
 HOSTILE_STARTS = (
     b"",
     b"TS\xf0\x9f\x92\xac",
@@ -47,30 +48,30 @@ async def test_a_thousand_idle_peers(autojump_clock: MockClock) -> None:
         tracemalloc.stop()
         await trio.sleep(70)
         events, began = world.lab.world.events_run, time.process_time()
-        await trio.sleep(600)
-        cpu, events = (time.process_time() - began) / 600, world.lab.world.events_run - events
+        await trio.sleep(120)
+        cpu, events = (time.process_time() - began) / 120, world.lab.world.events_run - events
         print(f"LAB idle: {cpu:.3%} of a core, {used / PEERS:.0f} bytes a peer, {events} events")
         assert node.statistics().peers == PEERS
         # The relay's keep-alives and the sweep of its connections are all that goes on.
-        assert events < 300
+        assert events < 100
         assert used < 20_000_000
 
 
-async def test_a_thousand_absent_peers(autojump_clock: MockClock) -> None:
+async def test_absent_peers(autojump_clock: MockClock) -> None:
     """Peers that never answer are asked twice a minute each, by the relay."""
     async with simulate(topology(class_behavior("EIM+APDF"))) as world:
         node = await world.open_node("h0")
-        for _ in range(PEERS):
+        for _ in range(ABSENT_PEERS):
             key = NodePrivate.generate(world.random.randbytes).public()
             await node.connect(key, relay=900)
             await trio.sleep(0.02)
-        await trio.sleep(90)
+        await trio.sleep(60)
         sent, began = node.statistics().relays[0].packets_sent, time.process_time()
         await trio.sleep(60)
         cpu = (time.process_time() - began) / 60
         sent = node.statistics().relays[0].packets_sent - sent
         print(f"LAB absent: {cpu:.2%} of a core, {sent} introductions a minute")
-        assert sent <= 2.1 * PEERS
+        assert sent <= 2.1 * ABSENT_PEERS
 
 
 async def test_hostile_datagrams(autojump_clock: MockClock) -> None:
