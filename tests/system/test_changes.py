@@ -42,6 +42,44 @@ async def test_dead_and_healed_path(seed: int, autojump_clock: MockClock) -> Non
 
 
 @pytest.mark.parametrize("seed", range(2))
+async def test_path_that_dies_one_way(seed: int, autojump_clock: MockClock) -> None:
+    """The side whose datagrams get lost still hears the other, which is the one to notice; the
+    call that it sends by relay makes the first side look, and less than a second is lost."""
+    async with simulate(topology(EASY, EASY, seed=seed), tick_seconds=FINE_TICK_SECONDS) as world:
+        conversation = await world.converse()
+        await conversation.until_direct()
+        await trio.sleep(6 + 0.7 * seed)
+        died = trio.current_time()
+        set_udp_between_hosts(world, "n0", works=False)
+        await trio.sleep(8)
+        print(f"LAB one way lost {conversation.lost_seconds(died):.2f}")
+        assert conversation.lost_seconds(died) < 1.0, conversation.describe()
+        set_udp_between_hosts(world, "n0", works=True)
+        took = await conversation.until_direct(3)
+        print(f"LAB one way healed {took:.2f}")
+
+
+@pytest.mark.parametrize("outage_seconds", [10, 100])
+async def test_outage(outage_seconds: int, autojump_clock: MockClock) -> None:
+    """After a cable was out, relay and direct path alike, traffic flows again within 3 s."""
+    async with simulate(topology(EASY, EASY)) as world:
+        conversation = await world.converse()
+        await conversation.until_direct()
+        await trio.sleep(5)
+        world.lab.host("h0").cut()
+        await trio.sleep(outage_seconds)
+        world.lab.host("h0").heal()
+        healed = trio.current_time()
+        await trio.sleep(15)
+        first = min(min(t for t in f.arrived.values() if t > healed) for f in conversation.flows)
+        last_lost = max(f.sent[max(f.lost(healed), default=0)] for f in conversation.flows)
+        print(
+            f"LAB outage {outage_seconds} first {first - healed:.2f} last {last_lost - healed:.2f}"
+        )
+        assert conversation.lost_seconds(healed + 3) == 0, conversation.describe()
+
+
+@pytest.mark.parametrize("seed", range(2))
 async def test_roaming(seed: int, autojump_clock: MockClock) -> None:
     """As `check_roaming` says, at two points of the heartbeat's cycle."""
     of = roaming_topology(EASY, WIRE, seed)
