@@ -342,6 +342,7 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
+        self._admit = None
         for link in self.links:
             link.close()
         self._ice.close()
@@ -352,7 +353,7 @@ class Node:
             await self._announce_wanted.wait()
             self._announce_wanted = trio.Event()
             for number, session in enumerate(list(self._sessions.values()), 1):
-                session.announce()
+                session.announce(trio.current_time())
                 if number % ANNOUNCE_AT_ONCE == 0:
                     await trio.sleep(ANNOUNCE_PAUSE_SECONDS)
 
@@ -406,6 +407,7 @@ class Node:
             session.machine.set_local_networks(local)
             session.machine.set_own_addresses(addresses, now)
             session.carry_out()
+        self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
 
@@ -415,7 +417,8 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
-        self._ice.handle_rebind(self._endpoints.local_networks)
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
 
     # ---- from UDP
 
@@ -437,6 +440,8 @@ class Node:
                 if self._ice.handle_datagram(datagram, source):
                     continue
                 self._endpoints.handle_stun(datagram, source, trio.current_time())
+            elif kind is Kind.INTRODUCTION:
+                self._handle_direct_introduction(datagram, source)
             else:
                 self._unknown_datagrams += 1
 
@@ -455,6 +460,15 @@ class Node:
             if session.handle_disco(message, Address(*source), now):
                 return
         self._rejected_disco += 1
+
+    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
+        session = self._wiring.by_address.get(source)
+        try:
+            if session is None:
+                raise IntroductionError("it comes from no address of a peer")
+            session.handle_introduction(datagram, 0, trio.current_time())
+        except IntroductionError:
+            self._rejected_introductions += 1
 
     # ---- from relays
 
