@@ -186,7 +186,7 @@ class Link:
             self._machine.statistics(),
             self._own_nat(),
             session.nat,
-            f"the relay of region {session.relay_region}" if session.relay_region else "no relay",
+            f"of region {session.relay_region}" if session.relay_region else "(none is known)",
             trio.current_time(),
         )
 
