@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from importlib import import_module
@@ -30,7 +30,6 @@ from netlab.model import INTERNET, Topology
 from netlab.timeline import NetworkChanged, Timeline
 
 if TYPE_CHECKING:
-    from netlab.kernel.fidelity import Engine
     from netlab.kernel.lab import KernelLab
     from netlab.simulated import SimulatedInternet
 
@@ -371,7 +370,6 @@ async def open_lab(
     back_end: BackEnd,
     *,
     adjustable: Collection[str] = (),
-    engines: Mapping[str, Engine] | None = None,
     record_packets: bool = True,
 ) -> AsyncIterator[Lab]:
     """Build a topology and take it down in the end.
@@ -380,7 +378,6 @@ async def open_lab(
         topology: the lab.
         back_end: what builds it; the kernel needs the process to be in a jail.
         adjustable: owners of links that `Lab.set_link` may change later.
-        engines: NATs that must use this engine of the kernel back end.
         record_packets: whether each packet of the hosts goes on the timeline.
 
     Raises:
@@ -389,7 +386,7 @@ async def open_lab(
     if back_end is BackEnd.KERNEL:
         from netlab.kernel.lab import KernelLab
 
-        async with KernelLab(topology, engines=engines, adjustable=adjustable) as kernel_lab:
+        async with KernelLab(topology, adjustable=adjustable) as kernel_lab:
             hosts = (*topology.host_by_name, *topology.server_by_name)
             names = {name: kernel_lab.host(name).addresses for name in hosts}
             with names_for_programs(names):

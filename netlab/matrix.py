@@ -21,13 +21,12 @@ from netlab.labs import BackEnd, Lab, ProgramError, open_lab
 from netlab.model import Host, Server, Topology, Uplink
 from netlab.prediction import predict_outcome, simple_path
 from netlab.punch import punch
-from netlab.scenario import Service, ServiceKind, find_nat
+from netlab.scenario import PLACEHOLDER, Service, ServiceKind, find_nat
 from netlab.services import STUN_PORTS, run_service
 from netlab.verify import chain_of_nats, preset_target
 
 SERVER = "server"
 _ENTRY = re.compile(r"[\w.]+:\w+")
-_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 # What is not told within this ends up in the result's "none".
 DEFAULT_TIMEOUT_SECONDS = 10.0
@@ -229,7 +228,7 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
                 )
             return known[found[1]]
 
-        return _PLACEHOLDER.sub(value, text)
+        return PLACEHOLDER.sub(value, text)
 
     async def run(host: str, line: str, say: Callable[[str], None]) -> None:
         words = [fill(word) for word in shlex.split(line)]

@@ -153,11 +153,12 @@ class Endpoints:
         self.state = await read_network_state(self._interfaces)
         self._update_local_networks()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._discover_nat64)
             if self._port_mapping is not None:
                 nursery.start_soon(self._port_mapping.run)
                 self._map_port()
-            await self._run_check()
+            async with trio.open_nursery() as initial:
+                initial.start_soon(self._discover_nat64)
+                await self._run_check()
             task_status.started()
             nursery.start_soon(self._check_forever)
             nursery.start_soon(self._rebind_forever)

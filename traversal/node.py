@@ -356,7 +356,7 @@ class Node:
             await self._announce_wanted.wait()
             self._announce_wanted = trio.Event()
             for number, session in enumerate(list(self._sessions.values()), 1):
-                session.announce()
+                session.announce(trio.current_time())
                 if number % ANNOUNCE_AT_ONCE == 0:
                     await trio.sleep(ANNOUNCE_PAUSE_SECONDS)
 
@@ -410,6 +410,7 @@ class Node:
             session.machine.set_local_networks(local)
             session.machine.set_own_addresses(addresses, now)
             session.carry_out()
+        self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
 
@@ -419,7 +420,8 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
-        self._ice.handle_rebind(self._endpoints.local_networks)
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
 
     # ---- from UDP
 
@@ -439,6 +441,8 @@ class Node:
             elif kind is Kind.STUN:
                 if not self._ice.handle_datagram(datagram, source):
                     self._endpoints.handle_stun(datagram, source, trio.current_time())
+            elif kind is Kind.INTRODUCTION:
+                self._handle_direct_introduction(datagram, source)
             else:
                 self._unknown_datagrams += 1
         for source, datagrams in data.items():
@@ -466,6 +470,15 @@ class Node:
             if session.handle_disco(message, Address(*source), now):
                 return
         self._rejected_disco += 1
+
+    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
+        session = self._wiring.by_address.get(source)
+        try:
+            if session is None:
+                raise IntroductionError("it comes from no address of a peer")
+            session.handle_introduction(datagram, 0, trio.current_time())
+        except IntroductionError:
+            self._rejected_introductions += 1
 
     # ---- from relays
 

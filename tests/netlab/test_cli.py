@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 from netlab.choice import kernel_shortcomings
 from netlab.cli import main
+from netlab.run_directory import load_run
 from netlab.timeline import ProgramOutput, read_jsonl, write_jsonl
 
 SIMULATED = ["--backend", "simulated"]
@@ -119,7 +120,10 @@ def test_a_matrix_scenario_runs_every_pair(tmp_path: Path) -> None:
     rows = json.loads(result.output)
     assert len(rows) == 12
     assert all(row["summary"]["succeeded"] for row in rows)
-    assert (tmp_path / "home_linux--office_pf" / "report.html").exists()
+    place = tmp_path / "home_linux--office_pf"
+    assert (place / "report.html").exists()
+    # What is read back is the pair's network, not the file's placeholders.
+    assert load_run(place).scenario.topology.nat_by_name["right"].behavior.class_name == "APDM+APDF"
 
 
 def test_plan_as_drawing_commands_and_json() -> None:

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from netlab.labs import BackEnd, ProgramError, Say, load_entry
 from netlab.runner import RunResult, run_scenario
-from netlab.scenario import parse_scenario
+from netlab.scenario_file import parse_scenario
 from netlab.timeline import NetworkChanged, ProgramOutput, encode_event
 
 HEAD = """

@@ -7,7 +7,8 @@ from importlib import resources
 import pytest
 
 from netlab.model import Filtering, Mapping, PortAssignment, PortRange
-from netlab.scenario import Action, ScenarioError, ServiceKind, parse_scenario
+from netlab.scenario import Action, ServiceKind
+from netlab.scenario_file import ScenarioError, parse_scenario
 
 TEXT = """seed = 7
 duration = "20s"
@@ -141,11 +142,21 @@ def test_a_matrix_makes_a_scenario_of_every_pair() -> None:
     [nat.right]
     """
     cells = list(parse_scenario(text).cells())
-    assert [(left, right) for left, right, _ in cells] == [
+    assert [cell.cell for cell in cells] == [
         ("home/linux", "cgn/strict"),
         ("EIM+EIF", "cgn/strict"),
     ]
-    assert cells[1][2].topology.nat_by_name["left"].behavior.filtering is Filtering.EIF
+    assert cells[1].topology.nat_by_name["left"].behavior.filtering is Filtering.EIF
+
+
+def test_a_chain_in_a_matrix_keeps_all_of_its_nats() -> None:
+    """A preset that is two NATs in series is two NATs in a cell as well."""
+    text = "matrix = { left = ['double'], right = ['EIM+EIF'] }\n[nat.left]\n[nat.right]\n"
+    (cell,) = parse_scenario(text).cells()
+    assert [nat.name for nat in cell.topology.nats_towards_internet("left")] == [
+        "left",
+        "left.outer",
+    ]
 
 
 def test_a_matrix_needs_its_nats() -> None:

@@ -173,7 +173,7 @@ class Dialed:
 
         For the pump; this object must not be used afterwards.
         """
-        received = bytes(self.handshake.splitter._buffer)
+        received = self.handshake.splitter.take_rest()
         sock, tls = self.stream.detach()
         return sock, tls, received
 
