@@ -15,6 +15,10 @@ from rich.markup import escape
 
 from netlab.behavior import ModelError, suggest
 from netlab.choice import BackEndError, Wish
+from netlab.kernel.builder import BuildError
+from netlab.kernel.fabric_client import FabricError
+from netlab.kernel.jail import JailError
+from netlab.kernel.netfilter import NftError
 from netlab.labs import BackEnd, ProgramError
 from netlab.run_directory import RunDirectoryError
 from netlab.scenario import Scenario
@@ -37,28 +41,35 @@ def _stop() -> NoReturn:
     sys.exit(INTERRUPTED)
 
 
+# What the user can do something about; everything else is a fault of ours.
+_EXPECTED = (
+    BackEndError,
+    BuildError,
+    FabricError,
+    JailError,
+    ModelError,
+    NftError,
+    ProgramError,
+    RunDirectoryError,
+    ScenarioError,
+)
+
+
 def explain_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Show errors that the user can do something about as one line."""
 
     @wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        from netlab.kernel.builder import BuildError
-        from netlab.kernel.fabric_client import FabricError
-        from netlab.kernel.jail import JailError
-        from netlab.kernel.netfilter import NftError
-
-        known = (ScenarioError, ModelError, BackEndError, ProgramError, RunDirectoryError)
-        expected = (*known, BuildError, FabricError, JailError, NftError)
         try:
             return function(*args, **kwargs)
-        except expected as error:
+        except _EXPECTED as error:
             refuse(error)
         except BaseExceptionGroup as group:
             # Nurseries wrap what is raised in them, once for each.
             interrupts, others = group.split(KeyboardInterrupt)
             if interrupts is not None:
                 _stop()
-            if others is None or others.split(expected)[1] is not None:
+            if others is None or others.split(_EXPECTED)[1] is not None:
                 raise
             leaf: BaseException = others
             while isinstance(leaf, BaseExceptionGroup):

@@ -304,11 +304,11 @@ class Link:
                 raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
             await self._readers.park()
 
-    def _deliver(self, datagram: bytes) -> None:
+    def _deliver(self, datagrams: list[bytes]) -> None:
         queue = self._queue
-        self._received += 1
-        queue.append(datagram)
-        self._queued_bytes += len(datagram)
+        queue += datagrams
+        self._received += len(datagrams)
+        self._queued_bytes += sum(map(len, datagrams))
         while len(queue) > MAX_WAITING_DATAGRAMS or self._queued_bytes > MAX_WAITING_BYTES:
             self._queued_bytes -= len(queue.popleft())
             self._dropped += 1

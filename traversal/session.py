@@ -117,7 +117,7 @@ class Session:
         self.home_region = region
         self.disco_key: DiscoPublic | None = None
         self.nat = NatFacts()
-        self.receive_data: Callable[[bytes], None] = _ignore
+        self.receive_data: Callable[[list[bytes]], None] = _ignore
         self.note_change: Callable[[PathChanged], None] = _ignore
         self.note_ping: Callable[[PingAnswered], None] = _ignore
         self._wiring = wiring
@@ -259,7 +259,7 @@ class Session:
     def handle_relay_data(self, payload: bytes, region: int) -> None:
         """The application's datagram, by relay."""
         self._heard_region = region
-        self.receive_data(payload)
+        self.receive_data([payload])
 
     def handle_peer_gone(self, region: int) -> None:
         """The relay of a region does not know the peer."""

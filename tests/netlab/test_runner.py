@@ -21,7 +21,6 @@ behind = "home"
 [server.s]
 services = ["stun", "relay", "echo", "dns"]
 """
-HERE = "tests.netlab.test_runner"
 
 
 async def talk(say: Say, *arguments: str) -> None:
@@ -45,7 +44,7 @@ async def ask(say: Say, name: str, port: str) -> None:
         say(f"heard {data.decode()}")
 
 
-async def run(text: str, **entries: object) -> RunResult:
+async def run(text: str) -> RunResult:
     """Run a scenario whose programs are this module's functions."""
     return await run_scenario(parse_scenario(HEAD + text), BackEnd.SIMULATED)
 

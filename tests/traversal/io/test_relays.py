@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,32 @@ async def test_unreachable_relay_is_retried_with_backoff(
     await trio.sleep(60)
     assert 25 < len(handler.changes) < 60
     assert "can't connect: 127.0.0.1: Connection refused" in client.statistics().last_error
+
+
+async def test_other_nodes_of_the_region(
+    relay: Any, nursery: trio.Nursery, tiny_relay: Any
+) -> None:
+    """Where a region's first node refuses, or talks nonsense, the next one is used at once."""
+
+    async def talk_nonsense(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.send_all(b"220 mail.test ESMTP\r\n\r\n")
+
+    listeners = await nursery.start(trio.serve_tcp, talk_nonsense, 0)
+    (good,) = relay.region.nodes
+    nonsense = replace(good, name="900x", derp_port=listeners[0].socket.getsockname()[1])
+    region = replace(relay.region, nodes=(replace(good, name="900y", derp_port=1), nonsense, good))
+    client = RelayClient(
+        region,
+        NodePrivate.generate(os.urandom),
+        Handler(),
+        options=RelayOptions(plain=True),
+        rng=random.Random(1),
+    )
+    nursery.start_soon(client.run)
+    with trio.fail_after(1):
+        await client.wait_connected()
+    assert client.statistics().server == f"127.0.0.1:{relay.port}"
 
 
 async def test_silent_server_is_left(
