@@ -80,7 +80,6 @@ class SimRelay:
         self.port = port
         self.key = NodePrivate.generate(generator.randbytes)
         self.switch = Switch(self.key.public())
-        self.serves_stun = True
         self._generator = generator
         self._context = context
         self._pin = pin
@@ -180,7 +179,7 @@ class SimRelay:
                         1 - which if request.change_port else which,
                     )
                 )
-                if not self.serves_stun or answering is None:
+                if answering is None:
                     continue
                 answer = encode_binding_response(
                     request.transaction_id, source[:2], other_address=other

@@ -48,3 +48,17 @@ async def test_every_pair_of_classes(left: str, right: str, autojump_clock: Mock
         if expected_outcome(left, right) is Outcome.RELAY:
             assert conversation.kinds == (PathKind.RELAY, PathKind.RELAY)
         assert conversation.lost_seconds() == 0, conversation.describe()
+
+
+async def test_the_same_seed_gives_the_same_packets(autojump_clock: MockClock) -> None:
+    """Nodes, relay and traffic are as repeatable as the simulated internet is."""
+    runs = []
+    for _ in range(2):
+        hard = class_behavior("APDM+EIF")
+        async with simulate(topology(hard, EASY["EIM+ADF"]), record_packets=True) as world:
+            conversation = await world.converse()
+            await conversation.until_direct()
+            await trio.sleep(5)
+            runs.append(list(world.lab.timeline))
+    assert len(runs[0]) > 400
+    assert runs[0] == runs[1]
