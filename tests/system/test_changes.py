@@ -161,3 +161,20 @@ async def test_relay_restart(announced: bool, autojump_clock: MockClock) -> None
         print(f"LAB restart lost {conversation.lost_seconds(began):.2f}")
         assert conversation.lost_seconds(back + 1.5) == 0, conversation.describe()
         assert relay.connected == 2
+
+
+async def test_relay_death_without_a_direct_path(autojump_clock: MockClock) -> None:
+    """Nodes that only a relay connects find each other at another one when it dies."""
+    hard = class_behavior("APDM+APDF")
+    async with simulate(topology(hard, hard, relays=2)) as world:
+        a, b = await world.open_nodes("h0", "h1")
+        conversation = await world.introduce(a, b)
+        await trio.sleep(3)
+        began = trio.current_time()
+        world.relays[a.home_region - 900].stop()
+        await trio.sleep(30)
+        lost = conversation.lost_seconds(began)
+        print(f"LAB relay death lost {lost:.1f}")
+        assert lost < 15, conversation.describe()
+        assert conversation.lost_seconds(began + 20) == 0
+        assert conversation.left.path.region == b.home_region == a.home_region
