@@ -171,7 +171,11 @@ class AdmissionConfig(Section, frozen=True):
 
 
 class LimitsConfig(Section, frozen=True):
-    """[limits]"""
+    """[limits]
+
+    Several workers share the accept rate and the memory; each of them counts connections and
+    handshakes for itself.
+    """
 
     accept_rate_per_second: Positive | None = None
     accept_burst: Count = 1000
