@@ -323,7 +323,7 @@ def print_map(
         relay_map = build_map(
             config,
             derp_port=listen.derp[0].port or 443,
-            stun_port=listen.stun.port if listen.stun else None,
+            stun_port=listen.stun[0].port if listen.stun else None,
             can_port_80=listen.http is not None and listen.http.port == 80,
             pin=certificate_pin(config),
             region_id=region_id,
