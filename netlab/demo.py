@@ -27,7 +27,7 @@ from netlab.timeline import (
 
 _STYLES = {"direct": "bold green", "relay": "bold yellow", "none": "bold red"}
 _BARS = "▁▂▃▄▅▆▇█"
-_SAMPLES = 40
+_SAMPLES = 30
 
 
 def _kind(path: str) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from importlib import import_module
@@ -24,11 +25,11 @@ import trio
 import netlab
 from netlab.addresses import AddressPlan
 from netlab.behavior import Link, ModelError
+from netlab.host_names import names_for_programs
 from netlab.model import INTERNET, Topology
 from netlab.timeline import NetworkChanged, Timeline
 
 if TYPE_CHECKING:
-    from netlab.kernel.fidelity import Engine
     from netlab.kernel.lab import KernelLab
     from netlab.simulated import SimulatedInternet
 
@@ -345,12 +346,30 @@ async def _read_lines(stream: trio.abc.ReceiveStream, say: Say) -> None:
 
 
 @asynccontextmanager
+async def _packets_on_timeline(lab: KernelLab) -> AsyncIterator[None]:
+    from netlab.packet_watch import PacketWatch
+
+    hosts = (*lab.topology.host_by_name, *lab.topology.server_by_name)
+    namespaces = {name: lab.namespaces[name] for name in hosts}
+    watch = PacketWatch(namespaces, lab.timeline, time.monotonic() - lab.now())
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch.run)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+                watch.look(everything=True)
+    finally:
+        watch.close()
+
+
+@asynccontextmanager
 async def open_lab(
     topology: Topology,
     back_end: BackEnd,
     *,
     adjustable: Collection[str] = (),
-    engines: Mapping[str, Engine] | None = None,
     record_packets: bool = True,
 ) -> AsyncIterator[Lab]:
     """Build a topology and take it down in the end.
@@ -359,8 +378,7 @@ async def open_lab(
         topology: the lab.
         back_end: what builds it; the kernel needs the process to be in a jail.
         adjustable: owners of links that `Lab.set_link` may change later.
-        engines: NATs that must use this engine of the kernel back end.
-        record_packets: whether the simulated back end records each packet's fate.
+        record_packets: whether each packet of the hosts goes on the timeline.
 
     Raises:
         JailError, BuildError, FabricError: the kernel back end cannot be built here.
@@ -368,8 +386,15 @@ async def open_lab(
     if back_end is BackEnd.KERNEL:
         from netlab.kernel.lab import KernelLab
 
-        async with KernelLab(topology, engines=engines, adjustable=adjustable) as kernel_lab:
-            yield RunningKernelLab(kernel_lab)
+        async with KernelLab(topology, adjustable=adjustable) as kernel_lab:
+            hosts = (*topology.host_by_name, *topology.server_by_name)
+            names = {name: kernel_lab.host(name).addresses for name in hosts}
+            with names_for_programs(names):
+                if record_packets:
+                    async with _packets_on_timeline(kernel_lab):
+                        yield RunningKernelLab(kernel_lab)
+                else:
+                    yield RunningKernelLab(kernel_lab)
         return
     from netlab.simulated import SimulatedInternet
 

@@ -21,13 +21,12 @@ from netlab.labs import BackEnd, Lab, ProgramError, open_lab
 from netlab.model import Host, Server, Topology, Uplink
 from netlab.prediction import predict_outcome, simple_path
 from netlab.punch import punch
-from netlab.scenario import Service, ServiceKind, find_nat
+from netlab.scenario import PLACEHOLDER, Service, ServiceKind, find_nat
 from netlab.services import STUN_PORTS, run_service
 from netlab.verify import chain_of_nats, preset_target
 
 SERVER = "server"
 _ENTRY = re.compile(r"[\w.]+:\w+")
-_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 # What is not told within this ends up in the result's "none".
 DEFAULT_TIMEOUT_SECONDS = 10.0
@@ -229,7 +228,7 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
                 )
             return known[found[1]]
 
-        return _PLACEHOLDER.sub(value, text)
+        return PLACEHOLDER.sub(value, text)
 
     async def run(host: str, line: str, say: Callable[[str], None]) -> None:
         words = [fill(word) for word in shlex.split(line)]
@@ -237,10 +236,14 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
         arguments: tuple[str, ...] = ()
         if _ENTRY.fullmatch(words[0]):
             entry, command, arguments = words[0], (), tuple(words[1:])
-        await lab.run_program(host, command, entry, arguments, say)
+        status = await lab.run_program(host, command, entry, arguments, say)
+        ended.append(f"status {status}")
+        if len(ended) == 2:
+            nursery.cancel_scope.cancel()
 
     started = lab.now()
     problem = ""
+    ended: list[str] = []
     with trio.move_on_after(pair.timeout_seconds):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, f"a{number}", pair.left, watch.hear_left)
@@ -252,6 +255,8 @@ async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, 
     if watch.path == "none":
         unready = pair.ready is not None and not watch.ready.is_set()
         problem = "the left program never got ready" if unready else "no path was told"
-        problem += f'; its last line: "{watch.last_line}"' if watch.last_line else ""
+        if ended:
+            problem += f"; ended with {' and '.join(ended)}"
+        problem += f'; the last line: "{watch.last_line}"' if watch.last_line else ""
     seconds = None if watch.direct_at is None else watch.direct_at - started
     return watch.path, seconds, problem

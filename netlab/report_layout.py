@@ -254,19 +254,23 @@ def _lanes(
         if len(rows) > _MAX_MAPPING_ROWS:
             height += 14
         body = "".join([*_mapping_bars(rows, scale), *_drop_ticks(stopped, scale, height - 16)])
-        counts = f"{sum(map(len, rows))} mappings"
+        counts = _count(sum(map(len, rows)), "mapping")
         if stopped:
-            counts += f", {len(stopped)} drops"
+            counts += f", {_count(len(stopped), 'drop')}"
         label = _label(nat.name, nat.behavior.class_name, counts)
         yield label, max(height, 56), body
     for place, stopped in sorted(drops.items()):
         yield (
-            _label(place, f"{len(stopped)} drops"),
+            _label(place, _count(len(stopped), "drop")),
             42,
             "".join(_drop_ticks(stopped, scale, 14)),
         )
     if latencies:
         yield _label("round trip", "as programs report"), 150, _latency_plot(latencies, scale)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _label(name: str, *notes: str) -> str:

@@ -10,16 +10,18 @@ report.html     the same for a person
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
 from netlab.labs import BackEnd
+from netlab.packet_watch import join_drops
 from netlab.pcap import write_timeline
 from netlab.plan import plan_text
 from netlab.runner import RunResult
-from netlab.scenario import Scenario, ScenarioError, parse_scenario
+from netlab.scenario import Scenario
+from netlab.scenario_file import ScenarioError, parse_scenario
 from netlab.timeline import Event, TimelineError, read_jsonl, write_jsonl
 
 DEFAULT_PARENT = Path("lab-results")
@@ -42,6 +44,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """A run in short."""
 
     scenario: str
+    cell: tuple[str, str] | None
+    """Which pair of the scenario's matrix this was."""
     back_end: BackEnd
     seed: int
     succeeded: bool
@@ -67,6 +71,7 @@ def summarize(scenario: Scenario, result: RunResult, unix_time: float) -> Summar
     """Return the run in short."""
     return Summary(
         scenario=scenario.name,
+        cell=scenario.cell,
         back_end=result.back_end,
         seed=scenario.topology.seed,
         succeeded=result.succeeded,
@@ -91,6 +96,8 @@ def save_run(
         RunDirectoryError: the directory cannot be written.
     """
     summary = summarize(scenario, result, unix_time)
+    # The kernel's packets, mappings and drops come from different sources.
+    events = join_drops(result.timeline)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "scenario.toml").write_text(text, encoding="utf-8")
@@ -98,12 +105,12 @@ def save_run(
         encoded = msgspec.json.format(msgspec.json.encode(summary))
         (directory / "summary.json").write_bytes(encoded + b"\n")
         with (directory / "timeline.jsonl").open("wb") as file:
-            write_jsonl(result.timeline, file)
+            write_jsonl(events, file)
         with (directory / "capture.pcapng").open("wb") as file:
-            write_timeline(result.timeline, file, unix_time)
+            write_timeline(events, file, unix_time)
     except OSError as error:
         raise RunDirectoryError(f"cannot write to {directory}: {error.strerror}") from error
-    return SavedRun(directory, scenario, summary, list(result.timeline))
+    return SavedRun(directory, scenario, summary, events)
 
 
 def load_run(directory: Path) -> SavedRun:
@@ -116,12 +123,18 @@ def load_run(directory: Path) -> SavedRun:
         text = (directory / "scenario.toml").read_text(encoding="utf-8")
         summary = msgspec.json.decode((directory / "summary.json").read_bytes(), type=Summary)
         scenario = parse_scenario(text, summary.scenario)
+        if scenario.matrix is not None:
+            scenario = next(cell for cell in scenario.cells() if cell.cell == summary.cell)
+        topology = replace(scenario.topology, seed=summary.seed)
+        scenario = replace(scenario, topology=topology)
         with (directory / "timeline.jsonl").open("rb") as file:
             events = list(read_jsonl(file))
     except OSError as error:
         raise RunDirectoryError(
             f"{error.filename}: {error.strerror}; give the directory that `underpass-lab run` wrote"
         ) from error
+    except StopIteration:
+        raise RunDirectoryError(f"{directory} is of no pair of its own scenario") from None
     except (msgspec.DecodeError, ScenarioError, TimelineError, UnicodeDecodeError) as error:
         raise RunDirectoryError(f"{directory} is damaged: {error}") from error
     return SavedRun(directory, scenario, summary, events)

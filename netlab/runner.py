@@ -18,7 +18,7 @@ from netlab.expressions import ExpressionError
 from netlab.labs import BackEnd, Lab, ProgramError, open_lab
 from netlab.model import Topology
 from netlab.observations import Observations
-from netlab.scenario import Action, Change, Expectation, Program, Scenario
+from netlab.scenario import PLACEHOLDER, Action, Change, Expectation, Program, Scenario
 from netlab.services import run_service
 from netlab.timeline import (
     Event,
@@ -30,7 +30,6 @@ from netlab.timeline import (
     Timeline,
 )
 
-_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 # What a program's exception shows as when it runs inside the simulated internet.
 _CRASHED = 1
 
@@ -68,8 +67,6 @@ async def run_scenario(
     back_end: BackEnd,
     *,
     watch: Callable[[Event], None] | None = None,
-    on_lab: Callable[[Lab], None] | None = None,
-    user_engine: bool = False,
 ) -> RunResult:
     """Build the scenario's network, run it to its end, and judge it.
 
@@ -77,9 +74,6 @@ async def run_scenario(
         scenario: what to run; a matrix must have been expanded (`Scenario.cells`).
         back_end: where.
         watch: gets every event as it happens.
-        on_lab: gets the running lab before anything is started in it.
-        user_engine: on the kernel back end, make every NAT one of the user engine, which tells
-            about each mapping and drop.
 
     Raises:
         ProgramError: the back end cannot run the scenario's programs at all.
@@ -90,20 +84,11 @@ async def run_scenario(
             f"{scenario.name} runs command lines, which needs the kernel back end; "
             "see what stands in its way with `underpass-lab doctor`"
         )
-    engines = None
-    if user_engine and back_end is BackEnd.KERNEL:
-        from netlab.kernel.fidelity import Engine
-
-        engines = {nat.name: Engine.USER for nat in scenario.topology.nats}
-    async with open_lab(
-        scenario.topology, back_end, adjustable=scenario.adjustable, engines=engines
-    ) as lab:
+    async with open_lab(scenario.topology, back_end, adjustable=scenario.adjustable) as lab:
         run = _Run(scenario, lab)
         lab.timeline.sinks.append(run.observe)
         if watch is not None:
             lab.timeline.sinks.append(watch)
-        if on_lab is not None:
-            on_lab(lab)
         return await run.to_its_end()
 
 
@@ -226,7 +211,7 @@ class _Run:
                 raise ProgramError(f'"{machine}" has not printed the value of ${{{name}}}')
             return self._groups[name]
 
-        return _PLACEHOLDER.sub(value, text)
+        return PLACEHOLDER.sub(value, text)
 
     def _problem(self, text: str) -> None:
         self._result.problems.append(text)

@@ -143,6 +143,10 @@ class Table:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def holds_table(self, key: str) -> bool:
+        """Whether a key's value is a table."""
+        return isinstance(self._values.get(key), dict)
+
     @property
     def names(self) -> list[str]:
         """Return the keys that are not taken yet."""

@@ -22,8 +22,7 @@ from traversal.link import (
 from traversal.node import Node, NodeError, NodeStatistics, open_node
 from traversal.paths.effects import PathState
 from traversal.paths.home import HomePolicy
-from traversal.paths.ice import IceError, SelectedPair
-from traversal.paths.ice_effects import IceState
+from traversal.paths.ice_effects import IceError, IceState, SelectedPair
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.verdict import Verdict
 from traversal.relay_map import RelayMap, RelayMapError

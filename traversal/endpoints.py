@@ -20,6 +20,7 @@ from traversal.io.interfaces import (
     watch_network,
 )
 from traversal.io.nat64 import discover_prefixes
+from traversal.io.nat_discovery import NatBehavior, NatDiscovery
 from traversal.io.net_check import NetCheck
 from traversal.io.port_mapper import PortMapping
 from traversal.io.relay_client import RelayOptions
@@ -97,6 +98,9 @@ class Endpoints:
         self._rng = rng
         self._resolver = Resolver()
         self._check = NetCheck(udp, self._resolver, entropy, relay_options)
+        self._discovery = NatDiscovery(udp, entropy)
+        self._behavior: NatBehavior | None = None
+        self._discovery_wanted = trio.Event()
         self._chooser = HomeChooser(home, relay_map.home_scores)
         self._book = OwnAddresses()
         self._port_mapping = PortMapping(entropy, self.refresh) if map_ports else None
@@ -114,7 +118,8 @@ class Endpoints:
 
     def handle_stun(self, datagram: bytes, source: Source, now: float) -> None:
         """A STUN message came in on the peers' sockets."""
-        self._check.handle_stun(datagram, source, now)
+        if not self._discovery.handle_stun(datagram):
+            self._check.handle_stun(datagram, source, now)
 
     def refresh(self) -> None:
         """Ask for a check soon; requests during a check lead to one more."""
@@ -136,6 +141,8 @@ class Endpoints:
         """Fresh sockets now; all that was measured is void."""
         await self._udp.rebind()
         self._book.forget()
+        self._behavior = None
+        self._discovery_wanted.set()
         self._update_local_networks()
         self._handle_rebind()
         self._is_full_wanted = True
@@ -146,14 +153,16 @@ class Endpoints:
         self.state = await read_network_state(self._interfaces)
         self._update_local_networks()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._discover_nat64)
             if self._port_mapping is not None:
                 nursery.start_soon(self._port_mapping.run)
                 self._map_port()
-            await self._run_check()
+            async with trio.open_nursery() as initial:
+                initial.start_soon(self._discover_nat64)
+                await self._run_check()
             task_status.started()
             nursery.start_soon(self._check_forever)
             nursery.start_soon(self._rebind_forever)
+            nursery.start_soon(self._discover_forever)
             nursery.start_soon(
                 watch_network, self.state, self._interfaces, self._handle_network_change
             )
@@ -167,11 +176,25 @@ class Endpoints:
             while not self._wanted.is_set():
                 with trio.move_on_after(pause):
                     await self._wanted.wait()
-                if self._is_busy() or not self._relays.home:
+                if self._is_busy() or not self.report.latencies:
                     break
             if not self._is_full_wanted:
                 await trio.sleep(max(0.0, began + MIN_SPACING_SECONDS - trio.current_time()))
             await self._run_check()
+
+    async def _discover_forever(self) -> None:
+        """RFC 5780 tests, at the start and after each change of network; nobody waits for them."""
+        while True:
+            self._discovery_wanted = trio.Event()
+            local = next((a for a in self.local_addresses() if not a.is_ipv6), None)
+            for server in self._check.answering_servers():
+                behavior = await self._discovery.run(server, local)
+                if behavior is not None:
+                    self._behavior = behavior
+                    self.refresh()
+                    break
+            await self._discovery_wanted.wait()
+            await self._finished.wait()
 
     async def _rebind_forever(self) -> None:
         while True:
@@ -244,6 +267,9 @@ class Endpoints:
         home_before = self._relays.home
         report.preferred_region = self._choose_home(report, now)
         self._relays.set_home(report.preferred_region)
+        if self._behavior is not None:
+            report.mapping = self._behavior.mapping
+            report.filtering = self._behavior.filtering
         local = self.local_addresses()
         mapped = self._port_mapping.external if self._port_mapping is not None else None
         if self._port_mapping is not None:

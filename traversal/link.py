@@ -22,7 +22,6 @@ from traversal.wire.address import Address
 from traversal.wire.classify import is_plain_data
 from traversal.wire.derp import MAX_PACKET_LENGTH
 from traversal.wire.geneve import PROTOCOL_WIREGUARD, Header
-from traversal.wire.introduction import is_introduction
 
 MAX_DATAGRAM_BYTES: Final = 65507
 """What UDP over IPv4 can carry. Path MTU is another matter: see `LinkPath.mtu_bytes`."""
@@ -186,7 +185,7 @@ class Link:
             self._machine.statistics(),
             self._own_nat(),
             session.nat,
-            f"the relay of region {session.relay_region}" if session.relay_region else "no relay",
+            f"of region {session.relay_region}" if session.relay_region else "(none known)",
             trio.current_time(),
         )
 
@@ -263,9 +262,7 @@ class Link:
             raise LinkError(
                 f"a datagram has at most {MAX_DATAGRAM_BYTES} bytes, not {len(datagram)}"
             )
-        if datagram[1:4] != b"\0\0\0" and (
-            not is_plain_data(datagram) or is_introduction(datagram)
-        ):
+        if not is_plain_data(datagram):
             raise LinkError(
                 "a datagram that begins like STUN, disco, Geneve or an introduction would be "
                 "taken for one by the peer; put a header of your own in front"
@@ -307,11 +304,11 @@ class Link:
                 raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
             await self._readers.park()
 
-    def _deliver(self, datagram: bytes) -> None:
+    def _deliver(self, datagrams: list[bytes]) -> None:
         queue = self._queue
-        self._received += 1
-        queue.append(datagram)
-        self._queued_bytes += len(datagram)
+        queue += datagrams
+        self._received += len(datagrams)
+        self._queued_bytes += sum(map(len, datagrams))
         while len(queue) > MAX_WAITING_DATAGRAMS or self._queued_bytes > MAX_WAITING_BYTES:
             self._queued_bytes -= len(queue.popleft())
             self._dropped += 1

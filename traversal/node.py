@@ -62,6 +62,9 @@ ANNOUNCE_AT_ONCE: Final = 16
 ANNOUNCE_PAUSE_SECONDS: Final = 0.05
 """A relay queue holds 32 packets: announcements to a thousand peers must not overrun it."""
 
+_WIREGUARD: Final = b"\0\0\0"
+"""Bytes 1 to 3 of every WireGuard packet, and of nothing else that comes by UDP here."""
+
 Admit = Callable[[NodePublic], bool]
 """Whether a peer that is not connected yet may open a link to us."""
 HandleStranger = Callable[[int, NodePublic, bytes], None]
@@ -342,6 +345,7 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
+        self._admit = None
         for link in self.links:
             link.close()
         self._ice.close()
@@ -352,7 +356,7 @@ class Node:
             await self._announce_wanted.wait()
             self._announce_wanted = trio.Event()
             for number, session in enumerate(list(self._sessions.values()), 1):
-                session.announce()
+                session.announce(trio.current_time())
                 if number % ANNOUNCE_AT_ONCE == 0:
                     await trio.sleep(ANNOUNCE_PAUSE_SECONDS)
 
@@ -406,6 +410,7 @@ class Node:
             session.machine.set_local_networks(local)
             session.machine.set_own_addresses(addresses, now)
             session.carry_out()
+        self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
 
@@ -415,30 +420,40 @@ class Node:
             session.machine.set_local_networks(self._endpoints.local_networks)
             session.machine.handle_rebind(now)
             session.carry_out()
-        self._ice.handle_rebind(self._endpoints.local_networks)
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
 
     # ---- from UDP
 
     def _handle_batch(self, batch: Batch) -> None:
-        by_address = self._wiring.by_address
+        # Data is nearly everything, so it is sorted by source and looked up and delivered once per
+        # source; most of it is told by the zero bytes of WireGuard, without a call.
+        data: dict[Source, list[bytes]] = {}
         for datagram, source in batch:
-            kind = classify(datagram)
+            kind = Kind.DATA if datagram[1:4] == _WIREGUARD else classify(datagram)
             if kind is Kind.DATA:
-                session = by_address.get(source)
-                if session is None:
-                    if not self._ice.handle_datagram(datagram, source):
-                        self._unknown_datagrams += 1
-                    continue
-                session.machine.received += 1
-                session.receive_data(datagram)
+                if source in data:
+                    data[source].append(datagram)
+                else:
+                    data[source] = [datagram]
             elif kind is Kind.DISCO:
                 self._handle_disco(datagram, source)
             elif kind is Kind.STUN:
-                if self._ice.handle_datagram(datagram, source):
-                    continue
-                self._endpoints.handle_stun(datagram, source, trio.current_time())
+                if not self._ice.handle_datagram(datagram, source):
+                    self._endpoints.handle_stun(datagram, source, trio.current_time())
+            elif kind is Kind.INTRODUCTION:
+                self._handle_direct_introduction(datagram, source)
             else:
                 self._unknown_datagrams += 1
+        for source, datagrams in data.items():
+            session = self._wiring.by_address.get(source)
+            if session is not None:
+                session.machine.received += len(datagrams)
+                session.receive_data(datagrams)
+                continue
+            for datagram in datagrams:
+                if not self._ice.handle_datagram(datagram, source):
+                    self._unknown_datagrams += 1
 
     def _handle_disco(self, datagram: bytes, source: Source) -> None:
         sessions = self._wiring.by_disco.get(datagram[6:38])
@@ -455,6 +470,15 @@ class Node:
             if session.handle_disco(message, Address(*source), now):
                 return
         self._rejected_disco += 1
+
+    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
+        session = self._wiring.by_address.get(source)
+        try:
+            if session is None:
+                raise IntroductionError("it comes from no address of a peer")
+            session.handle_introduction(datagram, 0, trio.current_time())
+        except IntroductionError:
+            self._rejected_introductions += 1
 
     # ---- from relays
 

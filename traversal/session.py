@@ -117,7 +117,7 @@ class Session:
         self.home_region = region
         self.disco_key: DiscoPublic | None = None
         self.nat = NatFacts()
-        self.receive_data: Callable[[bytes], None] = _ignore
+        self.receive_data: Callable[[list[bytes]], None] = _ignore
         self.note_change: Callable[[PathChanged], None] = _ignore
         self.note_ping: Callable[[PingAnswered], None] = _ignore
         self._wiring = wiring
@@ -160,10 +160,12 @@ class Session:
             self.machine.handle_send(now)
         self.carry_out()
 
-    def announce(self) -> None:
-        """Tell the peer what has changed about us, if it knows us at all."""
+    def announce(self, now: float) -> None:
+        """Tell the peer of our new home until it answers, if it knows us at all."""
         if self._introducer is not None and self._introducer.is_introduced:
-            self._send_introduction(self._introducer.announce())
+            self._introducer.start(now)
+            self._introduce(now)
+            self.carry_out()
 
     async def wait_for_keys(self) -> None:
         """Until the peer's disco key is known and pings make sense."""
@@ -240,8 +242,9 @@ class Session:
         self.carry_out()
 
     def handle_introduction(self, packet: bytes, region: int, now: float) -> None:
-        """An introduction from this peer's node key by relay. Raises IntroductionError."""
-        self._heard_region = region
+        """An introduction from this peer's node key, by the relay of `region` or, with 0, by UDP
+        from an address of the peer. Raises IntroductionError."""
+        self._heard_region = region or self._heard_region
         if self._introducer is None:
             raise IntroductionError("this peer's keys come from a control plane")
         outcome = self._introducer.handle_introduction(
@@ -256,7 +259,7 @@ class Session:
     def handle_relay_data(self, payload: bytes, region: int) -> None:
         """The application's datagram, by relay."""
         self._heard_region = region
-        self.receive_data(payload)
+        self.receive_data([payload])
 
     def handle_peer_gone(self, region: int) -> None:
         """The relay of a region does not know the peer."""
@@ -366,11 +369,21 @@ class Session:
 
     def _send_introduction(self, introduction: Introduction) -> None:
         nonce = self._wiring.entropy(NONCE_LENGTH)
-        self.send_by_relay(seal_introduction(introduction, self._box_of_nodes(), nonce))
+        packet = seal_introduction(introduction, self._box_of_nodes(), nonce)
+        self.send_by_relay(packet)
+        # The peer's home may be dead, and this be the news of where we went: then a direct path
+        # still leads to the peer, and perhaps it went where we are.
+        relays, path = self._wiring.relays, self.machine.route.path
+        if path is not None and not path.vni:
+            self._wiring.udp.send(packet, path.address)
+        if relays.home != self.relay_region and not relays.is_connected(self.relay_region):
+            relays.send(relays.home, self.key.raw, packet)
 
     def _believe(self, introduction: Introduction, now: float) -> None:
-        if self._wiring.relays.is_known(introduction.home_region):
-            self.home_region = introduction.home_region
+        region = introduction.home_region
+        if region != self.home_region and self._wiring.relays.is_known(region):
+            self.home_region = region
+            self.machine.set_relay_available(True, now)
         self.nat = NatFacts(mapping=introduction.mapping, filtering=introduction.filtering)
         addresses = tuple(address for _, address in introduction.addresses)
         self.machine.set_configured_addresses(addresses, now)

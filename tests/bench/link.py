@@ -179,8 +179,10 @@ async def run(seconds: float) -> dict[str, object]:
             await trio.sleep(1)  # path MTU search
             for size in (100, 1300):
                 rows.append(await bare(size, seconds))
-                for way in ("link, one by one", "link, bursts"):  # noqa: PERF401
-                    rows.append(await over_link(way, size, seconds, link, other))
+                rows += [
+                    await over_link(way, size, seconds, link, other)
+                    for way in ("link, one by one", "link, bursts")
+                ]
         share, mebibytes = await idle_share(relay_map, 5 * seconds)
         nursery.cancel_scope.cancel()
     return {

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from traversal import (
     RelayMap,
     open_node,
 )
+from traversal.relay_map import Dial, Region, RelayNode
 from traversal.wire.address import Address
 
 pytestmark = pytest.mark.interop
@@ -238,13 +240,18 @@ async def our_node(lab: Lab, **options: Any) -> AsyncIterator[Node]:
         yield node
 
 
-async def connect_to_server(lab: Lab, node: Node) -> Link:
-    """Read the server's address, be admitted, return the link."""
+async def read_address(lab: Lab) -> str:
+    """What the server wrote to its address file."""
     path = trio.Path(lab.home / "address")
     with trio.fail_after(15):
         while not await path.exists() or not (await path.read_text()).strip():  # noqa: ASYNC110
             await trio.sleep(0.02)
-    address = parse_address((await path.read_text()).strip())
+    return (await path.read_text()).strip()
+
+
+async def connect_to_server(lab: Lab, node: Node) -> Link:
+    """Read the server's address, be admitted, return the link."""
+    address = parse_address(await read_address(lab))
     peer = NodePublic(address["p"])
     # The admission goes by relay only, on a link of its own: a CallMeMaybe that overtakes it would
     # be dropped. The introductions that this link sends besides mean nothing to a stock node.
@@ -374,3 +381,39 @@ class TestAsServer:
                 (link,) = node.links
                 await until_direct(link)
                 nursery.cancel_scope.cancel()
+
+
+@needs_tailcat
+class TestItsRelay:
+    async def test_two_of_ours_by_its_derp_server(
+        self, nursery: trio.Nursery, tmp_path: Path
+    ) -> None:
+        """Two of our nodes find each other by Tailscale's own DERP and STUN server."""
+        lab = Lab(nursery, RelayMap(), "http://127.0.0.1:9/", tmp_path)
+        arguments = ("serve", "--verbose", "--full-address", "7777")
+        async with tailcat(lab, *arguments, TS_DEBUG_TAILCAT_LOCAL_DERP="1"):
+            address = await read_address(lab)
+            (relay,) = parse_address(address)["r"][0]["N"]
+            node = RelayNode(
+                name=f"{REGION}a",
+                region_id=REGION,
+                host_name=relay["h"],
+                ipv4=IPv4Address(relay["4"]),
+                ipv6=Dial.NEVER,
+                stun_port=relay["s"],
+                derp_port=relay["d"],
+                insecure_for_tests=relay["x"],
+            )
+            lab.relay_map = RelayMap({REGION: Region(REGION, "theirs", "Tailscale's", (node,))})
+            async with our_node(lab) as a, our_node(lab, admit=lambda _: True) as b:
+                assert a.report.is_udp_working
+                (statistics,) = a.statistics().relays
+                assert statistics.tls_version == "TLSv1.3"
+                link = await a.connect(b.public_key, relay=REGION)
+                await link.send(b"to b")
+                with trio.fail_after(10):
+                    other = await b.accept()
+                    assert await other.receive() == b"to b"
+                    await other.send(b"to a")
+                    assert await link.receive() == b"to a"
+                await until_direct(link)

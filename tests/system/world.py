@@ -14,10 +14,11 @@ from typing import Any, Final
 
 import trio
 
-from netlab.model import Host, Nat, NatBehavior, Server, Topology, Uplink
+from netlab.gate import Gate
+from netlab.model import Firewall, Host, Nat, NatBehavior, Server, Topology, Uplink
 from netlab.model import Link as Wire
 from netlab.simulated import SimulatedInternet
-from tests.system.sim_relay import SimRelay
+from tests.system.sim_relay import OTHER_STUN_PORT, STUN_PORT, SimRelay
 from traversal import Link, Node, NodePrivate, PathChange, PathKind, RelayMap, RelayOptions
 from traversal import open_node as open_real_node
 
@@ -256,6 +257,14 @@ class Conversation:
         return await self.until(
             lambda: self.kinds == (PathKind.RELAY, PathKind.RELAY), limit_seconds, "falling back"
         )
+
+
+def set_udp_between_hosts(world: World, *nats: str, works: bool) -> None:
+    """Break or mend what hosts behind these NATs send by UDP, but for STUN: a direct path dies
+    while relays and net checks go on."""
+    firewall = Firewall() if works else Firewall(udp_ports=(STUN_PORT, OTHER_STUN_PORT))
+    for name in nats:
+        world.lab.nat(name).gate = Gate(firewall)
 
 
 @asynccontextmanager

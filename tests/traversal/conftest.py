@@ -107,6 +107,9 @@ class TinyRelay:
             received = b""
             while b"\r\n\r\n" not in received:
                 received += await self._receive(stream)
+            if b"/derp/latency-check" in received:
+                await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+                return
             await stream.send_all(
                 encode_upgrade_response(self.key.public()) + encode_server_key(self.key.public())
             )

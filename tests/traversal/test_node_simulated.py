@@ -225,6 +225,38 @@ class TestDirectPath:
             assert nodes[2].nat.mapping.name == "NONE"
 
 
+class TestBlockedUdp:
+    async def test_works_by_relay_alone(
+        self, autojump_clock: MockClock, build: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Without UDP the home is found by HTTPS, and the relay carries everything."""
+        async with build(topology(EASY, EASY, relays=2)) as world, udp_blocked(monkeypatch):
+            link, other = await world.pair()
+            node = world.nodes[0]
+            assert not node.report.is_udp_working
+            assert set(node.report.latencies) == {900, 901}
+            assert node.nat.is_udp_blocked
+            traffic = Traffic(link, other)
+            world.nursery.start_soon(traffic.run)
+            await trio.sleep(10)
+            assert link.path.kind is PathKind.RELAY
+            assert traffic.lost(0, trio.current_time() - 1) == 0
+            assert "udp-blocked-here" in [finding.value for finding in link.verdict().findings]
+
+    async def test_no_relay_at_all(self, autojump_clock: MockClock, build: Any) -> None:
+        """A node opens within seconds where nothing answers, and finds its home when it does."""
+        async with build(topology(EASY)) as world:
+            world.internet.host("h0").cut()
+            began = trio.current_time()
+            node = await world.open("h0")
+            assert trio.current_time() - began < 11
+            assert not node.report.latencies
+            world.internet.host("h0").heal()
+            await trio.sleep(30)
+            assert node.report.is_udp_working
+            assert world.relays[0].homes
+
+
 class TestSwitching:
     async def test_dead_and_healed_path(
         self, autojump_clock: MockClock, build: Any, monkeypatch: pytest.MonkeyPatch

@@ -20,12 +20,14 @@ from traversal.io.udp import Source, UdpSockets
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks
 from traversal.paths.effects import AddressForgotten, AddressLearned
-from traversal.paths.ice import IceAgent, IceError, SelectedPair
+from traversal.paths.ice import IceAgent
 from traversal.paths.ice_effects import (
     CheckEnded,
     CheckStarted,
+    IceError,
     IceState,
     IceStateChanged,
+    SelectedPair,
     SendStun,
 )
 from traversal.wire.address import Address
@@ -42,6 +44,8 @@ MAX_DATAGRAM_BYTES: Final = 65507
 MAX_WAITING_DATAGRAMS: Final = 1024
 MAX_WAITING_BYTES: Final = 4 << 20
 """What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
+SENDS_PER_CHECKPOINT: Final = 16
+"""A checkpoint costs as much as sending; others get a turn this often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,15 @@ class IceRouter:
                 session.handle_stun(datagram, source)
         return session is not None
 
-    def handle_rebind(self, local: LocalNetworks) -> None:
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed."""
+        for session in self.by_ufrag.values():
+            session.set_local_networks(local)
+
+    def handle_rebind(self) -> None:
         """The sockets are fresh ones: tell every peer where we are now."""
         for session in list(self.by_ufrag.values()):
-            session.handle_rebind(local)
+            session.handle_rebind()
 
     def close(self) -> None:
         """Close all sessions."""
@@ -188,7 +197,10 @@ class IceSession:
         Raises IceError when there is no path, or no more, and for what can't be sent at all.
         """
         self.send_nowait(datagram)
-        await trio.lowlevel.checkpoint()
+        if self._sent % SENDS_PER_CHECKPOINT:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
 
     def send_nowait(self, datagram: bytes) -> None:
         """`send` without a checkpoint, for those who make their own."""
@@ -214,7 +226,9 @@ class IceSession:
 
         Raises IceError when the session has failed or is closed, and nothing waits any more.
         """
-        await trio.lowlevel.checkpoint()
+        # A reader that never sleeps while there is something to read is harmless: what fills the
+        # queue is another task, which runs only when this one sleeps.
+        await trio.lowlevel.checkpoint_if_cancelled()
         while not self._queue:
             if self.state in (IceState.FAILED, IceState.CLOSED):
                 self._check_connected()
@@ -247,9 +261,13 @@ class IceSession:
             self._dropped += 1
         self._readers.unpark()
 
-    def handle_rebind(self, local: LocalNetworks) -> None:
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed."""
+        self._agent.set_local_networks(local)
+
+    def handle_rebind(self) -> None:
         """The sockets are fresh ones."""
-        self._agent.handle_rebind(local, trio.current_time())
+        self._agent.handle_rebind(trio.current_time())
         self._carry_out()
 
     def next_deadline(self) -> float:

@@ -60,6 +60,7 @@ class NetCheck:
         self._sent: dict[bytes, _Sent] = {}
         self._report = Report(0.0)
         self._changed = trio.Event()
+        self._answering: dict[Address, None] = {}
         self.foreign_answers = 0
         """Answers that came from another address than was asked."""
 
@@ -74,6 +75,8 @@ class NetCheck:
             return
         if source != sent.server:
             self.foreign_answers += 1
+        if not sent.server.is_ipv6:
+            self._answering[sent.server] = None
         self._report.handle_stun_answer(
             sent.probe.node.region_id,
             sent.server,
@@ -83,10 +86,15 @@ class NetCheck:
         sent.answered.set()
         self._changed.set()
 
+    def answering_servers(self) -> tuple[Address, ...]:
+        """The IPv4 servers that answered in the last check, fastest first."""
+        return tuple(self._answering)
+
     async def run(self, report: Report, plan: Plan) -> None:
         """Fill `report` by asking what `plan` says; at most 3 s."""
         self._report = report
         self._sent.clear()
+        self._answering.clear()
         try:
             with trio.move_on_after(STUN_LIMIT_SECONDS):
                 async with trio.open_nursery() as nursery:

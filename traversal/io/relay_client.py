@@ -224,6 +224,7 @@ class RelayClient:
                 avoid = ""
                 connection = _Connection(self, dialed)
                 old, self._connection = self._connection, connection
+                connection.wake()  # for what was queued before
                 nursery.start_soon(self._converse, connection)
                 if old is not None:
                     old.close()

@@ -81,8 +81,11 @@ class HandshakeStream:
                 return b""
             except TlsError as error:
                 raise StreamEndedError(str(error)) from None
-            if self._tls.has_data_to_send():
-                await self._flush(self._tls)
+            # A task that is sending takes this along; waiting for it could end in a deadlock, each
+            # side waiting for the other to read.
+            if self._tls.has_data_to_send() and not self._sending.locked():
+                async with self._sending:
+                    await self._flush(self._tls)
             if count:
                 return bytes(self._buffer[:count])
             self._tls.receive_data(await self._receive_raw())
@@ -96,11 +99,12 @@ class HandshakeStream:
         if self._tls is None:
             await self._send_raw(data)
             return
-        try:
-            self._tls.write(data)
-        except TlsError as error:
-            raise StreamEndedError(str(error)) from None
-        await self._flush(self._tls)
+        async with self._sending:
+            try:
+                self._tls.write(data)
+            except TlsError as error:
+                raise StreamEndedError(str(error)) from None
+            await self._flush(self._tls)
 
     def detach(self) -> tuple[socket.socket, TlsEngine | None]:
         """Give up the socket (non-blocking) and the TLS state; the caller owns them from now on."""
@@ -113,6 +117,8 @@ class HandshakeStream:
         if self._sock.fileno() < 0:
             return
         try:
+            # Whoever still waits for this socket must learn of it before its number is reused.
+            trio.lowlevel.notify_closing(self._sock.fileno())
             sock, tls = self.detach()
         except NotImplementedError:
             # A simulated socket, from which there is nothing to detach.
@@ -133,7 +139,7 @@ class HandshakeStream:
             raise StreamEndedError(error.strerror or type(error).__name__) from None
 
     async def _flush(self, tls: TlsEngine) -> None:
-        async with self._sending:
+        while tls.has_data_to_send():
             await self._send_raw(tls.data_to_send())
 
     async def _send_raw(self, data: bytes) -> None:

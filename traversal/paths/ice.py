@@ -16,23 +16,30 @@ from __future__ import annotations
 
 import binascii
 import math
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks, is_usable
 from traversal.paths.effects import AddressForgotten, AddressLearned
-from traversal.paths.ice_checks import PATIENCE_FACTOR, Check, Pair, PairState
+from traversal.paths.ice_checks import (
+    PATIENCE_FACTOR,
+    Check,
+    CheckList,
+    ChecksUnderWay,
+    Pair,
+    PairState,
+)
 from traversal.paths.ice_effects import (
-    CheckEnded,
-    CheckStarted,
     IceEffect,
+    IceError,
     IceState,
     IceStateChanged,
+    SelectedPair,
     SendStun,
 )
+from traversal.paths.ice_selection import DOUBT_SECONDS, Selection
 from traversal.paths.nat64 import translate
 from traversal.wire.address import Address
 from traversal.wire.ice_check import (
@@ -61,35 +68,10 @@ PATIENCE_SECONDS: Final = 39.5
 """How long a path is looked for: as long as a check takes to fail (RFC 8863 4)."""
 NOMINATION_PATIENCE_SECONDS: Final = 0.2
 """How long a better pair may take to work after the first one did: a round trip, usually."""
-AGGRESSIVE_SECONDS: Final = 5.0
-"""Agents of RFC 5245 nominate every pair that works and mean the best; later nominations than
-this mean that the peer has moved."""
-CONSENT_SECONDS: Final = 5.0
-CONSENT_EXPIRY_SECONDS: Final = 30.0
-"""RFC 7675 5.1: asked every 5 s, give or take a fifth, and gone after 30 s of silence."""
 CONSENT_ANSWER_SECONDS: Final = 8.0
-DOUBT_SECONDS: Final = 1.0
-"""A selected pair that leaves a consent check unanswered for so long loses against a live one."""
-MAX_PAIRS: Final = 100
-"""RFC 8445 6.1.2.5."""
-MAX_PEER_REFLEXIVE: Final = 16
-"""A peer with more NATs than this in front of it replaces the oldest; so does one that moves."""
+"""How long the answer to a consent check counts: longer than any round trip."""
 MAX_EARLY_CHECKS: Final = 16
 """Addresses from which a peer checked before the application told us of it."""
-
-
-class IceError(Exception):
-    """The session can't do what was asked, or has failed; the text says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class SelectedPair:
-    """Where datagrams go now, how that address was found, and how the peer sees us."""
-
-    address: Address
-    type: IceCandidateType
-    latency_seconds: float | None
-    mapped_address: Address | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +84,9 @@ class IceAgent:
     """One session with one peer.
 
     Look: `description`, `state`, `selected_address`, `selected`, `is_controlling`. Command:
-    `set_remote`, `add_remote_candidates`, `handle_rebind`, `close`. Feed: `handle_stun`. After each
-    of these, and after `on_time`, take `poll_effects` and mind `next_deadline`.
+    `set_remote`, `add_remote_candidates`, `set_local_networks`, `handle_rebind`, `close`. Feed:
+    `handle_stun`. After each of these, and after `on_time`, take `poll_effects` and mind
+    `next_deadline`.
     """
 
     def __init__(
@@ -114,7 +97,6 @@ class IceAgent:
         *,
         is_controlling: bool,
     ) -> None:
-        self.is_controlling = is_controlling
         self.state = IceState.NEW
         self.selected_address: Address | None = None
         self.rejected = 0
@@ -128,46 +110,47 @@ class IceAgent:
         self._local = local
         self._tie_breaker = int.from_bytes(entropy(8), "big")
         self._remote: IceDescription | None = None
-        self._pairs: dict[Address, Pair] = {}
-        self._checks: dict[TransactionId, Check] = {}
-        self._triggered: deque[Pair] = deque()
+        self._pairs = CheckList()
+        self._pairs.is_controlling = is_controlling
         self._early: dict[Address, _EarlyCheck] = {}
         self._effects: list[IceEffect] = []
-        self._selected: Pair | None = None
-        self._selected_at = -math.inf
+        self._checks = ChecksUnderWay(self._effects)
+        self._selection: Selection | None = None
         self._nominee: Pair | None = None
         self._first_valid_at = math.inf
         self._last_check_at = -math.inf
         self._give_up_at = math.inf
-        self._consent_at = math.inf
-        self._unanswered_since: float | None = None
 
     # ---- look
 
     @property
+    def is_controlling(self) -> bool:
+        """Whether we nominate; a conflict of roles may change it."""
+        return self._pairs.is_controlling
+
+    @property
     def selected(self) -> SelectedPair | None:
         """The pair in use; None before and after."""
-        pair = self._selected
-        if pair is None:
-            return None
-        return SelectedPair(
-            pair.address, pair.remote.type, pair.latency_seconds, pair.mapped_address
-        )
+        return None if self._selection is None else self._selection.look()
 
     def poll_effects(self) -> list[IceEffect]:
         """What is to be done, in this order."""
-        effects, self._effects = self._effects, []
+        effects = list(self._effects)
+        self._effects.clear()
         return effects
 
     def next_deadline(self) -> float:
         """When to call `on_time`, in monotonic seconds; infinity for never."""
-        deadline = min(self._give_up_at, self._consent_at, self._nomination_due_at())
-        for check in self._checks.values():
-            deadline = min(deadline, check.resend_at, check.expires_at)
+        deadline = min(
+            self._give_up_at,
+            self._checks.next_deadline(),
+            self._nomination_due_at(),
+            self._recheck_due_at(),
+        )
         if self._has_work():
             deadline = min(deadline, self._last_check_at + PACE_SECONDS)
-        if self._selected is not None:
-            deadline = min(deadline, self._consent_expires_at(self._selected))
+        if self._selection is not None:
+            deadline = min(deadline, self._selection.ask_at, self._selection.expires_at)
         return deadline
 
     # ---- commands
@@ -181,7 +164,7 @@ class IceAgent:
             )
         self._remote = description
         if description.is_lite:
-            self.is_controlling = True
+            self._pairs.is_controlling = True
         self._set_state(IceState.CHECKING, "the peer's description is known")
         self._give_up_at = now + PATIENCE_SECONDS
         self.add_remote_candidates(description.candidates, now)
@@ -199,23 +182,24 @@ class IceAgent:
             return
         for candidate in candidates:
             for address in translate([candidate.address], self._local.nat64_prefixes):
+                reachable = replace(candidate, address=address)
                 known = self._pairs.get(address)
-                if known is not None:
-                    if known.remote.type is IceCandidateType.PEER_REFLEXIVE:
-                        known.remote = candidate
-                    continue
-                self._add_pair(
-                    IceCandidate(candidate.foundation, candidate.priority, address, candidate.type)
-                )
+                if known is None:
+                    self._maybe_add_pair(reachable)
+                elif known.remote.type is IceCandidateType.PEER_REFLEXIVE:
+                    known.remote = reachable
 
-    def handle_rebind(self, local: LocalNetworks, now: float) -> None:
-        """Our own address or route changed: the peer must learn our new one at once."""
+    def set_local_networks(self, local: LocalNetworks) -> None:
+        """What is known about our own addresses changed; matters for candidates yet to come."""
         self._local = local
-        if self._selected is not None:
-            self._send_consent_check(self._selected, now)
+
+    def handle_rebind(self, now: float) -> None:
+        """Our own address or route changed: the peer must learn our new one at once."""
+        if self._selection is not None:
+            self._send_consent_check(self._selection, now)
         elif self.state is IceState.CHECKING:
-            for pair in self._pairs.values():
-                self._trigger(pair)
+            for pair in self._pairs:
+                self._pairs.trigger(pair)
 
     def close(self) -> None:
         """Forget the peer. Harmless when repeated."""
@@ -237,21 +221,20 @@ class IceAgent:
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
-        if self._selected is not None:
-            if now >= self._consent_expires_at(self._selected):
+        selection = self._selection
+        if selection is not None:
+            if now >= selection.expires_at:
                 self._finish(IceState.FAILED, "the peer has not answered for 30 s")
                 return
         elif now >= self._give_up_at:
             self._finish(IceState.FAILED, self._describe_failure())
             return
-        for check in list(self._checks.values()):
-            if now >= check.expires_at:
-                self._expire(check)
-            elif now >= check.resend_at:
-                check.note_repeated()
-                self._effects.append(SendStun(check.datagram, check.pair.address))
-        if self._selected is not None and now >= self._consent_at:
-            self._send_consent_check(self._selected, now)
+        for pair in self._checks.handle_time(now):
+            self._note_failure(pair)
+        if selection is not None and now >= selection.ask_at:
+            self._send_consent_check(selection, now)
+        if now >= self._recheck_due_at():
+            self._recheck()
         self._maybe_nominate(now)
         if self._has_work() and now >= self._last_check_at + PACE_SECONDS:
             self._send_next(now)
@@ -286,12 +269,12 @@ class IceAgent:
 
     def _note_request(self, request: CheckRequest, source: Address, now: float) -> None:
         """Triggered checks and nomination (RFC 8445 7.3.1.3 to 7.3.1.5)."""
-        pair = self._pairs.get(source) or self._add_peer_reflexive(request.priority, source)
+        pair = self._pairs.get(source) or self._maybe_add_reflexive(request.priority, source)
         if pair is None:
             return
         self._note_heard(pair, now)
         if pair.state is not PairState.SUCCEEDED:
-            self._trigger(pair)
+            self._pairs.trigger(pair)
         if request.use_candidate and not self.is_controlling:
             pair.is_nominated = True
             self._maybe_follow(pair, now)
@@ -299,17 +282,17 @@ class IceAgent:
     # ---- answers of the peer
 
     def _handle_response(self, datagram: bytes, source: Address, now: float) -> None:
-        check = self._checks.get(TransactionId(datagram[8:20]))
+        check = self._checks.get(datagram[8:20])
         if check is None or self._remote is None:
             return
         response = parse_check_response(datagram, self._remote.password)
-        self._end(check)
+        self._checks.end(check)
         pair = check.pair
         if response.error_code == ROLE_CONFLICT:
             if check.request.is_controlling is self.is_controlling:
                 self._switch_role()
                 self._tie_breaker = int.from_bytes(self._entropy(8), "big")
-            self._trigger(pair)
+            self._pairs.trigger(pair)
             return
         if response.error_code is not None or source != pair.address:
             # An answer from elsewhere means that the path is not the same both ways (7.2.5.2.1).
@@ -318,27 +301,28 @@ class IceAgent:
         self._note_heard(pair, now)
         pair.answered_at = now
         pair.mapped_address = response.mapped_address
-        if not check.repeats:
+        if check.sends == 1:
             pair.latency_seconds = now - check.sent_at
         was_valid = pair.state is PairState.SUCCEEDED
         pair.state = PairState.SUCCEEDED
-        if pair in self._triggered and pair is not self._nominee:
-            self._triggered.remove(pair)
+        if pair is not self._nominee:
+            self._pairs.withdraw(pair)
         self._first_valid_at = min(self._first_valid_at, now)
-        if pair is self._selected:
-            self._unanswered_since = None
+        selection = self._selection
+        if selection is not None and pair is selection.pair:
+            selection.note_answered()
         if check.request.use_candidate and pair is self._nominee:
             self._nominee = None
             self._select(pair, now)
         elif not self.is_controlling:
             self._maybe_follow(pair, now)
-        elif self._selected is not None and not was_valid and self._unanswered_since is None:
+        elif selection is not None and not was_valid and selection.unanswered_since is None:
             # The peer checked from a new address: has it left the old one?
-            self._send_consent_check(self._selected, now)
+            self._send_consent_check(selection, now)
         self._maybe_nominate(now)
 
     def _note_failure(self, pair: Pair) -> None:
-        if pair is not self._selected:
+        if not self._is_selected(pair):
             pair.state = PairState.FAILED
         if pair is self._nominee:
             self._nominee = None
@@ -346,24 +330,17 @@ class IceAgent:
     # ---- checks of ours
 
     def _has_work(self) -> bool:
-        if self._triggered:
+        if self._pairs.has_triggered:
             return True
-        return self.state is IceState.CHECKING and any(
-            pair.state is PairState.WAITING for pair in self._pairs.values()
+        return (
+            self.state is IceState.CHECKING
+            and self._pairs.maybe_best(PairState.WAITING) is not None
         )
 
-    def _trigger(self, pair: Pair) -> None:
-        if pair.state is PairState.FAILED:
-            pair.state = PairState.WAITING
-        if pair not in self._triggered:
-            self._triggered.append(pair)
-
     def _send_next(self, now: float) -> None:
-        if self._triggered:
-            pair = self._triggered.popleft()
-        else:
-            waiting = [p for p in self._pairs.values() if p.state is PairState.WAITING]
-            pair = max(waiting, key=self._priority)
+        pair = self._pairs.maybe_next_triggered() or self._pairs.maybe_best(PairState.WAITING)
+        if pair is None:
+            return
         self._last_check_at = now
         is_nomination = pair is self._nominee
         under_way = pair.check
@@ -374,30 +351,23 @@ class IceAgent:
                 self.is_controlling,
             ):
                 # Sent again instead of anew: the peer's NAT may be open for it by now.
-                self._effects.append(SendStun(under_way.datagram, pair.address))
+                self._checks.send_again(under_way)
                 return
             under_way.resend_at = math.inf
         if pair.state is not PairState.SUCCEEDED:
             pair.state = PairState.IN_PROGRESS
-        active = sum(
-            p.state in (PairState.WAITING, PairState.IN_PROGRESS) for p in self._pairs.values()
-        )
-        timeout = max(TIMEOUT_SECONDS, PACE_SECONDS * active)
+        timeout = max(TIMEOUT_SECONDS, PACE_SECONDS * self._pairs.count_unfinished())
         pair.check = self._start_check(
             pair, now, timeout * PATIENCE_FACTOR, is_nomination=is_nomination
         )
         pair.check.repeat(timeout)
 
-    def _send_consent_check(self, pair: Pair, now: float) -> None:
-        spread = int.from_bytes(self._entropy(2), "big") / 65536
-        self._consent_at = now + CONSENT_SECONDS * (0.8 + 0.4 * spread)
-        if self._unanswered_since is None:
-            self._unanswered_since = now
+    def _send_consent_check(self, selection: Selection, now: float) -> None:
+        selection.note_asked(now, int.from_bytes(self._entropy(2), "big") / 65536)
         # The controlling agent goes on nominating, so that the peer follows when we move.
-        self._start_check(pair, now, CONSENT_ANSWER_SECONDS, is_nomination=self.is_controlling)
-
-    def _consent_expires_at(self, pair: Pair) -> float:
-        return max(pair.answered_at, self._selected_at) + CONSENT_EXPIRY_SECONDS
+        self._start_check(
+            selection.pair, now, CONSENT_ANSWER_SECONDS, is_nomination=self.is_controlling
+        )
 
     def _start_check(
         self, pair: Pair, now: float, timeout_seconds: float, *, is_nomination: bool
@@ -413,101 +383,90 @@ class IceAgent:
         )
         datagram = encode_check_request(request, self._remote.password)
         check = Check(request, datagram, pair, now, now + timeout_seconds)
-        self._checks[request.transaction_id] = check
-        self._effects.append(CheckStarted(request.transaction_id))
-        self._effects.append(SendStun(datagram, pair.address))
+        self._checks.start(check)
         return check
-
-    def _expire(self, check: Check) -> None:
-        is_latest = check.pair.check is check
-        self._end(check)
-        if is_latest:
-            self._note_failure(check.pair)
-
-    def _end(self, check: Check) -> None:
-        del self._checks[check.request.transaction_id]
-        if check.pair.check is check:
-            check.pair.check = None
-        self._effects.append(CheckEnded(check.request.transaction_id))
 
     # ---- nomination
 
+    def _maybe_best_valid(self) -> Pair | None:
+        """The pair to nominate: valid, and heard since the selected one fell silent."""
+        if not self.is_controlling:
+            return None
+        selection = self._selection
+        if selection is None:
+            return self._pairs.maybe_best(PairState.SUCCEEDED)
+        if selection.unanswered_since is None:
+            return None
+        best = self._pairs.maybe_best(PairState.SUCCEEDED, selection.unanswered_since)
+        return best if best is not selection.pair else None
+
     def _nomination_due_at(self) -> float:
         """When to nominate the best valid pair; infinity if there is nothing to nominate."""
-        if not self.is_controlling or self._nominee is not None or self._best_valid() is None:
+        if self._nominee is not None or self._maybe_best_valid() is None:
             return math.inf
-        if self._selected is None:
-            return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
-        if self._unanswered_since is None:
-            return math.inf
-        return self._unanswered_since + DOUBT_SECONDS
-
-    def _best_valid(self) -> Pair | None:
-        valid = [
-            pair
-            for pair in self._pairs.values()
-            if pair.state is PairState.SUCCEEDED and pair is not self._selected
-        ]
-        return max(valid, key=self._priority, default=None)
+        if self._selection is not None and self._selection.unanswered_since is not None:
+            return self._selection.unanswered_since + DOUBT_SECONDS
+        return self._first_valid_at + NOMINATION_PATIENCE_SECONDS
 
     def _maybe_nominate(self, now: float) -> None:
-        due_at = self._nomination_due_at()
-        best = self._best_valid()
-        if due_at == math.inf or best is None:
+        best = self._maybe_best_valid()
+        if best is None or self._nominee is not None:
             return
-        if now < due_at and (self._selected is not None or self._may_be_beaten(best)):
+        is_early = now < self._nomination_due_at()
+        if is_early and (self._selection is not None or self._pairs.count_unfinished(above=best)):
             return
         self._nominee = best
-        if best in self._triggered:
-            self._triggered.remove(best)
-        self._triggered.appendleft(best)
+        self._pairs.trigger(best, is_urgent=True)
 
-    def _may_be_beaten(self, pair: Pair) -> bool:
-        return any(
-            other.state in (PairState.WAITING, PairState.IN_PROGRESS)
-            and self._priority(other) > self._priority(pair)
-            for other in self._pairs.values()
-        )
+    def _recheck_due_at(self) -> float:
+        """When to see which other pairs work, because the selected one is silent."""
+        selection = self._selection
+        if selection is None or selection.unanswered_since is None or not self.is_controlling:
+            return math.inf
+        return math.inf if selection.has_rechecked else selection.unanswered_since + DOUBT_SECONDS
+
+    def _recheck(self) -> None:
+        assert self._selection is not None
+        self._selection.has_rechecked = True
+        for pair in sorted(self._pairs, key=self._pairs.priority, reverse=True):
+            if pair is not self._selection.pair:
+                self._pairs.trigger(pair)
 
     def _maybe_follow(self, pair: Pair, now: float) -> None:
         """The controlling peer nominated a pair; use it if it works."""
         if not pair.is_nominated or pair.state is not PairState.SUCCEEDED:
             return
-        current = self._selected
+        selection, priority = self._selection, self._pairs.priority
         if (
-            current is None
-            or now - self._selected_at > AGGRESSIVE_SECONDS
-            or self._priority(pair) > self._priority(current)
+            selection is None
+            or selection.is_settled(now)
+            or priority(pair) > priority(selection.pair)
         ):
             self._select(pair, now)
 
     def _select(self, pair: Pair, now: float) -> None:
         pair.is_nominated = False
-        if pair is self._selected:
+        if self._is_selected(pair):
             return
-        self._selected = pair
-        self._selected_at = now
+        self._selection = Selection.make(pair, now)
         self.selected_address = pair.address
-        self._unanswered_since = None
         self._give_up_at = math.inf
-        self._consent_at = max(now, pair.answered_at + CONSENT_SECONDS)
-        for check in self._checks.values():
-            check.resend_at = math.inf
+        self._checks.stop_repeating()
         self._set_state(
             IceState.CONNECTED, f"datagrams go to {pair.address} ({pair.remote.type.value})"
         )
 
+    def _is_selected(self, pair: Pair) -> bool:
+        return self._selection is not None and self._selection.pair is pair
+
     def _switch_role(self) -> None:
-        self.is_controlling = not self.is_controlling
+        self._pairs.is_controlling = not self.is_controlling
         self._nominee = None
 
     # ---- pairs
 
-    def _priority(self, pair: Pair) -> int:
-        return pair.priority(is_controlling=self.is_controlling)
-
-    def _add_pair(self, candidate: IceCandidate) -> Pair | None:
-        if len(self._pairs) >= MAX_PAIRS or not is_usable(candidate.address, self._local):
+    def _maybe_add_pair(self, candidate: IceCandidate) -> Pair | None:
+        if self._pairs.is_full or not is_usable(candidate.address, self._local):
             return None
         local_priority = max(
             (
@@ -517,29 +476,21 @@ class IceAgent:
             ),
             default=1,
         )
-        pair = self._pairs[candidate.address] = Pair(candidate, local_priority)
+        pair = Pair(candidate, local_priority)
+        self._pairs.add(pair)
         return pair
 
-    def _add_peer_reflexive(self, priority: int, source: Address) -> Pair | None:
-        reflexive = [
-            pair
-            for pair in self._pairs.values()
-            if pair.remote.type is IceCandidateType.PEER_REFLEXIVE
-            and pair not in (self._selected, self._nominee)
-        ]
-        if len(reflexive) >= MAX_PEER_REFLEXIVE or len(self._pairs) >= MAX_PAIRS:
-            if not reflexive:
-                return None
-            self._remove(min(reflexive, key=lambda pair: pair.heard_at))
+    def _maybe_add_reflexive(self, priority: int, source: Address) -> Pair | None:
+        selected = None if self._selection is None else self._selection.pair
+        oldest = self._pairs.maybe_oldest_reflexive(keep=(selected, self._nominee))
+        if oldest is not None:
+            self._remove(oldest)
         kind = IceCandidateType.PEER_REFLEXIVE
-        return self._add_pair(IceCandidate("prflx", priority, source, kind))
+        return self._maybe_add_pair(IceCandidate("prflx", priority, source, kind))
 
     def _remove(self, pair: Pair) -> None:
-        del self._pairs[pair.address]
-        if pair in self._triggered:
-            self._triggered.remove(pair)
-        for check in [check for check in self._checks.values() if check.pair is pair]:
-            self._end(check)
+        self._pairs.remove(pair)
+        self._checks.end_all(pair)
         if pair.heard_at > -math.inf:
             self._effects.append(AddressForgotten(pair.address))
 
@@ -557,7 +508,7 @@ class IceAgent:
     def _describe_failure(self) -> str:
         if not self._pairs:
             return "the peer named no address that can be reached from here"
-        if any(pair.heard_at > -math.inf for pair in self._pairs.values()):
+        if any(pair.heard_at > -math.inf for pair in self._pairs):
             return (
                 "the peer was heard, but no path was agreed on; it may have ended, or taken "
                 "another description for ours"
@@ -571,11 +522,11 @@ class IceAgent:
     def _finish(self, state: IceState, reason: str) -> None:
         if self.state in (IceState.FAILED, IceState.CLOSED):
             return
-        for pair in list(self._pairs.values()):
+        for pair in self._pairs:
             self._remove(pair)
         self._early.clear()
-        self._selected = self._nominee = self.selected_address = None
-        self._consent_at = self._give_up_at = math.inf
+        self._selection = self._nominee = self.selected_address = None
+        self._give_up_at = math.inf
         self._set_state(state, reason)
 
 

@@ -1,4 +1,4 @@
-"""What an ICE agent wants done, for the shell to carry out in the order given."""
+"""What an ICE agent says: its state, its errors, and what it wants done, in the order given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from enum import Enum
 
 from traversal.paths.effects import AddressForgotten, AddressLearned
 from traversal.wire.address import Address
+from traversal.wire.ice_description import IceCandidateType
 from traversal.wire.stun import TransactionId
 
 
@@ -18,6 +19,20 @@ class IceState(Enum):
     CONNECTED = "connected"
     FAILED = "failed"
     CLOSED = "closed"
+
+
+class IceError(Exception):
+    """The session can't do what was asked, or has failed; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelectedPair:
+    """Where datagrams go now, how that address was found, and how the peer sees us."""
+
+    address: Address
+    type: IceCandidateType
+    latency_seconds: float | None
+    mapped_address: Address | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -203,6 +203,8 @@ class Peer:
             if self.is_active:
                 reason = reason or f"{self.route.path} did not answer for 6.5 s"
                 self._recovery_at = now + RECOVERY_SECONDS
+                # Perhaps our NAT forgot us: then our list is wrong, however fresh.
+                self._caller.forget_freshness()
                 self._search(now, is_forced=True)
             else:
                 reason = "there is no traffic, so the path is not looked after"
@@ -379,7 +381,10 @@ class Peer:
 
     def set_relay_available(self, is_available: bool, now: float) -> None:
         """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
+        has_come = is_available and not self._has_relay
         self._has_relay = is_available
+        if has_come and self.is_active and self._is_searching:
+            self._caller.repeat(now)
         self._flush(now, "the relay came" if is_available else "the relay went")
 
     def ping_all(self, now: float) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -22,7 +26,10 @@ from traversal import (
     RelayMap,
     open_node,
 )
-from traversal.io.ice import MAX_DATAGRAM_BYTES, MAX_WAITING_DATAGRAMS
+from traversal.io.deadlines import Deadlines
+from traversal.io.ice import MAX_DATAGRAM_BYTES, MAX_WAITING_DATAGRAMS, IceRouter
+from traversal.io.udp import Source, UdpSockets
+from traversal.paths.candidates import LocalNetworks
 from traversal.paths.ice_candidates import make_candidates
 from traversal.wire.address import Address
 from traversal.wire.ice_description import IceCandidateType
@@ -148,6 +155,59 @@ async def test_datagrams_that_cannot_be_sent() -> None:
             await a.send(STUN_LIKE)
 
 
+class Wire:
+    """Stands in for the sockets: keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, Source]] = []
+
+    def send(self, data: bytes, address: Source) -> int:
+        self.sent.append((data, address))
+        return 0
+
+
+async def test_mutants_at_the_router(autojump_clock: trio.testing.MockClock) -> None:
+    """Mutants of honest messages keep no session from connecting, and closing leaves nothing."""
+    rng = random.Random(1)
+    wires = (Wire(), Wire())
+    routers = [IceRouter(cast(UdpSockets, w), Deadlines(), rng.randbytes) for w in wires]
+    places = [("192.0.2.1", 1), ("192.0.2.2", 2)]
+    a, b = (
+        router.open(
+            make_candidates((), (Address(*place),)), LocalNetworks(), is_controlling=bool(number)
+        )
+        for number, (router, place) in enumerate(zip(routers, places, strict=True))
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(a.connect, b.local_description)
+        nursery.start_soon(b.connect, a.local_description)
+        await trio.testing.wait_all_tasks_blocked()
+        for session in (a, b):
+            session.on_time(trio.current_time())
+        honest = [data for wire in wires for data, _ in wire.sent]
+        assert honest
+        for _ in range(3000):
+            mutant = bytearray(rng.choice(honest))
+            for _ in range(rng.randrange(3)):
+                mutant[rng.randrange(len(mutant))] = rng.randrange(256)
+            cut = bytes(mutant[: rng.choice((len(mutant), rng.randrange(len(mutant))))])
+            for router, place in zip(routers, reversed(places), strict=True):
+                router.handle_datagram(cut, place)
+        while {a.state, b.state} != {IceState.CONNECTED}:
+            for number in (0, 1):
+                sent, wires[number].sent = wires[number].sent, []
+                for data, _ in sent:
+                    routers[1 - number].handle_datagram(data, places[number])
+            await trio.sleep(0.01)
+            for session in (a, b):
+                session.on_time(trio.current_time())
+    for router in routers:
+        router.close()
+        assert not router.by_ufrag
+        assert not router.by_transaction
+        assert not router.by_address
+
+
 def test_candidates_of_a_node() -> None:
     """Interfaces give host candidates, all else server-reflexive ones; IPv6 goes first."""
     local = (Address("10.0.0.1", 5), Address("2001:db8::1", 5), Address("192.0.2.1", 5))
@@ -165,3 +225,12 @@ def test_candidates_of_a_node() -> None:
         (IceCandidateType.SERVER_REFLEXIVE, Address("203.0.113.1", 7)),
     ]
     assert made[2].related == local[0]
+
+
+def test_the_example_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/ice.md shows runs as it stands."""
+    page = Path(__file__).parents[3] / "docs" / "ice.md"
+    example = re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], str(page), "exec"), {})
+    assert capsys.readouterr().out.startswith("b'hello' from 127.0.0.1:")

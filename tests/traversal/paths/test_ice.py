@@ -17,16 +17,15 @@ from traversal.paths.candidates import LocalNetworks
 from traversal.paths.effects import AddressForgotten, AddressLearned
 from traversal.paths.ice import (
     MAX_EARLY_CHECKS,
-    MAX_PAIRS,
-    MAX_PEER_REFLEXIVE,
     PACE_SECONDS,
     PATIENCE_SECONDS,
     IceAgent,
-    IceError,
 )
+from traversal.paths.ice_checks import MAX_PAIRS, MAX_PEER_REFLEXIVE
 from traversal.paths.ice_effects import (
     CheckEnded,
     CheckStarted,
+    IceError,
     IceState,
     IceStateChanged,
     SendStun,
@@ -118,6 +117,7 @@ class Network:
                 _, _, source, to, data = heapq.heappop(self._wire)
                 if to in self.agents:
                     self.agents[to].handle_stun(data, source, self.now)
+                    self._carry_out(self.agents[to], to)
             for agent in self.agents.values():
                 if agent.next_deadline() <= self.now:
                     agent.on_time(self.now)
@@ -362,9 +362,25 @@ class TestRoaming:
         network.run(20)
         mover, other = (a, b) if controlling_moves else (b, a)
         network.move(mover, C)
-        mover.handle_rebind(LocalNetworks(), network.now)
+        mover.handle_rebind(network.now)
         network.run(2)
         assert other.selected_address == C
+        network.run(120)
+        assert are_connected(a, b)()
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_a_dead_path_is_left_for_another(self, seed: int) -> None:
+        """The peer's first uplink dies and nobody says so: within 8 s the other one is used."""
+        network = Network(seed)
+        a = network.agent(A, is_controlling=True)
+        b = network.agent(B, host(B), reflexive(C, B), is_controlling=False)
+        network.agents[C] = b
+        introduce(network, a, b)
+        network.run(60)
+        assert a.selected_address == B
+        network.move(b, C)
+        network.run(8)
+        assert a.selected_address == C
         network.run(120)
         assert are_connected(a, b)()
 
@@ -377,7 +393,7 @@ class TestRoaming:
         introduce(network, a, b)
         network.run(3)
         network.dead.clear()
-        a.handle_rebind(LocalNetworks(), network.now)
+        a.handle_rebind(network.now)
         network.run(0.5)
         assert are_connected(a, b)()
 
