@@ -21,13 +21,11 @@ from netlab.kernel.netlink import (
     Netlink,
     Request,
     add_address,
-    add_rule,
     add_veth,
     replace_route,
     set_link,
 )
-from netlab.kernel.nft import NAT_OUTSIDE, WAN
-from netlab.kernel.wiring import AFTER_NAT_TABLE, BEFORE_NAT_TABLE, Cable, End, Machine, Wiring
+from netlab.kernel.wiring import Cable, End, Machine, Wiring
 
 _LOOPBACK_INDEX = 1
 _TUN_DEVICE = "/dev/net/tun"
@@ -111,8 +109,8 @@ class Built:
             else:
                 links[cable.inner.machine].append(set_link(cable.inner.index, up=True))
         for nat in self.wiring.user_nats:
-            for end in (nat.inside, nat.outside):
-                links[end.machine].append(self._add_tun(end, 1500))
+            # What is too big for the uplink is refused, or cut into pieces, on the inside.
+            links[nat.inside.machine].append(self._add_tun(nat.inside, nat.uplink.mtu_bytes))
         for machine in machines.values():
             self._configure(machine, links[machine.name])
         # Either end may lag: one that was up before its peer has no carrier yet, and IPv6 starts
@@ -143,9 +141,6 @@ class Built:
         requests = [set_link(_LOOPBACK_INDEX, up=True), *before]
         requests += [add_address(index, address) for index, address in machine.addresses]
         requests += map(replace_route, machine.routes)
-        if any(route.table == AFTER_NAT_TABLE for route in machine.routes):
-            requests.append(add_rule(NAT_OUTSIDE, AFTER_NAT_TABLE))
-            requests.append(add_rule(WAN, BEFORE_NAT_TABLE))
         with namespace.entered():
             # Connection tracking, and with it some of the sysctls, starts with the rules.
             if machine.rules and self._must_load_rules(machine):

@@ -69,6 +69,9 @@ _CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC, _TFD_TIMER_ABSTIME = 1, 0o2004000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+_Carrier = Callable[[bytes | bytearray], None]
+
+
 class _Timer:
     """A timer descriptor on the monotonic clock."""
 
@@ -94,21 +97,36 @@ class _Timer:
         os.read(self.descriptor, 8)
 
 
-class _Pump:
-    """Both directions of one cable."""
-
-    def __init__(self, upload: LinkDirection, download: LinkDirection) -> None:
-        self.directions = (upload, download)
-
-
 class _Flight:
-    """Packets on their way to one device, in the order of their arrival."""
+    """Packets on their way, in the order of their arrival, and what takes them then."""
 
-    __slots__ = ("device", "packets")
+    __slots__ = ("deliver", "packets")
 
-    def __init__(self, device: int) -> None:
-        self.device = device
-        self.packets: deque[tuple[float, bytes]] = deque()
+    def __init__(self, deliver: _Carrier) -> None:
+        self.deliver = deliver
+        self.packets: deque[tuple[float, bytes | bytearray]] = deque()
+
+
+class _Pump:
+    """Both directions of one cable, upload first, and their flights."""
+
+    def __init__(self, directions: tuple[LinkDirection, LinkDirection], ends: list[int]) -> None:
+        self.directions = directions
+        inner, outer = ends
+        self.flights = (_Flight(_writer(outer)), _Flight(_writer(inner)))
+
+
+def _writer(device: int) -> _Carrier:
+    write = os.write
+
+    def write_packet(packet: bytes | bytearray) -> None:
+        try:
+            write(device, packet)
+        except OSError:
+            # The device is down, or the kernel is out of buffers: a cable would lose it too.
+            pass
+
+    return write_packet
 
 
 class Fabric:
@@ -119,8 +137,9 @@ class Fabric:
         self._events = events
         self._epoll = select.epoll()
         self._timer = _Timer()
-        self._readers: dict[int, Callable[[float], None]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
         self._pumps: dict[str, _Pump] = {}
+        self._carriers: dict[str, _Carrier] = {}
         self._nats: dict[str, TunNat] = {}
         # When the first packet of each flight is due; the number only breaks ties.
         self._due: list[tuple[float, int, _Flight]] = []
@@ -156,7 +175,7 @@ class Fabric:
             for descriptor, _ in ready:
                 reader = readers.get(descriptor)
                 if reader is not None:
-                    reader(monotonic())
+                    reader()
                 elif descriptor == timer.descriptor:
                     timer.acknowledge()
                 elif not self._handle_command():
@@ -168,32 +187,22 @@ class Fabric:
                 self._keep_house(now)
 
     def _deliver(self, now: float) -> None:
-        """Write a batch of what is due."""
-        due, write = self._due, os.write
+        """Hand over a batch of what is due."""
+        due = self._due
         left = _BATCH_PACKETS
         while due and due[0][0] <= now:
             if not left:
                 self._rest_until = now
                 return
             _, serial, flight = heapq.heappop(due)
-            device, packets, before = flight.device, flight.packets, left
+            deliver, packets, before = flight.deliver, flight.packets, left
             while left and packets and packets[0][0] <= now:
                 left -= 1
-                try:
-                    write(device, packets.popleft()[1])
-                except OSError:
-                    pass  # see _write, which is written out here to save a call
+                deliver(packets.popleft()[1])
             self._in_flight -= before - left
             if packets:
                 heapq.heappush(due, (packets[0][0], serial, flight))
         self._rest_until = now + _REST_SECONDS
-
-    def _write(self, device: int, packet: bytes | bytearray) -> None:
-        try:
-            os.write(device, packet)
-        except OSError:
-            # The device is down, or the kernel is out of buffers: a cable would lose it too.
-            pass
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + _HOUSEKEEPING_SECONDS
@@ -216,49 +225,55 @@ class Fabric:
         self, descriptors: list[int], key: str, upload: Link, download: Link, seed: str
     ) -> None:
         """Carry packets between two devices; `upload` is from the first to the second."""
-        inner, outer = descriptors
         pump = self._pumps[key] = _Pump(
-            LinkDirection(upload, random.Random(f"{seed} up")),
-            LinkDirection(download, random.Random(f"{seed} down")),
+            (
+                LinkDirection(upload, random.Random(f"{seed} up")),
+                LinkDirection(download, random.Random(f"{seed} down")),
+            ),
+            descriptors,
         )
-        for source, target, direction in (
-            (inner, outer, pump.directions[0]),
-            (outer, inner, pump.directions[1]),
+        for source, direction, flight in zip(
+            descriptors, pump.directions, pump.flights, strict=True
         ):
-            self._read_from(source, self._pump_reader(key, source, target, direction))
+            carry = self._carrier(key, direction, flight)
+            self._read_from(source, carry)
+            self._carriers.setdefault(key, carry)
 
-    def _read_from(self, descriptor: int, reader: Callable[[float], None]) -> None:
-        self._readers[descriptor] = reader
-        self._epoll.register(descriptor, select.EPOLLIN)
+    def _read_from(self, device: int, carry: _Carrier) -> None:
+        """Take packets from a device whenever it has some."""
+        read = os.read
 
-    def _pump_reader(
-        self, key: str, source: int, target: int, direction: LinkDirection
-    ) -> Callable[[float], None]:
-        read, monotonic, send = os.read, time.monotonic, direction.send
-        flight = _Flight(target)
-
-        def move_packets(now: float) -> None:
+        def read_packets() -> None:
             for _ in range(_BATCH_PACKETS):
                 try:
-                    packet = read(source, _MAX_PACKET_BYTES)
+                    packet = read(device, _MAX_PACKET_BYTES)
                 except OSError:
                     return
-                now = monotonic()
-                arrivals = send(now, len(packet))
-                if isinstance(arrivals, Drop):
-                    self._report_drop(key, arrivals, packet)
-                    continue
-                for arrival in arrivals:
-                    if arrival <= now:
-                        self._write(target, packet)
-                    elif self._in_flight < _MAX_IN_FLIGHT:
-                        self._launch(flight, arrival, packet)
-                    else:
-                        self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+                carry(packet)
 
-        return move_packets
+        self._readers[device] = read_packets
+        self._epoll.register(device, select.EPOLLIN)
 
-    def _launch(self, flight: _Flight, arrival: float, packet: bytes) -> None:
+    def _carrier(self, key: str, direction: LinkDirection, flight: _Flight) -> _Carrier:
+        monotonic, send = time.monotonic, direction.send
+
+        def carry_packet(packet: bytes | bytearray) -> None:
+            now = monotonic()
+            arrivals = send(now, len(packet))
+            if isinstance(arrivals, Drop):
+                self._report_drop(key, arrivals, packet)
+                return
+            for arrival in arrivals:
+                if arrival <= now:
+                    flight.deliver(packet)
+                elif self._in_flight < _MAX_IN_FLIGHT:
+                    self._launch(flight, arrival, packet)
+                else:
+                    self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+
+        return carry_packet
+
+    def _launch(self, flight: _Flight, arrival: float, packet: bytes | bytearray) -> None:
         """Let a packet join a direction's flight, or fly alone if it overtakes the last one."""
         packets = flight.packets
         self._in_flight += 1
@@ -266,7 +281,7 @@ class Fabric:
             packets.append((arrival, packet))
             return
         if packets:
-            flight = _Flight(flight.device)
+            flight = _Flight(flight.deliver)
         flight.packets.append((arrival, packet))
         self._serial += 1
         heapq.heappush(self._due, (arrival, self._serial, flight))
@@ -287,13 +302,16 @@ class Fabric:
         self,
         descriptors: list[int],
         name: str,
+        uplink: str,
         behavior: NatBehavior,
         external: list[bytes],
         inside_hosts: list[bytes],
         seed: str,
     ) -> None:
-        """Translate between two devices, the inside one first."""
-        devices = (descriptors[0], descriptors[1])
+        """Translate between an inside device and a pumped cable, whose IPv6 goes on as before."""
+        pump = self._pumps[uplink]
+        to_router = pump.flights[1].deliver
+        carry: tuple[_Carrier, _Carrier] = (_writer(descriptors[0]), self._carriers[uplink])
         translator = Translator(
             behavior,
             external,
@@ -304,34 +322,31 @@ class Fabric:
         )
 
         def answer(side: Side, packet: bytes) -> None:
-            self._write(devices[side], packet)
+            carry[side](packet)
 
         def on_drop(drop: Drop, packet: bytes) -> None:
             self._report_drop(name, drop, packet)
 
-        nat = TunNat(translator, answer, on_drop)
-        self._nats[name] = nat
-        for side in Side:
-            self._read_from(devices[side], self._nat_reader(nat, side, devices))
+        nat = self._nats[name] = TunNat(translator, answer, on_drop)
+        handle, nat_time, monotonic = nat.handle_packet, self._nat_time, time.monotonic
 
-    def _nat_reader(
-        self, nat: TunNat, side: Side, devices: tuple[int, int]
-    ) -> Callable[[float], None]:
-        source = devices[side]
-        read, write, handle = os.read, self._write, nat.handle_packet
+        def translate_outbound(packet: bytes | bytearray) -> None:
+            changed = bytearray(packet)
+            leaves = handle(changed, Side.INSIDE, nat_time(monotonic()))
+            if leaves is not None:
+                carry[leaves](changed)
 
-        def translate_packets(now: float) -> None:
-            nat_now = self._nat_time(now)
-            for _ in range(_BATCH_PACKETS):
-                try:
-                    packet = bytearray(read(source, _MAX_PACKET_BYTES))
-                except OSError:
-                    return
-                leaves = handle(packet, side, nat_now)
-                if leaves is not None:
-                    write(devices[leaves], packet)
+        def translate_inbound(packet: bytes | bytearray) -> None:
+            if packet[0] >> 4 == 6:
+                to_router(packet)
+                return
+            changed = bytearray(packet)
+            leaves = handle(changed, Side.OUTSIDE, nat_time(monotonic()))
+            if leaves is not None:
+                carry[leaves](changed)
 
-        return translate_packets
+        self._read_from(descriptors[0], translate_outbound)
+        pump.flights[1].deliver = translate_inbound
 
     def reboot(self, _: list[int], name: str) -> None:
         """Make a NAT forget everything."""
@@ -397,12 +412,12 @@ class Fabric:
         at = time.monotonic() - self._started
         self._report(msgspec.structs.replace(event, at=at))
 
-    def _report_drop(self, where: str, drop: Drop, packet: bytes) -> None:
+    def _report_drop(self, where: str, drop: Drop, packet: bytes | bytearray) -> None:
         if not self._drop_budget:
             self._lost_events += 1
             return
         self._drop_budget -= 1
-        protocol, source, destination = describe(packet)
+        protocol, source, destination = describe(bytes(packet))
         self._report(
             PacketDropped(
                 at=time.monotonic() - self._started,
