@@ -69,7 +69,8 @@ _CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC, _TFD_TIMER_ABSTIME = 1, 0o2004000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-_Carrier = Callable[[bytes | bytearray], None]
+# What takes a packet at a time.
+_Carrier = Callable[[bytes | bytearray, float], None]
 
 
 class _Timer:
@@ -119,7 +120,7 @@ class _Pump:
 def _writer(device: int) -> _Carrier:
     write = os.write
 
-    def write_packet(packet: bytes | bytearray) -> None:
+    def write_packet(packet: bytes | bytearray, now: float) -> None:
         try:
             write(device, packet)
         except OSError:
@@ -150,6 +151,7 @@ class Fabric:
         # The NATs' clock: real seconds since the start times the scale, plus what was skipped.
         self._scale = 1.0
         self._skipped = 0.0
+        self._nat_now = 0.0
         self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
         self._lost_events = 0
         self._next_housekeeping = 0.0
@@ -172,6 +174,7 @@ class Fabric:
                 ready = epoll.poll()
             else:
                 ready = epoll.poll(0)
+            self._nat_now = self._nat_time(monotonic())
             for descriptor, _ in ready:
                 reader = readers.get(descriptor)
                 if reader is not None:
@@ -198,7 +201,7 @@ class Fabric:
             deliver, packets, before = flight.deliver, flight.packets, left
             while left and packets and packets[0][0] <= now:
                 left -= 1
-                deliver(packets.popleft()[1])
+                deliver(packets.popleft()[1], now)
             self._in_flight -= before - left
             if packets:
                 heapq.heappush(due, (packets[0][0], serial, flight))
@@ -241,7 +244,7 @@ class Fabric:
 
     def _read_from(self, device: int, carry: _Carrier) -> None:
         """Take packets from a device whenever it has some."""
-        read = os.read
+        read, monotonic = os.read, time.monotonic
 
         def read_packets() -> None:
             for _ in range(_BATCH_PACKETS):
@@ -249,39 +252,37 @@ class Fabric:
                     packet = read(device, _MAX_PACKET_BYTES)
                 except OSError:
                     return
-                carry(packet)
+                carry(packet, monotonic())
 
         self._readers[device] = read_packets
         self._epoll.register(device, select.EPOLLIN)
 
     def _carrier(self, key: str, direction: LinkDirection, flight: _Flight) -> _Carrier:
-        monotonic, send = time.monotonic, direction.send
+        send, packets = direction.send, flight.packets
 
-        def carry_packet(packet: bytes | bytearray) -> None:
-            now = monotonic()
+        def carry_packet(packet: bytes | bytearray, now: float) -> None:
             arrivals = send(now, len(packet))
             if isinstance(arrivals, Drop):
                 self._report_drop(key, arrivals, packet)
                 return
             for arrival in arrivals:
                 if arrival <= now:
-                    flight.deliver(packet)
-                elif self._in_flight < _MAX_IN_FLIGHT:
-                    self._launch(flight, arrival, packet)
-                else:
+                    flight.deliver(packet, now)
+                elif self._in_flight >= _MAX_IN_FLIGHT:
                     self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+                else:
+                    self._in_flight += 1
+                    if packets and arrival >= packets[-1][0]:
+                        packets.append((arrival, packet))
+                    else:
+                        # What overtakes the last one flies alone.
+                        self._launch(
+                            _Flight(flight.deliver) if packets else flight, arrival, packet
+                        )
 
         return carry_packet
 
     def _launch(self, flight: _Flight, arrival: float, packet: bytes | bytearray) -> None:
-        """Let a packet join a direction's flight, or fly alone if it overtakes the last one."""
-        packets = flight.packets
-        self._in_flight += 1
-        if packets and arrival >= packets[-1][0]:
-            packets.append((arrival, packet))
-            return
-        if packets:
-            flight = _Flight(flight.deliver)
         flight.packets.append((arrival, packet))
         self._serial += 1
         heapq.heappush(self._due, (arrival, self._serial, flight))
@@ -322,39 +323,39 @@ class Fabric:
         )
 
         def answer(side: Side, packet: bytes) -> None:
-            carry[side](packet)
+            carry[side](packet, time.monotonic())
 
         def on_drop(drop: Drop, packet: bytes) -> None:
             self._report_drop(name, drop, packet)
 
         nat = self._nats[name] = TunNat(translator, answer, on_drop)
-        handle, nat_time, monotonic = nat.handle_packet, self._nat_time, time.monotonic
+        handle = nat.handle_packet
 
-        def translate_outbound(packet: bytes | bytearray) -> None:
+        def translate_outbound(packet: bytes | bytearray, now: float) -> None:
             changed = bytearray(packet)
-            leaves = handle(changed, Side.INSIDE, nat_time(monotonic()))
+            leaves = handle(changed, Side.INSIDE, self._nat_now)
             if leaves is not None:
-                carry[leaves](changed)
+                carry[leaves](changed, now)
 
-        def translate_inbound(packet: bytes | bytearray) -> None:
+        def translate_inbound(packet: bytes | bytearray, now: float) -> None:
             if packet[0] >> 4 == 6:
-                to_router(packet)
+                to_router(packet, now)
                 return
             changed = bytearray(packet)
-            leaves = handle(changed, Side.OUTSIDE, nat_time(monotonic()))
+            leaves = handle(changed, Side.OUTSIDE, self._nat_now)
             if leaves is not None:
-                carry[leaves](changed)
+                carry[leaves](changed, now)
 
         self._read_from(descriptors[0], translate_outbound)
         pump.flights[1].deliver = translate_inbound
 
     def reboot(self, _: list[int], name: str) -> None:
         """Make a NAT forget everything."""
-        self._nats[name].reboot(self._nat_time(time.monotonic()))
+        self._nats[name].reboot(self._nat_now)
 
     def renumber(self, _: list[int], name: str, external: list[bytes]) -> None:
         """Give a NAT other external addresses."""
-        self._nats[name].renumber(external, self._nat_time(time.monotonic()))
+        self._nats[name].renumber(external, self._nat_now)
 
     def set_clock(self, _: list[int], started: float, scale: float) -> None:
         """Set the start of the lab's time, and how fast the NATs' timers run against it."""
