@@ -102,31 +102,23 @@ class Built:
                 if not cable.pumped
             )
         links: dict[str, list[Request]] = {name: [] for name in machines}
+        veths: dict[str, list[int]] = {name: [] for name in machines}
         for cable in self.wiring.cables:
+            ends = cable.outer, cable.inner
             if cable.pumped:
-                for end in (cable.outer, cable.inner):
+                for end in ends:
                     links[end.machine].append(self._add_tun(end, cable.mtu_bytes))
             else:
                 links[cable.inner.machine].append(set_link(cable.inner.index, up=True))
+                for end in ends:
+                    veths[end.machine].append(end.index)
         for nat in self.wiring.user_nats:
             # What is too big for the uplink is refused, or cut into pieces, on the inside.
             links[nat.inside.machine].append(self._add_tun(nat.inside, nat.uplink.mtu_bytes))
-        for machine in machines.values():
-            self._configure(machine, links[machine.name])
-        # Either end may lag: one that was up before its peer has no carrier yet, and IPv6 starts
-        # on neither before the kernel has noticed the carrier.
-        plain: dict[str, list[int]] = {}
-        for cable in self.wiring.cables:
-            if not cable.pumped:
-                for end in (cable.outer, cable.inner):
-                    plain.setdefault(end.machine, []).append(end.index)
-        for name, indexes in plain.items():
-            with Netlink(self.namespaces[name]) as netlink:
-                for index in indexes:
-                    netlink.wait_until_up(index)
-                for _, address in machines[name].addresses:
-                    if address.version == 6:
-                        netlink.wait_until_local(address.ip)
+        # From the leaves inwards: a cable's inner end comes up with its own machine, and when its
+        # outer machine's turn comes, both ends have what they need to carry packets.
+        for name, machine in reversed(list(machines.items())):
+            self._configure(machine, links[name], veths[name])
 
     def _link_end(self, cable: Cable, end: End) -> LinkEnd:
         return LinkEnd(self.namespaces[end.machine], end.name, end.index, cable.mtu_bytes)
@@ -136,7 +128,7 @@ class Built:
         self.tuns[end.machine, end.name] = descriptor
         return set_link(end.index, up=True, mtu_bytes=mtu_bytes, queue_packets=_TUN_QUEUE_PACKETS)
 
-    def _configure(self, machine: Machine, before: Iterable[Request]) -> None:
+    def _configure(self, machine: Machine, before: Iterable[Request], veths: Iterable[int]) -> None:
         namespace = self.namespaces[machine.name]
         requests = [set_link(_LOOPBACK_INDEX, up=True), *before]
         requests += [add_address(index, address) for index, address in machine.addresses]
@@ -150,6 +142,13 @@ class Built:
                     write_sysctl(name, value)
             with Netlink() as netlink:
                 netlink.run(requests)
+                # A link that was up before its peer has no carrier yet, and IPv6 starts on
+                # neither before the kernel has noticed the carrier.
+                for index in veths:
+                    netlink.wait_until_up(index)
+                for _, address in machine.addresses:
+                    if address.version == 6:
+                        netlink.wait_until_local(address.ip)
 
     @staticmethod
     def _must_load_rules(machine: Machine) -> bool:
