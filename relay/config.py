@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct, field
 
+from relay.certificate_files import is_hostname
 from relay.config_schema import (
     AcmeConfig,
     AdminConfig,
@@ -279,6 +280,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     server, listen, tls, admission = config.server, config.listen, config.tls, config.admission
     if not server.hostname:
         yield "server.hostname", "is missing; give the DNS name or IP address clients connect to"
+    elif not is_hostname(server.hostname):
+        yield "server.hostname", f'"{server.hostname}" is neither a DNS name nor an IP address'
     if server.home_page not in ("", "blank") and not _is_web_url(server.home_page):
         yield "server.home_page", 'must be "", "blank" or an http(s) URL'
     if not listen.derp:

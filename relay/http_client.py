@@ -6,6 +6,8 @@ little.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +130,14 @@ async def _bounded(
     except h11.RemoteProtocolError as error:
         raise HttpError(f"the answer is not HTTP: {error}") from error
     except (OSError, trio.BrokenResourceError) as error:
-        raise HttpError(str(_innermost(error))) from error
+        raise HttpError(_reason(_innermost(error))) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLError | socket.gaierror) or not isinstance(error, OSError):
+        return str(error)
+    # Trio's text for a refused connection is made for programmers.
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _innermost(error: BaseException) -> BaseException:

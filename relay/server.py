@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import msgspec
 import trio
@@ -41,6 +41,9 @@ from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")
+
+MAX_HTTP_CONNECTIONS: Final = 1000
+"""At one time on each of the plain HTTP and admin listeners; descriptors belong to DERP clients."""
 
 StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError)
 """What can be wrong at the start; each text says what to do."""
@@ -116,6 +119,8 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
+    if config.tls.mode == "acme":
+        attempt(lambda: AcmeRenewer(config.tls.acme, server.hostname))
     attempt(lambda: _admin_token(config))
     return problems
 
@@ -153,7 +158,9 @@ class _Relay:
         identity: Identity,
         config_path: str,
     ) -> None:
-        self._watch = FileWatch([config_path, config.limits.rate_config_file])
+        self._watch = FileWatch(
+            [config_path, config.limits.rate_config_file, config.admin.token_file]
+        )
         self._config = config
         self._load_again = load_again
         self._identity = identity
@@ -277,7 +284,10 @@ class _Relay:
         self._config = reload.config
         self._admin_token = admin_token
         set_level(reload.config.log)
-        await self._plane.reload_files()
+        try:
+            await self._plane.reload_files()
+        except WorkerError as error:
+            logger.error("certificates and admission files are not read again: %s", error)
         if reload.applied:
             logger.info("reloaded: %s", ", ".join(reload.applied))
         if reload.needs_restart:
@@ -310,15 +320,22 @@ def _text(addresses: Sequence[tuple[str, int]]) -> str:
 
 def _http_handler(respond: Responder) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
     """A handler of connections that speak nothing but HTTP, without TLS."""
+    connections = 0
 
     async def handle(sock: trio.socket.SocketType) -> None:
+        nonlocal connections
         stream = HandshakeStream(sock)
+        if connections >= MAX_HTTP_CONNECTIONS:
+            stream.close()
+            return
+        connections += 1
         try:
             source = sock.getpeername()[0]
             await serve_http(stream, respond, source=source, over_tls=False)
         except (StreamEndedError, OSError) as error:
             logger.debug("an HTTP connection ended: %s", error)
         finally:
+            connections -= 1
             stream.close()
 
     return handle

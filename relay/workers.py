@@ -156,7 +156,11 @@ class WorkerPool:
                 if first:
                     task_status.started()
                     first = False
-                status = await worker.process.wait()
+                end = f"ended (status {await worker.process.wait()})"
+            except (WorkerError, OSError) as error:
+                if first:
+                    raise
+                end = f"could not be restarted ({error})"
             finally:
                 self._workers.pop(index, None)
                 with trio.CancelScope(shield=True):
@@ -169,7 +173,7 @@ class WorkerPool:
                 return
             if trio.current_time() - began > STEADY_SECONDS:
                 delay = FIRST_RESTART_SECONDS
-            logger.error("worker %d ended (status %s); restarting in %.1f s", index, status, delay)
+            logger.error("worker %d %s; restarting in %.1f s", index, end, delay)
             await trio.sleep(delay)
             delay = min(2 * delay, MAX_RESTART_SECONDS)
 
@@ -205,16 +209,14 @@ class _Worker:
             stdout=subprocess.PIPE,
             pass_fds=self._start.listener_fds,
         )
-        assert self.process.stdin is not None
-        await send_message(self.process.stdin, self._start)
-        await self._receive_reply()
+        await self.request(self._start)
 
-    async def request(self, command: Command) -> Any:
-        """Raises WorkerError."""
+    async def request(self, message: WorkerStart | Command) -> Any:
+        """What the worker answers. Raises WorkerError."""
         assert self.process.stdin is not None
         async with self._lock:
             try:
-                await send_message(self.process.stdin, command)
+                await send_message(self.process.stdin, message)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 raise WorkerError(f"worker {self.index} is gone") from None
             return await self._receive_reply()

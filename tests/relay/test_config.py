@@ -106,6 +106,14 @@ class TestSources:
 
 
 class TestErrors:
+    def test_hostname_that_is_none(self) -> None:
+        """A URL or a name with a space is told before a certificate is asked for."""
+        for wrong in ("https://derp.example", "derp example", "derp.example:443"):
+            with pytest.raises(ConfigError, match="neither a DNS name nor an IP address"):
+                Config.load(None, {}, {"server.hostname": wrong})
+        for right in ("derp.example", "localhost", "192.0.2.1", "2001:db8::1"):
+            assert Config.load(None, {}, {"server.hostname": right}).server.hostname == right
+
     def test_unknown_key_names_the_line_and_the_nearest_key(self, tmp_path: Path) -> None:
         """A typing mistake costs one look."""
         (problem,) = problems(tmp_path, MINIMAL + "[limits]\n# bound\nconections = 3\n")

@@ -18,6 +18,7 @@ from typing import Final, Self
 import trio
 
 from traversal.io.chain_check import check_chain, is_address
+from traversal.io.proxy import Proxy
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
@@ -29,7 +30,11 @@ from traversal.relay_map import (
     RelayNode,
 )
 from traversal.wire.derp import PROTOCOL_VERSION, ClientInfo, DerpError, ServerInfo
-from traversal.wire.derp_upgrade import ClientHandshake, maybe_server_key_from_certificates
+from traversal.wire.derp_upgrade import (
+    MAX_RESPONSE_HEAD_LENGTH,
+    ClientHandshake,
+    maybe_server_key_from_certificates,
+)
 
 DIAL_TIMEOUT_SECONDS: Final = 10.0
 """From name resolution to SERVER_INFO (DERP specification 15.1)."""
@@ -49,7 +54,7 @@ class DialError(Exception):
     """A DERP server could not be reached. The text names the server, the step and the reason.
 
     Attributes:
-        step: `resolve`, `connect`, `tls`, `certificate`, `upgrade` or `handshake`.
+        step: `resolve`, `connect`, `proxy`, `tls`, `certificate`, `upgrade` or `handshake`.
     """
 
     def __init__(self, target: str, step: str, reason: str) -> None:
@@ -62,6 +67,7 @@ _VERIFICATION: Final = "certificate verification failed: "
 _STEPS: Final = {
     "resolve": "can't resolve the name",
     "connect": "can't connect",
+    "proxy": "can't connect by the proxy",
     "tls": "the TLS handshake failed",
     "certificate": "its certificate is not accepted",
     "upgrade": "it did not upgrade to DERP",
@@ -167,7 +173,7 @@ class Dialed:
 
         For the pump; this object must not be used afterwards.
         """
-        received = bytes(self.handshake.splitter._buffer)
+        received = self.handshake.splitter.take_rest()
         sock, tls = self.stream.detach()
         return sock, tls, received
 
@@ -185,6 +191,7 @@ async def dial(
     ideal_node: str = "",
     fast_start: bool = True,
     make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+    proxy: Proxy | None = None,
 ) -> Dialed:
     """Connect and shake hands, within 10 s in all.
 
@@ -194,12 +201,13 @@ async def dial(
         ideal_node: the name of the node that would have been preferred.
         fast_start: use the server's meta certificate if there is one.
         make_context: makes a context that verifies chains; by default with the system's roots.
+        proxy: connect by this HTTP proxy; it resolves the server's name.
 
     Raises DialError.
     """
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        stream, tls = await _open(target, progress, make_context)
+        stream, tls = await _open(target, progress, make_context, proxy)
         with _closed_on_error(stream):
             return await _shake_hands(
                 stream,
@@ -216,13 +224,32 @@ async def dial(
 
 
 async def connect(
-    target: Target, *, make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    target: Target,
+    *,
+    make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+    proxy: Proxy | None = None,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
     """Connect by TCP and TLS only, within 10 s, for HTTP requests. Raises DialError."""
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        return await _open(target, progress, make_context)
+        return await _open(target, progress, make_context, proxy)
     raise progress.timeout()
+
+
+async def _tunnel(stream: HandshakeStream, target: str, proxy: Proxy, progress: _Progress) -> None:
+    """Have the proxy connect us (DERP specification 15.1); nothing may follow its answer."""
+    progress.step = "proxy"
+    await stream.send_all(proxy.encode_connect(target))
+    head = b""
+    while b"\r\n\r\n" not in head:
+        data = await stream.receive()
+        if not data or len(head) > MAX_RESPONSE_HEAD_LENGTH:
+            raise progress.error(f"the proxy {proxy} did not answer to CONNECT")
+        head += data
+    status = head.split(b"\r\n", 1)[0].decode("latin-1")
+    if status.split(" ")[1:2] != ["200"]:
+        raise progress.error(f"the proxy {proxy} refused: {status!r}")
+    stream.put_back(head.partition(b"\r\n\r\n")[2])
 
 
 async def dial_path(path: str, private_key: NodePrivate, *, info: ClientInfo) -> Dialed:
@@ -289,12 +316,18 @@ def _closed_on_error(stream: HandshakeStream) -> Iterator[None]:
 
 
 async def _open(
-    target: Target, progress: _Progress, make_context: Callable[[], ssl.SSLContext]
+    target: Target,
+    progress: _Progress,
+    make_context: Callable[[], ssl.SSLContext],
+    proxy: Proxy | None,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
-    stream = HandshakeStream(await _connect(target, progress))
-    if target.policy is None:
-        return stream, None
+    first = target if proxy is None else Target(proxy.host, proxy.port, None)
+    stream = HandshakeStream(await _connect(first, progress))
     with _closed_on_error(stream):
+        if proxy is not None:
+            await _tunnel(stream, str(target), proxy, progress)
+        if target.policy is None:
+            return stream, None
         progress.enter("tls")
         tls = await _start_tls(stream, target, make_context)
         problem = check_chain(

@@ -52,6 +52,11 @@ class Caller:
         """Ask for a CallMeMaybe as soon as the spacing allows."""
         self._wanted_at = min(self._wanted_at, max(now, self._allowed_at))
 
+    def repeat(self, now: float) -> None:
+        """The relay connection is a new one: what was called by the old may be lost with it."""
+        self._allowed_at = now
+        self.want(now)
+
     def next_deadline(self) -> float:
         """When to poll; infinity for never."""
         return self._wanted_at if self._patience_ends_at == math.inf else self._patience_ends_at

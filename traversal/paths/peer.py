@@ -63,7 +63,9 @@ PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
 """All five: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
-"""Least time between two Pings in answer to Pings from one address (P7)."""
+"""Least time between two Pings in answer to Pings from one address (P7); while a direct path is in
+use, between any two. Without that two NATs that map by destination and filter nothing would have
+the peers answer each other's Pings for ever, each from a mapping that the other has not seen."""
 RECOVERY_SECONDS: Final = 1.5
 """A path that died is pinged at this pace for a minute: healed, it is used within 3 s, even if one
 Ping is lost."""
@@ -109,6 +111,7 @@ class Peer:
         self._recovery_at = math.inf
         self._schedule = SearchSchedule()
         self._peer_relay_wanted_at = -math.inf
+        self._pinged_back_at = -math.inf
 
         self._calls_sent = 0
         self._calls_received = 0
@@ -200,6 +203,8 @@ class Peer:
             if self.is_active:
                 reason = reason or f"{self.route.path} did not answer for 6.5 s"
                 self._recovery_at = now + RECOVERY_SECONDS
+                # Perhaps our NAT forgot us: then our list is wrong, however fresh.
+                self._caller.forget_freshness()
                 self._search(now, is_forced=True)
             else:
                 reason = "there is no traffic, so the path is not looked after"
@@ -376,7 +381,10 @@ class Peer:
 
     def set_relay_available(self, is_available: bool, now: float) -> None:
         """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
+        has_come = is_available and not self._has_relay
         self._has_relay = is_available
+        if has_come and self.is_active and self._is_searching:
+            self._caller.repeat(now)
         self._flush(now, "the relay came" if is_available else "the relay went")
 
     def ping_all(self, now: float) -> None:
@@ -489,14 +497,18 @@ class Peer:
             self._effects.append(DiscoverPeerRelay())
 
     def _maybe_ping_back(self, candidate: Candidate, now: float) -> None:
-        if candidate is self._choice.best and self._is_settled:
-            return
+        best = self._choice.best
+        if best is not None and self._is_settled:
+            # Another port of the host that we send to is not a better path.
+            is_same_host = candidate.path.address.host == best.path.address.host
+            if is_same_host or now - self._pinged_back_at < PING_BACK_SECONDS:
+                return
         if now - candidate.pinged_back_at < PING_BACK_SECONDS:
             return
         has_answered = now - candidate.answered_at < ACTIVITY_SECONDS
         if has_answered and (self._is_settled or not self.is_active):
             return
-        candidate.pinged_back_at = now
+        candidate.pinged_back_at = self._pinged_back_at = now
         self._send_ping(candidate, Purpose.DISCOVERY, now)
 
     def _drop_removed_best(self, now: float, reason: str) -> str:

@@ -124,6 +124,24 @@ class TestPingBack:
         peer.handle_ping(b"1" * 12, Path(X), 5.1)
         assert sent_pings(peer) == [X]
 
+    def test_new_ports_of_the_host_in_use_are_not_pinged(self):
+        """With a direct path in use, a Ping from another port of that host (the peer's NAT maps by
+        destination) brings a Pong only, and other hosts are pinged once in 5 s; otherwise two such
+        NATs would keep the peers pinging for ever."""
+        peer = make_peer(X)
+        peer.handle_send(0.0)
+        (ping,) = (e for e in peer.poll_effects() if isinstance(e, SendPing))
+        peer.handle_pong(ping.transaction_id, X, Y, 0.04)
+        peer.on_time(0.04)
+        peer.poll_effects()
+        for i in range(50):
+            peer.handle_ping(bytes([i]) * 12, Path(Address(X.host, 1000 + i)), 0.05)
+        assert sent_pings(peer) == []
+        others = [Address(f"198.51.100.{i}", 9) for i in range(1, 50)]
+        for i, other in enumerate(others):
+            peer.handle_ping(bytes([i]) * 12, Path(other), 0.05)
+        assert sent_pings(peer) == others[:1]
+
     def test_duplicate_pings_are_dropped(self):
         """The same Ping twice from one address is answered once; from another it is answered."""
         peer = make_peer()
