@@ -21,6 +21,8 @@ PASSES: Final = 3
 PASS_SECONDS: Final = 0.3
 GRACE_SECONDS: Final = 4.0
 """After the last probe: for its answer, and for a wider plan in place of one that failed."""
+STOP_GRACE_SECONDS: Final = 1.5
+"""After the peer found a path: its Pong, or its Ping and our own machine's, which takes longer."""
 PLAN_PATIENCE_SECONDS: Final = 3.0
 """For a plan after we asked: opening and measuring take the peer half a second."""
 
@@ -54,6 +56,13 @@ class EasySide(Search):
             self._guesses = iter(self._again)
         self._deadline = now + GRACE_SECONDS
         self.on_time(now)
+
+    def handle_stop(self, now: float) -> None:
+        """The peer found a path: probe no more, and wait for the answer that is on its way."""
+        self.outbox.clear()
+        self._guesses = iter(())
+        self._passes_left = 0
+        self._deadline = now + STOP_GRACE_SECONDS
 
     def on_time(self, now: float) -> None:
         """Do what is due."""

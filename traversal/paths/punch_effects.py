@@ -17,9 +17,11 @@ from traversal.wire.punching import PunchMessage
 @dataclass(frozen=True, slots=True)
 class OpenSockets:
     """Open `count` UDP sockets for IPv4 on any port, numbered from 0, and call
-    `Puncher.handle_opened` with their local ports: fewer if the system has no more."""
+    `Puncher.handle_opened` with `batch` and their local ports: fewer if the system has no more.
+    If that takes time and another batch was asked for meanwhile, close the former."""
 
     count: int
+    batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +71,18 @@ class MapPort:
 
 @dataclass(frozen=True, slots=True)
 class AdoptSocket:
-    """From now on whatever goes to `remote` for this peer leaves by `socket`, and what comes from
-    `remote` on it is the peer's, as if by the ordinary socket.
+    """A path was found. From now on whatever goes to `remote` for this peer leaves by `socket`, and
+    what comes on it is the peer's, as if by the ordinary socket, which None stands for.
 
-    Feed the peer's machine with `Peer.handle_ping(transaction_id, Path(remote), now)`, so that it
-    tries the path. `own_address` is how the peer sees the socket: list it in every CallMeMaybe as
-    long as the socket lives (path selection specification S3).
+    Then call `Peer.handle_found(remote, latency_seconds, now)`. `own_address` is how the peer sees
+    an extra socket: list it in every CallMeMaybe as long as the socket lives, as
+    `Puncher.own_extra` says (path selection specification S3).
     """
 
-    socket: int
+    socket: int | None
     remote: Address
     own_address: Address
-    transaction_id: bytes
+    latency_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

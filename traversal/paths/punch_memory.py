@@ -14,6 +14,8 @@ FIRST_PAUSE_SECONDS: Final = 60.0
 MAX_PAUSE_SECONDS: Final = 3600.0
 """Between attempts that fail: a minute, doubled each time. A NAT seldom changes its habits, but a
 person may change the network behind the same fingerprint."""
+REPEAT_SECONDS: Final = 2.0
+"""After a success, so that a path that comes and goes does not make a stream of searches."""
 INDUCED_PAUSE_SECONDS: Final = 3600.0
 """A stock peer gets at most eight calls full of guesses an hour (path selection S2)."""
 
@@ -41,7 +43,7 @@ class PunchMemory:
 
     def note_success(self, fingerprint: str, peer: bytes, strategy: Strategy, now: float) -> None:
         """A path was found."""
-        pause = INDUCED_PAUSE_SECONDS / 8 if strategy is Strategy.INDUCED else 0.0
+        pause = INDUCED_PAUSE_SECONDS / 8 if strategy is Strategy.INDUCED else REPEAT_SECONDS
         self._put(fingerprint, peer, Record(strategy, 0, now, now + pause))
 
     def note_failure(self, fingerprint: str, peer: bytes, strategy: Strategy, now: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
 from traversal.keys import Entropy
 from traversal.paths.punch_effects import MeasureMapping, PunchEffect, SendProbe
@@ -28,6 +28,14 @@ BATCH: Final = 10
 _NEVER: Final = math.inf
 
 
+class SentProbe(NamedTuple):
+    """From where and to where a probe went, and when."""
+
+    socket: int | None
+    address: Address
+    sent_at: float
+
+
 class Outbox:
     """See the module's text. Call `poll` when `next_deadline` has come."""
 
@@ -36,7 +44,7 @@ class Outbox:
         self._entropy = entropy
         self._max_probes = min(max_probes, MAX_PROBES)
         self._queue: deque[tuple[int | None, Address | None]] = deque()
-        self._outstanding: dict[bytes, tuple[int | None, Address]] = {}
+        self._outstanding: dict[bytes, SentProbe] = {}
         self._tokens = float(BURST)
         self._tokens_at = -_NEVER
 
@@ -64,15 +72,15 @@ class Outbox:
         """Send nothing of what waits."""
         self._queue.clear()
 
-    def probe_now(self, socket: int | None, address: Address) -> SendProbe:
+    def probe_now(self, socket: int | None, address: Address, now: float) -> SendProbe:
         """A probe that waits for nothing: to confirm a hit. It counts all the same."""
         self.sent += 1
         transaction_id = self._entropy(TRANSACTION_ID_LENGTH)
-        self._outstanding[transaction_id] = (socket, address)
+        self._outstanding[transaction_id] = SentProbe(socket, address, now)
         return SendProbe(socket, address, transaction_id)
 
-    def take(self, transaction_id: bytes) -> tuple[int | None, Address] | None:
-        """From where and to where the probe went that this Pong answers; None if it is not ours."""
+    def take(self, transaction_id: bytes) -> SentProbe | None:
+        """The probe that this Pong answers; None if it is not ours."""
         return self._outstanding.pop(transaction_id, None)
 
     def poll(self, now: float) -> list[PunchEffect]:
@@ -85,7 +93,7 @@ class Outbox:
             self._tokens -= 1
             socket, address = self._queue.popleft()
             if address is not None:
-                effects.append(self.probe_now(socket, address))
+                effects.append(self.probe_now(socket, address, now))
             elif socket is not None:
                 self.sent += 1
                 effects.append(MeasureMapping(socket))

@@ -42,12 +42,12 @@ class Tell(Protocol):
 @dataclass(frozen=True, slots=True)
 class Found:
     """A working pair: our socket (None for the ordinary one), where the peer is seen from it, how
-    the peer sees it, and the transaction of the peer's Ping (empty if it sent none)."""
+    the peer sees it, and the round trip."""
 
     socket: int | None
     remote: Address
     own_address: Address
-    transaction_id: bytes
+    latency_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class Search:
     """What all searches share: the outbox, the extra sockets and the confirmation of a hit.
 
     A Ping that arrives on an extra socket is a hit. It is answered, and a Ping of ours must be
-    answered in turn before the pair counts. Further hits wait, unanswered, so that the peer does
-    not see several of our mappings at once.
+    answered in turn before the pair counts. A Pong to one of the first Pings proves the same.
+    Further hits wait, unanswered, so that both sides take the same pair.
     """
 
     def __init__(self, entropy: Entropy, max_probes: int) -> None:
@@ -121,16 +121,20 @@ class Search:
         if len(self._hits) == 1:
             self._start_confirming(now)
 
-    def handle_pong(self, transaction_id: bytes, seen_as: Address) -> bool:
+    def handle_pong(self, transaction_id: bytes, seen_as: Address, now: float) -> bool:
         """A Pong of the peer, authenticated; whether it answered a probe of this search."""
         probe = self.outbox.take(transaction_id)
         if probe is None:
             return False
-        if self.ending is None:
-            socket, remote = probe
-            pings = [ping for at, source, ping in self._hits if (at, source) == (socket, remote)]
-            self.ending = Found(socket, remote, seen_as, pings[0] if pings else b"")
+        socket, remote = probe.socket, probe.address
+        if self.ending is None and (not self._hits or self._hits[0][:2] == (socket, remote)):
+            self.ending = Found(socket, remote, seen_as, now - probe.sent_at)
+        elif self.ending is None and socket is not None and len(self._hits) < MAX_HITS:
+            self._hits.append((socket, remote, b""))
         return True
+
+    def handle_stop(self, now: float) -> None:
+        """The peer found a path in this attempt: its last packets to us are on their way."""
 
     # ---- for the kinds of search
 
@@ -147,7 +151,8 @@ class Search:
 
     def _start_confirming(self, now: float) -> None:
         socket, source, transaction_id = self._hits[0]
-        self._effects.append(SendProbePong(socket, source, transaction_id))
+        if transaction_id:
+            self._effects.append(SendProbePong(socket, source, transaction_id))
         self._confirms = 0
         self._confirm(now)
 
@@ -156,9 +161,9 @@ class Search:
             socket, source, _ = self._hits[0]
             self._confirms += 1
             self._confirm_at = now + CONFIRM_SECONDS
-            self._effects.append(self.outbox.probe_now(socket, source))
+            self._effects.append(self.outbox.probe_now(socket, source, now))
             return
         self._confirm_at = math.inf
-        del self._hits[0]
+        self._hits = [hit for hit in self._hits if hit[:2] != self._hits[0][:2]]
         if self._hits:
             self._start_confirming(now)

@@ -18,7 +18,7 @@ order, and call `on_time(now)` no later than `next_deadline()`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
@@ -29,6 +29,7 @@ from traversal.paths.punch_effects import (
     AdoptSocket,
     CloseSockets,
     MapPort,
+    OpenSockets,
     PunchEffect,
     SearchEnded,
     SendProbe,
@@ -112,14 +113,13 @@ class _Attempt:
 
 @dataclass(slots=True, eq=False)
 class _Adopted:
-    """The found socket; None is the ordinary one, which needs no keeping here."""
+    """A found extra socket, and what keeps its mapping alive."""
 
     socket: int
     remote: Address
     own_address: Address
     keep_alive: KeepAlive
-    strategy: Strategy
-    pings: set[bytes]
+    pings: set[bytes] = field(default_factory=set)
 
 
 class Puncher:
@@ -152,6 +152,7 @@ class Puncher:
         self._asked_until = math.inf
         self._paused_until = -math.inf
         self._consider_at = math.inf
+        self._batch = 0
         self._serial = 0
         self._peer_serial = 0
 
@@ -267,9 +268,9 @@ class Puncher:
                 self._abandon(now, "plain punching found a path first")
         self._consider(now)
 
-    def handle_opened(self, ports: tuple[int, ...], now: float) -> None:
+    def handle_opened(self, batch: int, ports: tuple[int, ...], now: float) -> None:
         """The sockets asked for are open; their local ports, in order of number."""
-        if self._attempt is not None:
+        if self._attempt is not None and batch == self._batch:
             self._attempt.search.handle_opened(ports, now)
             self._collect(now)
 
@@ -295,7 +296,7 @@ class Puncher:
             return True
         if self._attempt is None:
             return False
-        is_ours = self._attempt.search.handle_pong(transaction_id, seen_as)
+        is_ours = self._attempt.search.handle_pong(transaction_id, seen_as, now)
         self._collect(now)
         return is_ours
 
@@ -313,7 +314,7 @@ class Puncher:
             case PunchKind.PLAN:
                 self._handle_plan(message, now)
             case PunchKind.STOP:
-                self._handle_stop(now)
+                self._handle_stop(message, now)
         return True
 
     # ---- messages
@@ -403,14 +404,17 @@ class Puncher:
         reason = "the peer's NAT is hard and ours easy: we probe"
         return self._start(search, Strategy.BIRTHDAY_EASY, reason, now)
 
-    def _handle_stop(self, now: float) -> None:
+    def _handle_stop(self, message: PunchMessage, now: float) -> None:
         if self._asked_until < math.inf:
             self._asked_until = now
         attempt = self._attempt
+        if attempt is None or attempt.number != message.attempt:
+            self._consider(now)
         # A hit that is being confirmed needs nothing more of the peer's search.
-        if attempt is not None and not attempt.search.is_confirming:
+        elif message.method is not PunchMethod.NONE:
+            attempt.search.handle_stop(now)
+        elif not attempt.search.is_confirming:
             self._fail(attempt, "the peer ended the search or did not take part in it", now)
-        self._consider(now)
 
     def _may_accept(self, now: float) -> bool:
         """Whether our own pause admits an attempt that the peer asks for."""
@@ -532,7 +536,7 @@ class Puncher:
         attempt = self._attempt
         if attempt is None:
             return
-        self._effects += attempt.search.poll_effects()
+        self._take_effects(attempt.search)
         match attempt.search.ending:
             case Found() as found:
                 self._finish(attempt, found, now)
@@ -541,6 +545,14 @@ class Puncher:
             case None:
                 if isinstance(attempt.search, HardSide):
                     self._note_method(attempt, attempt.search)
+
+    def _take_effects(self, search: _Search) -> None:
+        for effect in search.poll_effects():
+            if isinstance(effect, OpenSockets):
+                self._batch += 1
+                self._effects.append(replace(effect, batch=self._batch))
+            else:
+                self._effects.append(effect)
 
     @staticmethod
     def _note_method(attempt: _Attempt, search: HardSide) -> None:
@@ -553,8 +565,17 @@ class Puncher:
         self._end(attempt, now, has_succeeded=True)
         self._memory.note_success(self._own.fingerprint, self._key, attempt.strategy, now)
         search = attempt.search
+        if found is not None:
+            self._effects.append(
+                AdoptSocket(found.socket, found.remote, found.own_address, found.latency_seconds)
+            )
         if found is not None and found.socket is not None:
-            self._adopt(attempt, found, now)
+            self._adopted = _Adopted(
+                found.socket,
+                found.remote,
+                found.own_address,
+                KeepAlive(self._own.lifetime_seconds, now),
+            )
             others = [n for n in range(search.socket_count) if n != found.socket]
             self._effects.append(CloseSockets(tuple(others)))
             if attempt.strategy is Strategy.INDUCED:
@@ -562,24 +583,13 @@ class Puncher:
                 # go (S4).
                 self._effects.append(SendCallMeMaybe((*self._own.listed, found.own_address)))
             elif isinstance(search, HardSide):
-                self._effects.append(self._tell(attempt.number, PunchKind.STOP))
+                self._effects.append(self._tell(attempt.number, PunchKind.STOP, search.method))
         self._effects.append(
             SearchEnded(
                 True,
                 f"found a direct path in {self._facts.seconds:.1f} s "
                 f"({attempt.strategy.value}, {self._facts.probes} probes)",
             )
-        )
-
-    def _adopt(self, attempt: _Attempt, found: Found, now: float) -> None:
-        assert found.socket is not None
-        keep_alive = KeepAlive(self._own.lifetime_seconds, now)
-        self._adopted = _Adopted(
-            found.socket, found.remote, found.own_address, keep_alive, attempt.strategy, set()
-        )
-        transaction_id = found.transaction_id or self._entropy(TRANSACTION_ID_LENGTH)
-        self._effects.append(
-            AdoptSocket(found.socket, found.remote, found.own_address, transaction_id)
         )
 
     def _fail(self, attempt: _Attempt, why: str, now: float) -> None:
@@ -601,7 +611,7 @@ class Puncher:
             self._effects.append(SearchEnded(False, why))
 
     def _end(self, attempt: _Attempt, now: float, *, has_succeeded: bool) -> None:
-        self._effects += attempt.search.poll_effects()
+        self._take_effects(attempt.search)
         self._facts = replace(
             self.facts,
             strategy=attempt.strategy,
