@@ -34,7 +34,7 @@ from traversal.paths.punch_search import Search, Tell
 from traversal.paths.punch_strategy import OwnSide
 from traversal.paths.report import PortAllocation, PortPattern, classify_ports
 from traversal.wire.address import Address
-from traversal.wire.punching import PortRange, PunchKind, PunchMethod
+from traversal.wire.punching import MAX_RANGES, PortRange, PunchKind, PunchMethod
 
 PREDICTED_SOCKETS: Final = 32
 """Enough that the peer meets one of them though foreign flows took ports in between."""
@@ -58,7 +58,8 @@ class HardSide(Search):
     """The attempt of the hard side against `target`, the peer's easy address.
 
     `normal_addresses` are those of an ordinary CallMeMaybe; with them the search is the induced
-    one, without it is planned with a peer of ours by `tell`.
+    one, without it is planned with a peer of ours by `tell`. Not `is_predictable`: prediction
+    failed here before.
     """
 
     def __init__(
@@ -68,13 +69,16 @@ class HardSide(Search):
         target: Address,
         *,
         tell: Tell,
+        is_predictable: bool = True,
         normal_addresses: tuple[Address, ...] | None = None,
         max_sockets: int = MAX_SOCKETS,
         max_probes: int = MAX_PROBES,
     ) -> None:
         super().__init__(entropy, max_probes)
         self.target = target
-        self.method = PunchMethod.BIRTHDAY
+        is_regular = own.nat.ports.pattern in (PortPattern.SEQUENTIAL, PortPattern.PRESERVING)
+        is_predicted = is_regular and is_predictable
+        self.method = PunchMethod.PREDICTED if is_predicted else PunchMethod.BIRTHDAY
         self._own = own
         self._tell = tell
         self._normal = normal_addresses
@@ -90,8 +94,6 @@ class HardSide(Search):
 
     def start(self) -> None:
         """Open sockets: few for a NAT that can be predicted, many for others."""
-        if self._own.nat.ports.pattern in (PortPattern.SEQUENTIAL, PortPattern.PRESERVING):
-            self.method = PunchMethod.PREDICTED
         self._open()
 
     def retarget(self, target: Address, now: float) -> None:
@@ -167,10 +169,13 @@ class HardSide(Search):
     # ---- sockets
 
     def _open(self) -> None:
-        if self.method is PunchMethod.PREDICTED:
-            wanted = PREDICTED_SOCKETS
-        else:
+        if self.method is PunchMethod.BIRTHDAY:
             wanted = sockets_for(self._own.port_samples)
+        elif self._own.nat.ports.pattern is PortPattern.PRESERVING:
+            # A fresh socket's first mapping keeps its port; a plan can name eight of them.
+            wanted = MAX_RANGES + 2
+        else:
+            wanted = PREDICTED_SOCKETS
         self._deadline = math.inf
         self._effects.append(OpenSockets(min(wanted, self._max_sockets)))
 
@@ -230,7 +235,7 @@ class HardSide(Search):
         if self.method is PunchMethod.BIRTHDAY:
             allocation = classify_ports(measured)
         elif allocation.pattern is PortPattern.PRESERVING:
-            return ((min(self._ports), max(self._ports)),), 0
+            return tuple((port, port) for port in self._ports[1:-1][:MAX_RANGES]), 0
         if allocation.pattern is PortPattern.SEQUENTIAL:
             likely = self._predict(allocation)
             if likely is not None:

@@ -7,7 +7,10 @@ whole search. A Ping and its Pong refresh both NATs, whichever direction they co
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Final
+
+from traversal.wire.address import Address
 
 DEFAULT_INTERVAL_SECONDS: Final = 18.0
 """Where nothing was measured: Linux and some clouds forget quiet flows after 30 s, and one Ping may
@@ -32,7 +35,6 @@ class KeepAlive:
             wanted = lifetime_seconds * SHARE_OF_LIFETIME
         self.interval_seconds = max(MIN_INTERVAL_SECONDS, min(MAX_INTERVAL_SECONDS, wanted))
         self.is_lost = False
-        self._heard_at = now
         self._used_at = now
         self._unanswered = 0
         self._ping_at = now + self.interval_seconds
@@ -47,7 +49,6 @@ class KeepAlive:
 
     def handle_pong(self, now: float) -> None:
         """A Ping was answered."""
-        self._heard_at = now
         self._unanswered = 0
         self._ping_at = now + self.interval_seconds
 
@@ -66,6 +67,14 @@ class KeepAlive:
         self._ping_at = now + CHECK_SECONDS
         return True
 
-    def observed_lifetime(self, now: float) -> float | None:
-        """After a loss: the mapping lived for less than this, unless the network broke."""
-        return self.interval_seconds if self.is_lost and now > self._heard_at else None
+
+@dataclass(slots=True, eq=False)
+class FoundSocket:
+    """An extra socket that became the path: its number, the peer's address, how the peer sees it,
+    and the transactions of Pings that keep it alive."""
+
+    socket: int
+    remote: Address
+    own_address: Address
+    keep_alive: KeepAlive
+    pings: set[bytes] = field(default_factory=set)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from traversal.paths.punch_strategy import Strategy
+from traversal.paths.punch_facts import Strategy
 
 MAX_RECORDS: Final = 256
 """Pairs of network and peer; the one that was used longest ago goes first."""

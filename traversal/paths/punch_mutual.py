@@ -19,6 +19,7 @@ import math
 from typing import Final
 
 from traversal.keys import Entropy
+from traversal.paths.port_guess import MAX_SOCKETS
 from traversal.paths.punch_effects import OpenSockets
 from traversal.paths.punch_outbox import MAX_PROBES
 from traversal.paths.punch_search import Search, Tell
@@ -48,12 +49,14 @@ class MutualSide(Search):
         *,
         is_leader: bool,
         tell: Tell,
+        max_sockets: int = MAX_SOCKETS,
         max_probes: int = MAX_PROBES,
     ) -> None:
         super().__init__(entropy, max_probes)
         self.is_leader = is_leader
         self.method = PunchMethod.MUTUAL
         self._tell = tell
+        self._max_sockets = max_sockets
         self._count = 0
         self._betting = 0
         self._rounds = 0
@@ -65,14 +68,16 @@ class MutualSide(Search):
     def start(self) -> None:
         """Open all sockets: one per round measures, since a second packet from the same one would
         see its first mapping again."""
-        self._effects.append(OpenSockets(BETTING_SOCKETS + MAX_ROUNDS))
+        self._effects.append(OpenSockets(min(BETTING_SOCKETS + MAX_ROUNDS, self._max_sockets)))
 
     def handle_opened(self, ports: tuple[int, ...], now: float) -> None:
         """Begin the first round, or answer it."""
         self._count = self.socket_count = len(ports)
         self._betting = self._count - MAX_ROUNDS
         if self._betting < BETTING_SOCKETS // 2:
-            self._give_up("the system had too few sockets left; raise the limit of open files")
+            self._give_up(
+                f"{self._count} sockets are too few; raise the limit of open files, or the policy"
+            )
         elif self.is_leader or self._peer_plan is not None:
             self._measure(now)
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 from traversal.paths.candidates import is_local_scope
+from traversal.paths.punch_facts import Strategy
 from traversal.paths.report import NatFacts, PortPattern
 from traversal.paths.verdict import can_punch
 from traversal.wire.address import Address
@@ -28,20 +28,6 @@ MAPPING_PATIENCE_SECONDS: Final = 2.0
 
 
 _UNKNOWN_NAT: Final = NatFacts()
-
-
-class Strategy(Enum):
-    """How to try; the value is the code in verdicts."""
-
-    PLAIN = "plain"
-    PORT_MAPPING = "port-mapping"
-    PREDICTED = "predicted"
-    BIRTHDAY_HARD = "birthday-hard"
-    BIRTHDAY_EASY = "birthday-easy"
-    INDUCED = "induced"
-    MUTUAL = "mutual"
-    ASK = "ask"
-    RELAY = "relay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +134,8 @@ def choose(
     choice = _choose_for_ours(own, peer) if peer.is_ours else _choose_for_stock(own, peer, policy)
     if choice.strategy is Strategy.RELAY or remembered is choice.strategy:
         return Choice(choice.strategy, choice.reason)
+    if choice.strategy is Strategy.PREDICTED and remembered is Strategy.BIRTHDAY_HARD:
+        return Choice(remembered, "our NAT is hard, and its ports could not be predicted before")
     if plainly is None and peer.is_ours:
         return Choice(choice.strategy, choice.reason, PLAIN_PATIENCE_SECONDS)
     return choice

@@ -6,9 +6,7 @@ strategy (`punch_strategy`), runs the search (`punch_hard_side`, `punch_easy_sid
 coordinates it with a peer of ours by punch messages, hands a found socket over and keeps it alive.
 Traffic goes by the relay meanwhile; nothing here touches it.
 
-A punch message is believed when it names both nodes' sessions, which each knows from the other's
-introduction, and a higher serial than the last: a relay can neither forge nor replay it. Whoever
-asks, each side keeps its own budget and its own pause between attempts.
+Whoever asks for a search, each side keeps its own budget and its own pause between attempts.
 
 The methods are of four kinds: look (`facts`, `own_extra`), feed (`handle_*`), command (`set_*`),
 poll: after any call of the former two kinds and after `on_time`, carry out `poll_effects()` in
@@ -18,12 +16,13 @@ order, and call `on_time(now)` no later than `next_deadline()`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Final
 
 from traversal.keys import Entropy
 from traversal.paths.effects import SendCallMeMaybe
+from traversal.paths.punch_attempt import Attempt, attempt_hard, attempt_mutual, draw_number
+from traversal.paths.punch_channel import PunchChannel
 from traversal.paths.punch_easy_side import EasySide
 from traversal.paths.punch_effects import (
     AdoptSocket,
@@ -33,13 +32,12 @@ from traversal.paths.punch_effects import (
     PunchEffect,
     SearchEnded,
     SendProbe,
-    SendPunchMessage,
 )
+from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.punch_hard_side import HardSide
-from traversal.paths.punch_keepalive import KeepAlive
+from traversal.paths.punch_keepalive import FoundSocket, KeepAlive
 from traversal.paths.punch_memory import PunchMemory
-from traversal.paths.punch_mutual import MutualSide
-from traversal.paths.punch_search import Found, GaveUp
+from traversal.paths.punch_search import Found, GaveUp, Search
 from traversal.paths.punch_strategy import (
     BLIND_PATIENCE_SECONDS,
     MAPPING_PATIENCE_SECONDS,
@@ -47,16 +45,12 @@ from traversal.paths.punch_strategy import (
     OwnSide,
     PeerSide,
     PunchPolicy,
-    Strategy,
     choose,
     public_ipv4,
 )
-from traversal.paths.report import NatFacts, PortAllocation, PortPattern
 from traversal.wire.address import Address
 from traversal.wire.disco import TRANSACTION_ID_LENGTH
 from traversal.wire.punching import (
-    PortPatternCode,
-    PortRange,
     PunchKind,
     PunchMessage,
     PunchMethod,
@@ -68,58 +62,6 @@ ASK_PATIENCE_SECONDS: Final = 0.9
 ACCEPT_SHARE: Final = 0.5
 """Of our own pause after a failure: then the peer may ask for another attempt. Less than the whole,
 because both sides' pauses began at slightly different times."""
-
-_STRATEGIES: Final = {
-    PunchMethod.BIRTHDAY: Strategy.BIRTHDAY_EASY,
-    PunchMethod.PREDICTED: Strategy.PREDICTED,
-    PunchMethod.MUTUAL: Strategy.MUTUAL,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class PunchFacts:
-    """For the verdict: what was chosen and why, and what the last attempt cost and led to.
-
-    `failure` is a sentence, None unless the last attempt failed. `next_attempt_at` is monotonic
-    seconds.
-    """
-
-    strategy: Strategy
-    reason: str
-    attempts: int = 0
-    is_running: bool = False
-    has_succeeded: bool = False
-    sockets: int = 0
-    probes: int = 0
-    calls: int = 0
-    seconds: float = 0.0
-    failure: str | None = None
-    next_attempt_at: float | None = None
-
-
-_Search = HardSide | EasySide | MutualSide
-
-
-@dataclass(slots=True, eq=False)
-class _Attempt:
-    """A running search. `number` is that of punch messages, 0 until a plan names one."""
-
-    search: _Search
-    strategy: Strategy
-    started_at: float
-    number: int = 0
-    ask_again_at: float = math.inf
-
-
-@dataclass(slots=True, eq=False)
-class _Adopted:
-    """A found extra socket, and what keeps its mapping alive."""
-
-    socket: int
-    remote: Address
-    own_address: Address
-    keep_alive: KeepAlive
-    pings: set[bytes] = field(default_factory=set)
 
 
 class Puncher:
@@ -135,17 +77,14 @@ class Puncher:
         policy: PunchPolicy | None = None,
     ) -> None:
         self._entropy = entropy
-        self._session = session
+        self._channel = PunchChannel(session)
         self._key = peer_key
         self._memory = memory
         self._policy = policy or PunchPolicy()
-        self._own = OwnSide()
-        self._peer = PeerSide()
-        self._peer_nat: NatFacts | None = None
         self._effects: list[PunchEffect] = []
-        self._attempt: _Attempt | None = None
-        self._adopted: _Adopted | None = None
-        self._facts = PunchFacts(Strategy.PLAIN, "nothing was tried yet")
+        self._attempt: Attempt | None = None
+        self._adopted: FoundSocket | None = None
+        self._facts = PunchFacts()
         self._wanted_since: float | None = None
         self._is_direct = False
         self._was_mapping_tried = False
@@ -153,29 +92,22 @@ class Puncher:
         self._paused_until = -math.inf
         self._consider_at = math.inf
         self._batch = 0
-        self._serial = 0
-        self._peer_serial = 0
 
     # ---- look
 
     @property
     def facts(self) -> PunchFacts:
         """The choice, and the last or running attempt."""
-        attempt = self._attempt
-        if attempt is None:
-            return self._facts
-        return replace(
-            self._facts,
-            is_running=True,
-            sockets=attempt.search.socket_count,
-            probes=attempt.search.outbox.sent,
-            calls=attempt.search.calls_sent,
-        )
+        return self._facts
 
     @property
     def own_extra(self) -> tuple[Address, ...]:
         """Our address on the found socket: to be in every CallMeMaybe, or stock peers drop it."""
         return () if self._adopted is None else (self._adopted.own_address,)
+
+    @property
+    def _fingerprint(self) -> str:
+        return self._channel.own.fingerprint
 
     # ---- poll
 
@@ -212,8 +144,8 @@ class Puncher:
 
     def set_own_side(self, own: OwnSide, now: float) -> None:
         """What we know of ourselves changed. In another network everything starts afresh."""
-        has_moved = own.fingerprint != self._own.fingerprint
-        self._own = own
+        has_moved = own.fingerprint != self._fingerprint
+        self._channel.own = own
         if has_moved:
             self._was_mapping_tried = False
             self._asked_until = math.inf
@@ -224,11 +156,8 @@ class Puncher:
 
     def set_peer_side(self, peer: PeerSide, now: float) -> None:
         """What we know of the peer changed."""
-        if peer.session != self._peer.session:
-            self._peer_serial = 0
-            self._peer_nat = None
+        if self._channel.set_peer(peer):
             self._asked_until = math.inf
-        self._peer = peer
         self._consider(now)
 
     def set_policy(self, policy: PunchPolicy, now: float) -> None:
@@ -302,12 +231,8 @@ class Puncher:
 
     def handle_message(self, message: PunchMessage, now: float) -> bool:
         """A punch message of this peer, opened; False if it is not to be believed."""
-        if message.session != self._peer.session or message.echoed_session != self._session:
+        if not self._channel.believes(message):
             return False
-        if message.serial <= self._peer_serial:
-            return False
-        self._peer_serial = message.serial
-        self._note_peer_nat(message)
         match message.kind:
             case PunchKind.ASK:
                 self._handle_ask(message, now)
@@ -318,19 +243,6 @@ class Puncher:
         return True
 
     # ---- messages
-
-    def _note_peer_nat(self, message: PunchMessage) -> None:
-        pattern = PortPattern[message.pattern.name]
-        step = message.step if pattern is PortPattern.SEQUENTIAL else 0
-        if pattern is PortPattern.SEQUENTIAL and not step:
-            pattern = PortPattern.UNKNOWN
-        nat = self._peer.nat
-        self._peer_nat = replace(
-            nat,
-            mapping=nat.mapping or message.mapping,
-            filtering=nat.filtering or message.filtering,
-            ports=PortAllocation(pattern, step),
-        )
 
     def _handle_ask(self, message: PunchMessage, now: float) -> None:
         attempt = self._attempt
@@ -344,65 +256,43 @@ class Puncher:
         if self._adopted is not None:
             self._adopted.keep_alive.check(now)
             return
-        choice = self._choose()
+        choice = self._choose(is_asked=True)
         strategies = (Strategy.PREDICTED, Strategy.BIRTHDAY_HARD, Strategy.MUTUAL)
         if choice.strategy in strategies and self._may_accept(now):
             self._begin(choice, now, message.address)
         else:
-            self._effects.append(self._tell(0, PunchKind.STOP))
+            self._effects.append(self._channel.tell(0, PunchKind.STOP))
 
     def _handle_plan(self, message: PunchMessage, now: float) -> None:
         attempt = self._attempt
-        method = message.method
-        if attempt is not None and not self._yields_to(message, attempt):
+        if attempt is not None and not attempt.follows(message, leads=self._channel.leads):
             return
         if attempt is not None and attempt.number not in (0, message.attempt):
             self._abandon(now, "the peer leads")
             attempt = None
         if attempt is None:
             if self._adopted is not None or not self._may_accept(now):
-                self._effects.append(self._tell(message.attempt, PunchKind.STOP))
+                self._effects.append(self._channel.tell(message.attempt, PunchKind.STOP))
                 return
             attempt = self._accept(message, now)
             if attempt is None:
-                self._effects.append(self._tell(message.attempt, PunchKind.STOP))
+                self._effects.append(self._channel.tell(message.attempt, PunchKind.STOP))
                 return
         attempt.number = message.attempt
         attempt.ask_again_at = math.inf
-        if not isinstance(attempt.search, MutualSide):
-            attempt.strategy = _STRATEGIES.get(method, attempt.strategy)
-        self._facts = replace(self._facts, strategy=attempt.strategy)
         attempt.search.handle_message(message, now)
         self._collect(now)
 
-    def _yields_to(self, message: PunchMessage, attempt: _Attempt) -> bool:
-        """Whether a plan concerns the running attempt, or one that goes before it.
-
-        When both lead a mutual search at once, the higher session's goes on.
-        """
-        if isinstance(attempt.search, HardSide):
-            return False
-        is_mutual = message.method is PunchMethod.MUTUAL
-        if isinstance(attempt.search, EasySide):
-            return not is_mutual and attempt.number in (0, message.attempt)
-        if not is_mutual or message.attempt == attempt.number:
-            return is_mutual
-        assert self._peer.session is not None
-        return attempt.search.is_leader and self._peer.session > self._session
-
-    def _accept(self, message: PunchMessage, now: float) -> _Attempt | None:
+    def _accept(self, message: PunchMessage, now: float) -> Attempt | None:
         """Take part in an attempt that the peer began."""
         if message.method is PunchMethod.MUTUAL:
-            if self._choose().strategy is not Strategy.MUTUAL:
+            choice = self._choose(is_asked=True)
+            if choice.strategy is not Strategy.MUTUAL:
                 return None
-            self._start_mutual(message.attempt, now, is_leader=False)
-            self._collect(now)
-            return self._attempt
-        if self._own.nat.is_hard or not message.ranges:
+            return self._start(self._mutual(message.attempt, now, is_leader=False), choice.reason)
+        if self._channel.own.nat.is_hard or not message.ranges:
             return None
-        search = EasySide(self._entropy, now, max_probes=self._policy.max_probes)
-        reason = "the peer's NAT is hard and ours easy: we probe"
-        return self._start(search, Strategy.BIRTHDAY_EASY, reason, now)
+        return self._start(self._easy(now), "the peer's NAT is hard and ours easy: we probe")
 
     def _handle_stop(self, message: PunchMessage, now: float) -> None:
         if self._asked_until < math.inf:
@@ -418,24 +308,22 @@ class Puncher:
 
     def _may_accept(self, now: float) -> bool:
         """Whether our own pause admits an attempt that the peer asks for."""
-        record = self._memory.recall(self._own.fingerprint, self._key)
+        record = self._memory.recall(self._fingerprint, self._key)
         pause = record.allowed_at - record.ended_at if record.failures else 0.0
         return self._policy.is_enabled and now >= record.ended_at + pause * ACCEPT_SHARE
 
     # ---- choosing
 
-    def _choose(self, *, has_plain_failed: bool = False) -> Choice:
-        peer = self._peer
-        if self._peer_nat is not None:
-            peer = replace(peer, nat=self._peer_nat)
-        record = self._memory.recall(self._own.fingerprint, self._key)
+    def _choose(self, *, has_plain_failed: bool = False, is_asked: bool = False) -> Choice:
+        """`is_asked`: the peer wants a search, for which it has its reasons."""
+        record = self._memory.recall(self._fingerprint, self._key)
         return choose(
-            self._own,
-            peer,
+            self._channel.own,
+            self._channel.peer,
             self._policy,
             remembered=record.worked,
-            was_mapping_tried=self._was_mapping_tried,
-            has_plain_failed=has_plain_failed,
+            was_mapping_tried=self._was_mapping_tried or is_asked,
+            has_plain_failed=has_plain_failed or is_asked,
         )
 
     def _consider(self, now: float) -> None:
@@ -455,7 +343,7 @@ class Puncher:
         elif choice.strategy is Strategy.ASK and self._asked_until < math.inf:
             self._consider_at = self._asked_until
         elif choice.strategy is not Strategy.RELAY:
-            record = self._memory.recall(self._own.fingerprint, self._key)
+            record = self._memory.recall(self._fingerprint, self._key)
             start_at = max(
                 self._wanted_since + choice.patience_seconds, record.allowed_at, self._paused_until
             )
@@ -478,58 +366,44 @@ class Puncher:
                 self._asked_until = self._consider_at = now + ASK_PATIENCE_SECONDS
                 self._ask()
             case Strategy.BIRTHDAY_EASY:
-                search = EasySide(self._entropy, now, max_probes=self._policy.max_probes)
-                attempt = self._start(search, strategy, choice.reason, now)
+                attempt = self._start(self._easy(now), choice.reason)
                 attempt.ask_again_at = now + ASK_AGAIN_SECONDS
                 self._ask()
             case Strategy.MUTUAL:
-                self._facts = replace(self._facts, reason=choice.reason)
-                self._start_mutual(self._draw_number(), now, is_leader=True)
+                number = draw_number(self._entropy)
+                self._start(self._mutual(number, now, is_leader=True), choice.reason)
             case _:
-                self._start_hard(choice, target or public_ipv4(self._peer.addresses), now)
+                self._begin_hard(choice, target or public_ipv4(self._channel.peer.addresses), now)
         self._collect(now)
+
+    def _begin_hard(self, choice: Choice, target: Address | None, now: float) -> None:
+        if target is None:
+            failure = "no public IPv4 address of the peer is known"
+            self._facts = replace(self._facts, failure=failure)
+            return
+        attempt = attempt_hard(
+            self._entropy, self._channel, choice.strategy, target, self._policy, now
+        )
+        self._start(attempt, choice.reason)
 
     # ---- attempts
 
-    def _start_hard(self, choice: Choice, target: Address | None, now: float) -> None:
-        if target is None:
-            self._facts = replace(
-                self._facts, failure="no public IPv4 address of the peer is known"
-            )
-            return
-        number = self._draw_number()
-        is_induced = choice.strategy is Strategy.INDUCED
-        search = HardSide(
-            self._entropy,
-            self._own,
-            target,
-            tell=partial(self._tell, number),
-            normal_addresses=self._own.listed if is_induced else None,
-            max_sockets=self._policy.max_sockets,
-            max_probes=self._policy.max_probes,
-        )
-        self._start(search, choice.strategy, choice.reason, now).number = number
-        search.start()
+    def _easy(self, now: float) -> Attempt:
+        search = EasySide(self._entropy, now, max_probes=self._policy.max_probes)
+        return Attempt(search, Strategy.BIRTHDAY_EASY, now)
 
-    def _start_mutual(self, number: int, now: float, *, is_leader: bool) -> None:
-        search = MutualSide(
-            self._entropy,
-            is_leader=is_leader,
-            tell=partial(self._tell, number),
-            max_probes=self._policy.max_probes,
+    def _mutual(self, number: int, now: float, *, is_leader: bool) -> Attempt:
+        return attempt_mutual(
+            self._entropy, self._channel, self._policy, now, number=number, is_leader=is_leader
         )
-        reason = "both NATs are hard, and both pick ports in order"
-        self._start(search, Strategy.MUTUAL, reason, now).number = number
-        search.start()
 
-    def _start(self, search: _Search, strategy: Strategy, reason: str, now: float) -> _Attempt:
-        attempt = self._attempt = _Attempt(search, strategy, now)
+    def _start(self, attempt: Attempt, reason: str) -> Attempt:
+        self._attempt = attempt
         self._consider_at = math.inf
-        self._facts = PunchFacts(strategy, reason, attempts=self._facts.attempts + 1)
+        self._facts = PunchFacts(
+            attempt.strategy, reason, attempts=self._facts.attempts + 1, is_running=True
+        )
         return attempt
-
-    def _draw_number(self) -> int:
-        return int.from_bytes(self._entropy(4), "big") or 1
 
     def _collect(self, now: float) -> None:
         """Take the effects of the running search, and its end."""
@@ -543,10 +417,9 @@ class Puncher:
             case GaveUp(why):
                 self._fail(attempt, why, now)
             case None:
-                if isinstance(attempt.search, HardSide):
-                    self._note_method(attempt, attempt.search)
+                self._facts = attempt.describe(self._facts, now)
 
-    def _take_effects(self, search: _Search) -> None:
+    def _take_effects(self, search: Search) -> None:
         for effect in search.poll_effects():
             if isinstance(effect, OpenSockets):
                 self._batch += 1
@@ -554,49 +427,47 @@ class Puncher:
             else:
                 self._effects.append(effect)
 
-    @staticmethod
-    def _note_method(attempt: _Attempt, search: HardSide) -> None:
-        """A prediction that failed goes on as a birthday search."""
-        if attempt.strategy is Strategy.PREDICTED and search.method is PunchMethod.BIRTHDAY:
-            attempt.strategy = Strategy.BIRTHDAY_HARD
-
-    def _finish(self, attempt: _Attempt, found: Found | None, now: float) -> None:
+    def _finish(self, attempt: Attempt, found: Found | None, now: float) -> None:
         """A path was found; `found` is None where the peer's machine saw it first."""
         self._end(attempt, now, has_succeeded=True)
-        self._memory.note_success(self._own.fingerprint, self._key, attempt.strategy, now)
+        self._memory.note_success(self._fingerprint, self._key, attempt.lesson, now)
         search = attempt.search
         if found is not None:
             self._effects.append(
                 AdoptSocket(found.socket, found.remote, found.own_address, found.latency_seconds)
             )
         if found is not None and found.socket is not None:
-            self._adopted = _Adopted(
+            self._adopted = FoundSocket(
                 found.socket,
                 found.remote,
                 found.own_address,
-                KeepAlive(self._own.lifetime_seconds, now),
+                KeepAlive(self._channel.own.lifetime_seconds, now),
             )
             others = [n for n in range(search.socket_count) if n != found.socket]
             self._effects.append(CloseSockets(tuple(others)))
             if attempt.strategy is Strategy.INDUCED:
                 # Without the winner among them, the peer would drop it (S3); with it, the guesses
                 # go (S4).
-                self._effects.append(SendCallMeMaybe((*self._own.listed, found.own_address)))
+                self._effects.append(
+                    SendCallMeMaybe((*self._channel.own.listed, found.own_address))
+                )
             elif isinstance(search, HardSide):
-                self._effects.append(self._tell(attempt.number, PunchKind.STOP, search.method))
+                self._effects.append(
+                    self._channel.tell(attempt.number, PunchKind.STOP, search.method)
+                )
         self._effects.append(
             SearchEnded(
                 True,
                 f"found a direct path in {self._facts.seconds:.1f} s "
-                f"({attempt.strategy.value}, {self._facts.probes} probes)",
+                f"({self._facts.strategy.value}, {self._facts.probes} probes)",
             )
         )
 
-    def _fail(self, attempt: _Attempt, why: str, now: float) -> None:
+    def _fail(self, attempt: Attempt, why: str, now: float) -> None:
         """No path was found: clean up, and pause."""
         self._end(attempt, now, has_succeeded=False)
-        self._memory.note_failure(self._own.fingerprint, self._key, attempt.strategy, now)
-        record = self._memory.recall(self._own.fingerprint, self._key)
+        self._memory.note_failure(self._fingerprint, self._key, attempt.strategy, now)
+        record = self._memory.recall(self._fingerprint, self._key)
         self._facts = replace(self._facts, failure=why, next_attempt_at=record.allowed_at)
         self._clean_up(attempt)
         self._effects.append(SearchEnded(False, why))
@@ -610,31 +481,29 @@ class Puncher:
             self._clean_up(attempt)
             self._effects.append(SearchEnded(False, why))
 
-    def _end(self, attempt: _Attempt, now: float, *, has_succeeded: bool) -> None:
+    def _end(self, attempt: Attempt, now: float, *, has_succeeded: bool) -> None:
         self._take_effects(attempt.search)
         self._facts = replace(
-            self.facts,
-            strategy=attempt.strategy,
+            attempt.describe(self._facts, now),
             is_running=False,
             has_succeeded=has_succeeded,
-            seconds=now - attempt.started_at,
             next_attempt_at=None,
         )
         self._attempt = None
 
-    def _clean_up(self, attempt: _Attempt) -> None:
+    def _clean_up(self, attempt: Attempt) -> None:
         """Free everything at once; NATs forget their part within 30 s, as nothing refreshes it."""
         search = attempt.search
         if search.socket_count:
             self._effects.append(CloseSockets(tuple(range(search.socket_count))))
-        if search.calls_sent and self._own.listed:
-            self._effects.append(SendCallMeMaybe(self._own.listed))
-        if self._peer.is_ours:
-            self._effects.append(self._tell(attempt.number, PunchKind.STOP))
+        if search.calls_sent and self._channel.own.listed:
+            self._effects.append(SendCallMeMaybe(self._channel.own.listed))
+        if self._channel.peer.is_ours:
+            self._effects.append(self._channel.tell(attempt.number, PunchKind.STOP))
 
     # ---- the found socket
 
-    def _keep(self, adopted: _Adopted, now: float) -> None:
+    def _keep(self, adopted: FoundSocket, now: float) -> None:
         if adopted.keep_alive.poll(now):
             transaction_id = self._entropy(TRANSACTION_ID_LENGTH)
             adopted.pings.add(transaction_id)
@@ -652,38 +521,5 @@ class Puncher:
     # ---- messages out
 
     def _ask(self) -> None:
-        address = public_ipv4(self._own.addresses)
-        self._effects.append(self._tell(0, PunchKind.ASK, address=address))
-
-    def _tell(
-        self,
-        number: int,
-        kind: PunchKind,
-        method: PunchMethod = PunchMethod.NONE,
-        *,
-        sockets: int = 0,
-        address: Address | None = None,
-        source: Address | None = None,
-        ranges: tuple[PortRange, ...] = (),
-    ) -> PunchEffect:
-        assert self._peer.session is not None
-        self._serial += 1
-        nat = self._own.nat
-        return SendPunchMessage(
-            PunchMessage(
-                kind=kind,
-                session=self._session,
-                echoed_session=self._peer.session,
-                serial=self._serial,
-                attempt=number,
-                method=method,
-                mapping=nat.mapping,
-                filtering=nat.filtering,
-                pattern=PortPatternCode[nat.ports.pattern.name],
-                step=nat.ports.step,
-                sockets=sockets,
-                address=address,
-                source=source,
-                ranges=ranges,
-            )
-        )
+        address = public_ipv4(self._channel.own.addresses)
+        self._effects.append(self._channel.tell(0, PunchKind.ASK, address=address))
