@@ -353,6 +353,15 @@ class Peer:
         self._pinger.forget_all()
         self._schedule.restart(now)
 
+    def handle_found(self, address: Address, latency_seconds: float, now: float) -> None:
+        """A search for ports proved a path: its Ping to `address` was answered after so long."""
+        candidate, _ = self._book.see(address, now)
+        candidate.note_latency(latency_seconds)
+        candidate.answered_at = now
+        self._learn(address)
+        self._book.prune(now, keep=candidate)
+        self._flush(now, self._choice.handle_answer(candidate, 0, now))
+
     def handle_peer_relay_ready(
         self, path: Path, server: object, latency_seconds: float, now: float
     ) -> None:
