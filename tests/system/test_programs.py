@@ -158,8 +158,8 @@ def write_agent_files(running: Programs, relay_map: Path) -> None:
 
 class TestOurs:
     async def test_agents_find_their_paths(self, tmp_path: Path) -> None:
-        """Relay, agents and pings are processes. Two easy NATs: direct, on both sides. An easy
-        and a symmetric one: the relay carries the pings and the verdict names the reason."""
+        """Relay, agents and pings are processes. Two easy NATs: direct, and both sides know. An
+        easy and a symmetric one: not direct, but the relay carries the pings."""
         async with programs(tmp_path) as running:
             relay_map = await start_relay(running)
             assert only_node(relay_map).certificate_name.startswith("sha256-raw:")
