@@ -16,8 +16,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from netlab.behavior import Link as Wire
 from netlab.behavior import Hairpin, Mapping, NatBehavior, PortAllocation, PortAssignment
+from netlab.behavior import Link as Wire
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.simulated import SimulatedInternet
 from netlab.simulated.udp import UdpSocket
