@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
+from traversal.io.captive_portal import find_captive_portal
 from traversal.io.interfaces import (
     InterfaceFilter,
     NetworkChange,
@@ -269,7 +270,12 @@ class Endpoints:
         else:
             last = self._last.last_report()
             plan = make_plan(self._map, families, last, self._relays.home)
-        await self._check.run(report, plan)
+        async with trio.open_nursery() as nursery:
+            if is_full:
+                nursery.start_soon(find_captive_portal, report, self._map, self._relays.home)
+            await self._check.run(report, plan)
+            if report.is_udp_working:
+                nursery.cancel_scope.cancel()
         if not report.is_udp_working:
             await self._check.run_https(report, self._map)
         self._conclude(report)

@@ -54,6 +54,7 @@ def report_status(report: Report, relay_map: RelayMap, home: int) -> dict[str, A
         "udp": report.is_udp_working,
         "ipv4": [str(address) for address in report.global_v4],
         "ipv6": [str(address) for address in report.global_v6],
+        "captive_portal": report.captive_portal,
         "mapping_varies": report.mapping_varies,
         "nat_pmp": report.nat_pmp,
         "pcp": report.pcp,

@@ -279,7 +279,7 @@ class Peer:
             self._note_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
-        reason = self._choice.handle_answer(candidate, ping.padding_bytes, now)
+        reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
         self._flush(now, reason)
         return True
 
@@ -342,7 +342,7 @@ class Peer:
         self._pinger.forget_all()
         self._choice.forget()
         self._recovery_at = math.inf
-        self._caller.forget_freshness()
+        self._caller.handle_rebind(now)
         self._schedule.restart(now)
         if self.is_active:
             self._search(now)
