@@ -55,7 +55,7 @@ class MeshLinks:
         self._private_key = private_key
         self._info = ClientInfo(mesh_key=mesh_key, version=PROTOCOL_VERSION)
         self._peers = [(LinkState(f"{peer.host}:{peer.port}"), peer) for peer in peers]
-        self._siblings = [(LinkState(path.name), path) for path in siblings]
+        self._siblings = [(LinkState(path.stem), path) for path in siblings]
 
     @property
     def links(self) -> list[LinkState]:
@@ -86,7 +86,9 @@ class MeshLinks:
                 dialed = await dial_it()
             except DialError as error:
                 if state.problem != str(error):
-                    logger.warning("mesh link to %s: %s", state.name, error)
+                    # The parent tells of a worker that does not start, and most of them will.
+                    level = logging.DEBUG if is_sibling else logging.WARNING
+                    logger.log(level, "mesh link to %s: %s", state.name, error)
                 state.problem = str(error)
             else:
                 if not is_sibling and dialed.server_key == self._private_key.public():

@@ -16,8 +16,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from netlab.behavior import Hairpin, Mapping, NatBehavior, PortAllocation, PortAssignment
 from netlab.behavior import Link as Wire
-from netlab.behavior import Mapping, NatBehavior, PortAllocation, PortAssignment
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.simulated import SimulatedInternet
 from netlab.simulated.udp import UdpSocket
@@ -31,6 +31,9 @@ from traversal import (
     RelayOptions,
     open_node,
 )
+from traversal.paths.report import PortAllocation as PortSeries
+from traversal.paths.report import PortPattern
+from traversal.paths.verdict import describe_nat
 
 EASY = NatBehavior()
 HARD = NatBehavior(mapping=Mapping.APDM, ports=PortAllocation(assignment=PortAssignment.RANDOM))
@@ -223,6 +226,25 @@ class TestDirectPath:
             nodes = [await world.open(f"h{number}") for number in range(3)]
             assert [node.nat.is_hard for node in nodes] == [False, True, False]
             assert nodes[2].nat.mapping.name == "NONE"
+
+    async def test_samples_ports(self, autojump_clock: MockClock, build: Any) -> None:
+        """How the NAT picks ports and whether it hairpins is known after a full check, and what
+        was found on one network is forgotten on the next."""
+        counting = NatBehavior(
+            ports=PortAllocation(assignment=PortAssignment.SEQUENTIAL, step=2),
+            hairpin=Hairpin.EXTERNAL,
+        )
+        async with build(topology(counting)) as world:
+            node = await world.open("h0")
+            report = await node.refresh()
+            assert node.nat.ports == report.ports == PortSeries(PortPattern.SEQUENTIAL, 2)
+            assert node.nat.hairpins is True
+            assert "steps of 2" in describe_nat(node.nat)
+            world.relays[0].mutes_stun = True
+            await node.rebind()
+            report = await node.refresh()
+            assert report.ports.pattern is PortPattern.UNKNOWN
+            assert node.nat.hairpins is None
 
 
 class TestBlockedUdp:

@@ -28,6 +28,9 @@ def nat_status(nat: NatFacts) -> dict[str, Any]:
     return {
         "mapping": nat.mapping.name.lower(),
         "filtering": nat.filtering.name.lower(),
+        "port_pattern": nat.ports.pattern.value,
+        "port_step": nat.ports.step,
+        "hairpins": nat.hairpins,
         "is_udp_blocked": nat.is_udp_blocked,
         "has_port_mapping": nat.has_port_mapping,
         "text": describe_nat(nat),

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from traversal.paths.effects import PathState
-from traversal.paths.report import NatFacts
+from traversal.paths.report import NatFacts, PortAllocation, PortPattern
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics
 from traversal.wire.introduction import FilteringClass, MappingClass
 
@@ -161,7 +161,21 @@ def describe_nat(facts: NatFacts) -> str:
     if facts.is_udp_blocked:
         return "a firewall that blocks UDP"
     text = _MAPPING_TEXT[facts.mapping] + _FILTERING_TEXT[facts.filtering]
+    if facts.mapping is not MappingClass.NONE:
+        text += _describe_ports(facts.ports)
     return f"{text}, with a mapped port" if facts.has_port_mapping else text
+
+
+def _describe_ports(ports: PortAllocation) -> str:
+    match ports.pattern:
+        case PortPattern.PRESERVING:
+            return ", keeping port numbers"
+        case PortPattern.SEQUENTIAL:
+            return f", counting ports in steps of {ports.step}"
+        case PortPattern.RANDOM:
+            return ", with random ports"
+        case PortPattern.UNKNOWN:
+            return ""
 
 
 def judge(
