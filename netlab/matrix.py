@@ -119,7 +119,7 @@ async def run_matrix(
     cells: dict[int, Cell] = {}
     values = {"seed": str(seed)}
     limiter = trio.CapacityLimiter(_PUNCHES_AT_ONCE if pair is None else at_once)
-    async with open_lab(topology, back_end, record_packets=False) as lab, _directory(values):
+    async with _directory(values), open_lab(topology, back_end, record_packets=False) as lab:
         values["server.address"] = lab.address(SERVER)
 
         async def run_cell(number: int) -> None:
