@@ -10,8 +10,6 @@ from netlab.kernel.fidelity import Engine
 from netlab.kernel.wiring import Machine, Wiring, plan_wiring
 from netlab.model import INTERNET, Nat, Topology
 
-_MAIN_TABLE = 254
-
 
 def describe_link(link: Link) -> str:
     """Return what a link does to packets, in a few words; nothing for a perfect one."""
@@ -129,8 +127,8 @@ def plan_text(topology: Topology) -> str:
         reasons = wiring.machines[nat.router.name].fidelity
         why = "; ".join(reasons.reasons) if reasons is not None else ""
         parts.append(
-            f"# {nat.router.name}: user-space NAT on TUN {nat.inside.name} and "
-            f"{nat.outside.name}" + (f" ({why})" if why else "")
+            f"# {nat.router.name}: user-space NAT between TUN {nat.inside.name} and "
+            f"{nat.uplink.key}" + (f" ({why})" if why else "")
         )
     for machine in wiring.machines.values():
         parts += ["", f"# --- {machine.name}", *_machine_lines(machine, _interfaces(wiring))]
@@ -139,7 +137,7 @@ def plan_text(topology: Topology) -> str:
 
 def _interfaces(wiring: Wiring) -> dict[tuple[str, int], str]:
     ends = [end for cable in wiring.cables for end in (cable.inner, cable.outer)]
-    ends += [end for nat in wiring.user_nats for end in (nat.inside, nat.outside)]
+    ends += [nat.inside for nat in wiring.user_nats]
     return {(end.machine, end.index): end.name for end in ends}
 
 
@@ -152,8 +150,7 @@ def _machine_lines(machine: Machine, names: dict[tuple[str, int], str]) -> Itera
     for route in machine.routes:
         device = f"dev {names[name, route.index]}" if route.index is not None else ""
         kind = "" if route.index is not None else "blackhole "
-        table = f" table {route.table}" if route.table != _MAIN_TABLE else ""
-        yield f"ip -n {name} route replace {kind}{route.destination} {device}{table}".rstrip()
+        yield f"ip -n {name} route replace {kind}{route.destination} {device}".rstrip()
     if machine.rules:
         yield f"ip netns exec {name} nft -f - <<'END'"
         yield machine.rules.strip()

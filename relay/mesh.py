@@ -30,6 +30,9 @@ RETRY_SECONDS: Final = 5.0
 SIBLING_RETRY_SECONDS: Final = 0.2
 """A worker of this host is restarted within a second; its clients wait for it."""
 
+SHORT_LIFE_SECONDS: Final = 2.0
+"""A link that ends sooner was not wanted."""
+
 
 @dataclass(slots=True)
 class LinkState:
@@ -124,4 +127,7 @@ class MeshLinks:
         logger.info("mesh link to %s is up", state.name)
         self._pump.adopt(connection, b"", received)
         await ended.wait()
+        if trio.current_time() - connection.connected_at < SHORT_LIFE_SECONDS:
+            # A server does not say that it has another key; it closes when we ask to watch it.
+            state.problem += "; does it have the same mesh key?"
         logger.warning("mesh link to %s is down: %s", state.name, state.problem)

@@ -264,7 +264,10 @@ class _Relay:
 
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")
-        await self._plane.drain(self._config.server.drain_seconds)
+        try:
+            await self._plane.drain(self._config.server.drain_seconds)
+        except WorkerError as error:
+            logger.error("there is nobody left to drain: %s", error)
         everything.cancel()
 
     async def _watch_config(self) -> NoReturn:

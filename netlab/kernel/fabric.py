@@ -49,8 +49,7 @@ MAX_DESCRIPTORS = 2
 # Packets taken from one device before the others get their turn: the latency that a flood on
 # one link may add to another one is then about half a millisecond.
 _BATCH_PACKETS = 64
-# A TUN device without offloads hands out nothing longer than its MTU, which is 1500 at most.
-_MAX_PACKET_BYTES = 2048
+_MAX_PACKET_BYTES = 65536
 # How long a sleeping process takes to wake up, at the very least: the timer is set that much
 # early. What is left of it is waited for awake.
 _WAKE_UP_SECONDS = 50e-6
@@ -69,7 +68,7 @@ _CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC, _TFD_TIMER_ABSTIME = 1, 0o2004000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-# What takes a packet at a time.
+# What takes a packet at a time: a device, a cable or a NAT.
 _Carrier = Callable[[bytes | bytearray, float], None]
 
 
@@ -338,7 +337,7 @@ class Fabric:
                 carry[leaves](changed, now)
 
         def translate_inbound(packet: bytes | bytearray, now: float) -> None:
-            if packet[0] >> 4 == 6:
+            if len(packet) >= 40 and packet[0] >> 4 == 6:
                 to_router(packet, now)
                 return
             changed = bytearray(packet)
