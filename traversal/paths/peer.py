@@ -117,6 +117,7 @@ class Peer:
 
         self._calls_sent = 0
         self._calls_received = 0
+        self._relay_pongs = 0
         self._foreign_pongs = 0
 
     # ---- look
@@ -153,6 +154,7 @@ class Peer:
             last_sent_at=none_if_never(self._last_sent_at),
             calls_sent=self._calls_sent,
             calls_received=self._calls_received,
+            relay_pongs=self._relay_pongs,
             foreign_pongs=self._foreign_pongs,
             candidates=tuple(map(CandidateStatistics.of, self._book)),
         )
@@ -289,6 +291,7 @@ class Peer:
         if ping is None or ping.candidate is not None:
             return False
         self._pinger.take(transaction_id)
+        self._relay_pongs += 1
         self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
         return True
 

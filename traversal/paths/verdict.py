@@ -317,7 +317,9 @@ class _Builder:
                 f"None of its {len(pinged)} addresses that were pinged answered.",
             )
         self._blame_nats()
-        if statistics.candidates and not statistics.calls_received and not answered:
+        # A peer that has nothing to send pings us when we call, but need not call itself.
+        is_silent = not statistics.calls_received and not statistics.relay_pongs
+        if statistics.candidates and is_silent and not answered:
             self._say(
                 Finding.NO_CALL,
                 f"{self._name} has sent no CallMeMaybe: it may be off line, or not see our own.",
