@@ -111,7 +111,7 @@ async def test_loss_does_not_flap(seed: int, autojump_clock: MockClock) -> None:
         lost = len(conversation.there.lost())
         print(f"LAB loss {seed} changes {len(left)} lost {lost / sent:.3f}")
         assert len(left) <= 2, conversation.describe()
-        assert conversation.kinds == (PathKind.DIRECT, PathKind.DIRECT)
+        await conversation.until_direct(3)  # it may be in doubt at this very moment
 
 
 async def test_relay_death_leaves_the_direct_path_alone(autojump_clock: MockClock) -> None:
