@@ -89,6 +89,31 @@ async def test_direct_path_through_nat64(
         nursery.cancel_scope.cancel()
 
 
+async def test_relay_with_an_ipv4_address_only(
+    tiny_relay: Callable[..., Any], autojump_clock: MockClock
+) -> None:
+    """A relay that the map knows by an IPv4 literal is found and dialed through the NAT64."""
+    rng = random.Random(1)
+    options: dict[str, Any] = {
+        "entropy": rng.randbytes,
+        "relay_options": RelayOptions(plain=True),
+        "map_ports": False,
+    }
+    async with SimulatedInternet(TOPOLOGY) as internet, trio.open_nursery() as nursery:
+        relay = tiny_relay(port=443, stun_port=3478)
+        server = internet.host("r")
+        async with server:
+            await nursery.start(relay.serve, next(a for a in server.addresses if ":" not in a))
+        relay_map = RelayMap({relay.region_id: relay.region})
+        key = NodePrivate.generate(rng.randbytes)
+        async with internet.host("modern"), open_node(key, relay_map, **options) as node:
+            assert node.home_region == relay.region_id
+            assert node.statistics().relays[0].is_connected
+            assert set(node.report.latencies) == {relay.region_id}
+            assert list(relay.clients) == [node.public_key.raw]
+        nursery.cancel_scope.cancel()
+
+
 async def test_ice_through_nat64(autojump_clock: MockClock) -> None:
     """An ICE peer's IPv4 candidates are checked through the NAT64, too."""
     rng = random.Random(1)

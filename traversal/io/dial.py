@@ -6,6 +6,7 @@ given to the pump.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -18,10 +19,12 @@ from typing import Final, Self
 import trio
 
 from traversal.io.chain_check import check_chain, is_address
+from traversal.io.nat64 import discover_prefixes
 from traversal.io.proxy import Proxy
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
+from traversal.paths.nat64 import translate
 from traversal.relay_map import (
     CertificateName,
     CertificatePolicy,
@@ -29,6 +32,7 @@ from traversal.relay_map import (
     Family,
     RelayNode,
 )
+from traversal.wire.address import Address
 from traversal.wire.derp import PROTOCOL_VERSION, ClientInfo, DerpError, ServerInfo
 from traversal.wire.derp_upgrade import (
     MAX_RESPONSE_HEAD_LENGTH,
@@ -48,6 +52,10 @@ CLIENT_INFO: Final = ClientInfo(version=PROTOCOL_VERSION, can_ack_pings=True)
 
 Route = tuple[str, socket.AddressFamily]
 """A host name or address to connect to, and the family to use (AF_UNSPEC for both)."""
+
+_SocketAddress = tuple[str, int]
+_NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL})
+"""How a host without IPv4 refuses to connect by it."""
 
 
 class DialError(Exception):
@@ -340,13 +348,39 @@ async def _open(
 
 
 async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketType:
-    """The first connection that succeeds; the starts are staggered (RFC 8305, simplified)."""
+    """The first connection that succeeds, through a NAT64 where there is no way for IPv4."""
     addresses = await _resolve(target, progress)
     progress.step = "connect"
-    winners: list[trio.socket.SocketType] = []
-    problems: list[str] = []
+    failed: dict[_SocketAddress, OSError] = {}
+    sock = await _race(addresses, failed)
+    if sock is None:
+        without_route = [
+            Address(*address)
+            for address, error in failed.items()
+            if ":" not in address[0] and error.errno in _NO_ROUTE
+        ]
+        sock = await _race(await _through_nat64(without_route), failed)
+    if sock is None:
+        raise progress.error("; ".join(f"{a[0]}: {_reason(e)}" for a, e in failed.items()))
+    return sock
 
-    async def attempt(family: int, address: tuple[str, int], ended: trio.Event) -> None:
+
+async def _through_nat64(addresses: Sequence[Address]) -> list[tuple[int, _SocketAddress]]:
+    """What an IPv6-only host can dial instead; a relay known by name needs none of this, because
+    its network's DNS64 translates (RFC 7050)."""
+    prefixes = await discover_prefixes() if addresses else ()
+    if not prefixes:
+        return []
+    return [(socket.AF_INET6, (a.host, a.port)) for a in translate(addresses, prefixes)]
+
+
+async def _race(
+    addresses: Sequence[tuple[int, _SocketAddress]], failed: dict[_SocketAddress, OSError]
+) -> trio.socket.SocketType | None:
+    """The first that connects; the starts are staggered (RFC 8305, simplified)."""
+    winners: list[trio.socket.SocketType] = []
+
+    async def attempt(family: int, address: _SocketAddress, ended: trio.Event) -> None:
         sock = trio.socket.socket(family)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -355,7 +389,7 @@ async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketTyp
             sock.close()
             if not isinstance(error, OSError):
                 raise
-            problems.append(f"{address[0]}: {_reason(error)}")
+            failed[address] = error
             ended.set()
         else:
             winners.append(sock)
@@ -374,16 +408,14 @@ async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketTyp
         raise
     for sock in winners[1:]:
         sock.close()
-    if not winners:
-        raise progress.error("; ".join(problems))
-    return winners[0]
+    return winners[0] if winners else None
 
 
-async def _resolve(target: Target, progress: _Progress) -> list[tuple[int, tuple[str, int]]]:
+async def _resolve(target: Target, progress: _Progress) -> list[tuple[int, _SocketAddress]]:
     """The addresses to try, in the order of the routes. Raises DialError if there is none."""
     progress.step = "resolve"
     routes = target.routes or ((target.host, socket.AF_UNSPEC),)
-    addresses: list[tuple[int, tuple[str, int]]] = []
+    addresses: list[tuple[int, _SocketAddress]] = []
     problem = ""
     for host, family in routes:
         try:

@@ -13,6 +13,7 @@ from typing import Final
 import trio
 
 from traversal.io.dial import DialError, Target, connect
+from traversal.io.proxy import Proxy, ProxyError
 from traversal.io.relay_client import RelayOptions
 from traversal.io.resolver import Resolver
 from traversal.io.stream import StreamEndedError
@@ -162,15 +163,16 @@ class NetCheck:
                 continue
             target = Target.of_node(node, plain=self._options.plain)
             try:
-                seconds = await self._time_request(target)
-            except (DialError, StreamEndedError):
+                proxy = Proxy.maybe_from_environment(node.host_name)
+                seconds = await self._time_request(target, proxy)
+            except (ProxyError, DialError, StreamEndedError):
                 continue
             if seconds is not None:
                 report.handle_latency(region.region_id, seconds)
                 return
 
-    async def _time_request(self, target: Target) -> float | None:
-        stream, _ = await connect(target, make_context=self._options.make_context)
+    async def _time_request(self, target: Target, proxy: Proxy | None) -> float | None:
+        stream, _ = await connect(target, make_context=self._options.make_context, proxy=proxy)
         try:
             began = trio.current_time()
             request = (

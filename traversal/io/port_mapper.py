@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable
+from typing import Final
 
 import trio
 
@@ -23,6 +24,9 @@ from traversal.paths.portmap import (
 )
 from traversal.wire.address import Address, is_private
 from traversal.wire.upnp import UpnpError
+
+RELEASE_SECONDS: Final = 0.25
+"""What closing may cost when the router does not answer UPnP."""
 
 
 class PortMapping:
@@ -61,32 +65,50 @@ class PortMapping:
         self._wanted.set()
 
     async def run(self) -> None:
-        """Until cancelled; what is mapped then is left to its lifetime."""
+        """Until cancelled; what is mapped then is given back, if that takes but a moment."""
         try:
             sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             await sock.bind(("0.0.0.0", 0))
         except OSError:
             return
         with sock:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._receive, sock)
-                while True:
-                    self._wanted = trio.Event()
-                    now = trio.current_time()
-                    if now >= self._machine.next_deadline():
-                        self._machine.on_time(now)
-                    for effect in self._machine.poll_effects():
-                        match effect:
-                            case SendDatagram():
-                                await self._send(sock, effect)
-                            case MappingChanged():
-                                self._note_change()
-                            case RunUpnp():
-                                nursery.start_soon(self._run_upnp, effect)
-                            case ReleaseUpnp():
-                                nursery.start_soon(self._release_upnp, effect)
-                    with trio.move_on_at(self._machine.next_deadline()):
-                        await self._wanted.wait()
+            try:
+                await self._work(sock)
+            finally:
+                await self._release(sock)
+
+    async def _work(self, sock: trio.socket.SocketType) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive, sock)
+            while True:
+                self._wanted = trio.Event()
+                now = trio.current_time()
+                if now >= self._machine.next_deadline():
+                    self._machine.on_time(now)
+                for effect in self._machine.poll_effects():
+                    match effect:
+                        case SendDatagram():
+                            await self._send(sock, effect)
+                        case MappingChanged():
+                            self._note_change()
+                        case RunUpnp():
+                            nursery.start_soon(self._run_upnp, effect)
+                        case ReleaseUpnp():
+                            nursery.start_soon(self._release_upnp, effect)
+                with trio.move_on_at(self._machine.next_deadline()):
+                    await self._wanted.wait()
+
+    async def _release(self, sock: trio.socket.SocketType) -> None:
+        """Leave no hole in the router: one datagram, or for UPnP, whose leases may be permanent,
+        an HTTP request. No answer is waited for longer than `RELEASE_SECONDS`."""
+        self._machine.release("the node closes")
+        with trio.move_on_after(RELEASE_SECONDS, shield=True):
+            for effect in self._machine.poll_effects():
+                match effect:
+                    case SendDatagram():
+                        await self._send(sock, effect)
+                    case ReleaseUpnp():
+                        await self._release_upnp(effect)
 
     async def _receive(self, sock: trio.socket.SocketType) -> None:
         while True:

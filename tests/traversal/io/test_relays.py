@@ -13,10 +13,14 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from traversal.io.net_check import NetCheck
 from traversal.io.proxy import Proxy, ProxyError
 from traversal.io.relay_client import RelayClient, RelayOptions
 from traversal.io.relays import Relays
+from traversal.io.resolver import Resolver
+from traversal.io.udp import UdpSockets
 from traversal.keys import NodePrivate
+from traversal.paths.report import Report
 from traversal.relay_map import RelayMap
 from traversal.wire.derp import ServerInfo
 
@@ -205,10 +209,11 @@ async def test_changed_map(
 
 
 class TestProxy:
-    async def test_connects_through(
+    @pytest.fixture
+    async def heads(
         self, relay: Any, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """HTTPS_PROXY is dialed, asked to CONNECT with credentials, and carries DERP."""
+    ) -> list[bytes]:
+        """A proxy to the relay, set in the environment: the requests that it gets."""
         heads: list[bytes] = []
 
         async def serve(stream: trio.SocketStream) -> None:
@@ -234,12 +239,38 @@ class TestProxy:
         port = listeners[0].socket.getsockname()[1]
         monkeypatch.setenv("HTTPS_PROXY", f"http://me:s%20cret@127.0.0.1:{port}")
         monkeypatch.setenv("NO_PROXY", "")
+        return heads
+
+    async def test_connects_through(
+        self, relay: Any, nursery: trio.Nursery, heads: list[bytes]
+    ) -> None:
+        """HTTPS_PROXY is dialed, asked to CONNECT with credentials, and carries DERP."""
         client = client_of(relay, Handler())
         nursery.start_soon(client.run)
         with trio.fail_after(5):
             await client.wait_connected()
         assert heads[0].startswith(b"CONNECT 127.0.0.1:%d HTTP/1.1\r\n" % relay.port)
         assert b"Proxy-Authorization: Basic bWU6cyBjcmV0" in heads[0]
+
+    async def test_latency_is_measured_through(self, relay: Any, heads: list[bytes]) -> None:
+        """Where UDP and direct TCP are blocked, regions are measured by HTTPS_PROXY."""
+        options = RelayOptions(plain=True)
+        check = NetCheck(UdpSockets(), Resolver(), os.urandom, options)
+        report = Report(0.0)
+        await check.run_https(report, RelayMap({relay.region_id: relay.region}))
+        assert set(report.latencies) == {relay.region_id}
+        assert len(heads) == 1
+
+    async def test_useless_proxy_gives_no_latency(
+        self, relay: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A proxy that can't be used leaves the latency unknown and the node running."""
+        monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1")
+        monkeypatch.setenv("NO_PROXY", "")
+        check = NetCheck(UdpSockets(), Resolver(), os.urandom, RelayOptions(plain=True))
+        report = Report(0.0)
+        await check.run_https(report, RelayMap({relay.region_id: relay.region}))
+        assert report.latencies == {}
 
     def test_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """NO_PROXY is respected, and what can't be used is said."""
