@@ -363,7 +363,8 @@ class Peer:
         candidate.answered_at = now
         self._learn(address)
         self._book.prune(now, keep=candidate)
-        self._flush(now, self._choice.handle_answer(candidate, 0, now))
+        reason = self._choice.handle_answer(candidate, 0, now - latency_seconds, now)
+        self._flush(now, reason)
 
     def handle_peer_relay_ready(
         self, path: Path, server: object, latency_seconds: float, now: float
