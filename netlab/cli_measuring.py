@@ -97,6 +97,8 @@ def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_
 @click.option("--left", "left", help="The left program's command line, or module:function ARGS.")
 @click.option("--right", "right", help="The right program's.")
 @click.option("--ready", help="A line of the left one (a regular expression) to wait for.")
+@click.option("--server", default="", help="A program that runs on the server for all pairs.")
+@click.option("--server-ready", help="A line of it (a regular expression) to wait for.")
 @click.option("--direct", default=r"^path \S+ direct", help="A line that tells a direct path.")
 @click.option("--relay", default=r"^path \S+ relay", help="A line that tells a relayed path.")
 @click.option("--timeout", "timeout", default=10.0, show_default=True, help="Seconds per pair.")
@@ -120,6 +122,8 @@ def matrix_command(
     left: str | None,
     right: str | None,
     ready: str | None,
+    server: str,
+    server_ready: str | None,
     direct: str,
     relay: str,
     timeout: float,
@@ -134,8 +138,9 @@ def matrix_command(
     Without --left and --right the pair is simple punching, and the exit status is 1 if a pair
     comes out differently from the published table. Otherwise these are the command lines of any
     programs, and it is 1 if a pair finds no path at all. Placeholders: ${left.address},
-    ${right.address}, ${server.address} (which offers STUN on port 3478), ${cell}, ${seed}, and
-    ${left.NAME} for the named groups of --ready.
+    ${right.address}, ${server.address} (which offers STUN on port 3478), ${cell}, ${seed},
+    ${directory} (a new one, removed in the end), and ${left.NAME} and ${server.NAME} for the named
+    groups of --ready and --server-ready.
 
     The nine classes are used unless --nat, or --left-nat and --right-nat, name others.
     """
@@ -144,11 +149,26 @@ def matrix_command(
     rights = list(right_names or names or CLASSES)
     if bool(left) != bool(right):
         refuse("--left and --right go together")
+    if server and not left:
+        refuse("--server is for the programs of --left and --right; give these too")
+    if server_ready and not server:
+        refuse("--server-ready is a line of the program that --server names; give this too")
     pair = None
     needs_kernel = False
     if left is not None and right is not None:
-        pair = _program_pair(left, right, ready, direct, relay, timeout)
-        needs_kernel = not all(re.match(r"[\w.]+:\w+(\s|$)", line) for line in (left, right))
+        lines = {"--left": left, "--right": right} | ({"--server": server} if server else {})
+        _check_command_lines(lines)
+        pair = ProgramPair(
+            left=left,
+            right=right,
+            ready=_maybe_pattern("--ready", ready),
+            direct=_pattern("--direct", direct),
+            relay=_pattern("--relay", relay),
+            timeout_seconds=timeout,
+            server=server,
+            server_ready=_maybe_pattern("--server-ready", server_ready),
+        )
+        needs_kernel = not all(re.match(r"[\w.]+:\w+(\s|$)", line) for line in lines.values())
     back_end = choose_back_end(wish, needs_kernel=needs_kernel)
     if back_end is BackEnd.KERNEL:
         enter_jail()
@@ -198,28 +218,22 @@ def matrix_command(
     sys.exit(UNEXPECTED if wrong else AS_EXPECTED)
 
 
-def _program_pair(
-    left: str, right: str, ready: str | None, direct: str, relay: str, timeout: float
-) -> ProgramPair:
+def _pattern(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        refuse(f"{option} is not a regular expression: {error}")
 
-    def pattern(option: str, text: str) -> re.Pattern[str]:
-        try:
-            return re.compile(text)
-        except re.error as error:
-            refuse(f"{option} is not a regular expression: {error}")
 
-    for option, line in (("--left", left), ("--right", right)):
+def _maybe_pattern(option: str, text: str | None) -> re.Pattern[str] | None:
+    return None if text is None else _pattern(option, text)
+
+
+def _check_command_lines(lines: dict[str, str]) -> None:
+    for option, line in lines.items():
         try:
             words = shlex.split(line)
         except ValueError as error:
             refuse(f"{option}: {error}")
         if not words:
             refuse(f"{option} is empty")
-    return ProgramPair(
-        left=left,
-        right=right,
-        ready=None if ready is None else pattern("--ready", ready),
-        direct=pattern("--direct", direct),
-        relay=pattern("--relay", relay),
-        timeout_seconds=timeout,
-    )

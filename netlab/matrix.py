@@ -10,7 +10,9 @@ import itertools
 import random
 import re
 import shlex
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import msgspec
@@ -26,6 +28,8 @@ from netlab.services import STUN_PORTS, run_service
 from netlab.verify import chain_of_nats, preset_target
 
 SERVER = "server"
+# A server's program has the machine for itself when it starts; more is a program that hangs.
+_SERVER_SECONDS = 30.0
 _ENTRY = re.compile(r"[\w.]+:\w+")
 
 # What is not told within this ends up in the result's "none".
@@ -68,8 +72,9 @@ class ProgramPair:
     """Two command lines and how their output is read.
 
     Placeholders in them: ``${left.address}``, ``${right.address}``, ``${server.address}``,
-    ``${cell}`` (the pair's number), ``${seed}``, and ``${left.NAME}`` for the named groups of the
-    left program's readiness line.
+    ``${cell}`` (the pair's number), ``${seed}``, ``${directory}`` (a new one, which is removed in
+    the end), and ``${left.NAME}`` and ``${server.NAME}`` for the named groups of the readiness
+    lines of the left program and the server's.
     """
 
     left: str
@@ -79,6 +84,10 @@ class ProgramPair:
     direct: re.Pattern[str]
     relay: re.Pattern[str]
     timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    server: str = ""
+    """What all pairs share, such as a relay: a program that runs on the server throughout."""
+    server_ready: re.Pattern[str] | None = None
+    """A line of the server's program after which the pairs start."""
 
 
 async def run_matrix(
@@ -108,16 +117,17 @@ async def run_matrix(
     names = list(itertools.product(left, right))
     topology = _topology(names, seed)
     cells: dict[int, Cell] = {}
+    values = {"seed": str(seed)}
     limiter = trio.CapacityLimiter(_PUNCHES_AT_ONCE if pair is None else at_once)
-    async with open_lab(topology, back_end, record_packets=False) as lab:
-        started = lab.now()
+    async with _directory(values), open_lab(topology, back_end, record_packets=False) as lab:
+        values["server.address"] = lab.address(SERVER)
 
         async def run_cell(number: int) -> None:
             async with limiter:
                 if pair is None:
                     path, seconds, problem = await _punch(lab, number)
                 else:
-                    path, seconds, problem = await _run_programs(lab, number, pair)
+                    path, seconds, problem = await _run_programs(lab, number, pair, values)
             outcome = predict_outcome(topology, f"a{number}", f"b{number}")
             expected = simple_path(outcome)
             cells[number] = Cell(
@@ -135,11 +145,14 @@ async def run_matrix(
         async with trio.open_nursery() as serving:
             for kind in (ServiceKind.STUN, ServiceKind.RELAY):
                 await serving.start(run_service, lab, Service(SERVER, kind))
+            if pair is not None and pair.server:
+                await serving.start(_serve, lab, pair, values)
+            started = lab.now()
             async with trio.open_nursery() as running:
                 for number in range(len(names)):
                     running.start_soon(run_cell, number)
+            seconds = lab.now() - started
             serving.cancel_scope.cancel()
-        seconds = lab.now() - started
     return MatrixResult(
         back_end=back_end,
         pair="simple punching" if pair is None else f"{pair.left} | {pair.right}",
@@ -194,7 +207,7 @@ class _Watch:
         pattern = self._pair.ready
         found = pattern.search(line) if pattern is not None else None
         if found is not None and not self.ready.is_set():
-            self.groups = {f"left.{k}": v or "" for k, v in found.groupdict().items()}
+            self.groups = _named_groups("left", found)
             self.ready.set()
         self.hear(line)
 
@@ -209,34 +222,89 @@ class _Watch:
             self.path = "relay"
 
 
-async def _run_programs(lab: Lab, number: int, pair: ProgramPair) -> tuple[str, float | None, str]:
+@asynccontextmanager
+async def _directory(values: dict[str, str]) -> AsyncIterator[None]:
+    """Set ${directory}: a place for the programs' files."""
+    with tempfile.TemporaryDirectory(
+        prefix="underpass-lab-", ignore_cleanup_errors=True
+    ) as directory:
+        values["directory"] = directory
+        yield
+
+
+async def _run_line(
+    lab: Lab, host: str, line: str, values: Mapping[str, str], say: Callable[[str], None]
+) -> int:
+    """Run a command line with its placeholders filled in; return its status."""
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in values:
+            raise ProgramError(
+                f'nothing is called "${{{found[1]}}}"; known: ' + ", ".join(sorted(values))
+            )
+        return values[found[1]]
+
+    words = tuple(PLACEHOLDER.sub(value, word) for word in shlex.split(line))
+    if _ENTRY.fullmatch(words[0]):
+        return await lab.run_program(host, (), words[0], words[1:], say)
+    return await lab.run_program(host, words, "", (), say)
+
+
+def _named_groups(program: str, found: re.Match[str]) -> dict[str, str]:
+    return {f"{program}.{name}": text or "" for name, text in found.groupdict().items()}
+
+
+async def _serve(
+    lab: Lab,
+    pair: ProgramPair,
+    values: dict[str, str],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run the server's program; when it is ready, `values` has its named groups."""
+    ready = trio.Event()
+    last_line = ""
+
+    def hear(line: str) -> None:
+        nonlocal last_line
+        last_line = line or last_line
+        pattern = pair.server_ready
+        found = pattern.search(line) if pattern is not None else None
+        if found is not None and not ready.is_set():
+            values.update(_named_groups(SERVER, found))
+            ready.set()
+
+    async def run() -> None:
+        status = await _run_line(lab, SERVER, pair.server, values, hear)
+        told = f'; it said last: "{last_line}"' if last_line else ""
+        raise ProgramError(f"the server's program ended with status {status}{told}")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        if pair.server_ready is not None:
+            with trio.move_on_after(_SERVER_SECONDS):
+                await ready.wait()
+            if not ready.is_set():
+                raise ProgramError(
+                    "the server's program printed no line that matches "
+                    f'"{pair.server_ready.pattern}" within {_SERVER_SECONDS:g} s'
+                )
+        task_status.started()
+
+
+async def _run_programs(
+    lab: Lab, number: int, pair: ProgramPair, shared: Mapping[str, str]
+) -> tuple[str, float | None, str]:
     watch = _Watch(lab, pair)
     values = {
+        **shared,
         "left.address": lab.address(f"a{number}"),
         "right.address": lab.address(f"b{number}"),
-        "server.address": lab.address(SERVER),
         "cell": str(number),
-        "seed": str(lab.topology.seed),
     }
 
-    def fill(text: str) -> str:
-        def value(found: re.Match[str]) -> str:
-            known = values | watch.groups
-            if found[1] not in known:
-                raise ProgramError(
-                    f'nothing is called "${{{found[1]}}}"; known: ' + ", ".join(sorted(known))
-                )
-            return known[found[1]]
-
-        return PLACEHOLDER.sub(value, text)
-
     async def run(host: str, line: str, say: Callable[[str], None]) -> None:
-        words = [fill(word) for word in shlex.split(line)]
-        entry, command = "", tuple(words)
-        arguments: tuple[str, ...] = ()
-        if _ENTRY.fullmatch(words[0]):
-            entry, command, arguments = words[0], (), tuple(words[1:])
-        status = await lab.run_program(host, command, entry, arguments, say)
+        status = await _run_line(lab, host, line, values | watch.groups, say)
         ended.append(f"status {status}")
         if len(ended) == 2:
             nursery.cancel_scope.cancel()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import trio
@@ -84,18 +86,22 @@ async def run_scenario(
             f"{scenario.name} runs command lines, which needs the kernel back end; "
             "see what stands in its way with `underpass-lab doctor`"
         )
-    async with open_lab(scenario.topology, back_end, adjustable=scenario.adjustable) as lab:
-        run = _Run(scenario, lab)
-        lab.timeline.sinks.append(run.observe)
-        if watch is not None:
-            lab.timeline.sinks.append(watch)
-        return await run.to_its_end()
+    # What programs left in their directory goes when they are dead, so after the lab.
+    with ExitStack() as files:
+        async with open_lab(scenario.topology, back_end, adjustable=scenario.adjustable) as lab:
+            run = _Run(scenario, lab, files)
+            lab.timeline.sinks.append(run.observe)
+            if watch is not None:
+                lab.timeline.sinks.append(watch)
+            return await run.to_its_end()
 
 
 class _Run:
-    def __init__(self, scenario: Scenario, lab: Lab) -> None:
+    def __init__(self, scenario: Scenario, lab: Lab, files: ExitStack) -> None:
         self._scenario = scenario
         self._lab = lab
+        self._files = files
+        self._directory = ""
         self._observations = Observations(scenario.topology)
         self._wake = trio.Event()
         self._groups: dict[str, str] = {}
@@ -202,6 +208,8 @@ class _Run:
             name = found[1]
             if name == "seed":
                 return str(self._scenario.topology.seed)
+            if name == "directory":
+                return self._make_directory()
             machine, _, attribute = name.rpartition(".")
             if attribute in ("address", "address6") and name not in self._groups:
                 return self._lab.address(machine, ipv6=attribute == "address6")
@@ -212,6 +220,12 @@ class _Run:
             return self._groups[name]
 
         return PLACEHOLDER.sub(value, text)
+
+    def _make_directory(self) -> str:
+        if not self._directory:
+            made = tempfile.TemporaryDirectory(prefix="underpass-lab-", ignore_cleanup_errors=True)
+            self._directory = self._files.enter_context(made)
+        return self._directory
 
     def _problem(self, text: str) -> None:
         self._result.problems.append(text)

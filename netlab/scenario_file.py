@@ -320,7 +320,7 @@ class _Parser:
     def _check_placeholders(
         self, table: Table, key: str, text: str, earlier: list[Program]
     ) -> None:
-        known = {"seed"}
+        known = {"seed", "directory"}
         for name in [*self._topology.host_by_name, *self._topology.server_by_name]:
             known |= {f"{name}.address", f"{name}.address6"}
         known |= {f"{name}.external" for name in self._topology.nat_by_name}

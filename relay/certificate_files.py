@@ -89,8 +89,11 @@ def load_pair(cert_path: Path, key_path: Path, hostname: str) -> CertificatePair
         chain = tuple(x509.load_pem_x509_certificates(cert_pem))
         covers_name = covers(chain[0], hostname)
         public_key = _public_bytes(chain[0].public_key())
-    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
-        raise CertificateError(f"{cert_path}: no usable certificate in PEM: {error}") from None
+    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm):
+        raise CertificateError(
+            f"{cert_path}: no usable certificate in PEM; it must hold the relay's own first, then "
+            "the intermediate ones"
+        ) from None
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
     except TypeError:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.config_schema import DERP_PORT
 from relay.demo import demo_command
 from relay.loadtest import loadtest_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
@@ -290,6 +291,16 @@ def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., 
 @click.option("--region-code", default="underpass", show_default=True)
 @click.option("--region-name", default="Underpass", show_default=True)
 @click.option("--node-name", default="", help="Default: the region id and the letter a.")
+@click.option(
+    "--derp-port",
+    type=click.IntRange(1, 65535),
+    help="As clients see it, behind a proxy or port mapping. Default: that of listen.derp.",
+)
+@click.option(
+    "--stun-port",
+    type=click.IntRange(1, 65535),
+    help="As clients see it. Default: that of listen.stun.",
+)
 @click.option("--ipv4", callback=_address_type(IPv4Address), help="Dial this instead of DNS.")
 @click.option("--ipv6", callback=_address_type(IPv6Address), help="Dial this instead of DNS.")
 @click.option(
@@ -306,6 +317,8 @@ def print_map(
     region_code: str,
     region_name: str,
     node_name: str,
+    derp_port: int | None,
+    stun_port: int | None,
     ipv4: IPv4Address | None,
     ipv6: IPv6Address | None,
     form: str,
@@ -322,8 +335,8 @@ def print_map(
     try:
         relay_map = build_map(
             config,
-            derp_port=listen.derp[0].port or 443,
-            stun_port=listen.stun.port if listen.stun else None,
+            derp_port=derp_port or listen.derp[0].port or DERP_PORT,
+            stun_port=stun_port or (listen.stun[0].port if listen.stun else None),
             can_port_80=listen.http is not None and listen.http.port == 80,
             pin=certificate_pin(config),
             region_id=region_id,

@@ -89,7 +89,10 @@ def read_rate_config(path: Path) -> RateConfig:
     try:
         file = msgspec.json.decode(text, type=_RateFile)
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        wanted = '{"PerClientRateLimitBytesPerSec": 1250000, "PerClientRateBurstBytes": 2500000}'
+        raise ConfigError(
+            f"{path}: the rate configuration must look like {wanted}: {error}"
+        ) from None
     if file.rate < 0 or file.burst < 0:
         raise ConfigError(f"{path}: a rate or burst must not be negative")
     if file.rate == 0:

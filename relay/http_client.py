@@ -106,15 +106,16 @@ async def _exchange(
     while len(content) < max_bytes:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(bytes(await stream.receive_some()))
+            data = bytes(await stream.receive_some())
+            if not data and not status:
+                raise HttpError("the connection ended without an answer")
+            connection.receive_data(data)
         elif isinstance(event, h11.Response):
             status = event.status_code
         elif isinstance(event, h11.Data):
             content += event.data
         elif not isinstance(event, h11.InformationalResponse):
             break
-    if not status:
-        raise HttpError("the connection ended without an answer")
     return HttpResponse(status, bytes(content[:max_bytes]))
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from relay.load_run import LoadClient
+from relay.load_pair import LoadClient
 from traversal.io.dial import DialError, Target, dial
 from traversal.keys import NodePrivate
 

@@ -14,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from relay.load_clients import close_clients, connect_clients
-from relay.load_run import MIN_PACKET_BYTES, Load, LoadError, LoadResult, run_load
+from relay.load_pair import MIN_PACKET_BYTES, Load, LoadError
+from relay.load_run import LoadResult, run_load
 from relay.targets import TargetError, parse_target
 from traversal.io.dial import DialError, Target
 from traversal.wire.derp import MAX_PACKET_LENGTH

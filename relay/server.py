@@ -121,6 +121,7 @@ def check_files(config: Config) -> list[str]:
         attempt(lambda: Certificates(config.tls, server.hostname, key))
     if config.tls.mode == "acme":
         attempt(lambda: AcmeRenewer(config.tls.acme, server.hostname))
+    attempt(lambda: _stun_server(config))
     attempt(lambda: _admin_token(config))
     return problems
 
@@ -263,7 +264,10 @@ class _Relay:
 
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")
-        await self._plane.drain(self._config.server.drain_seconds)
+        try:
+            await self._plane.drain(self._config.server.drain_seconds)
+        except WorkerError as error:
+            logger.error("there is nobody left to drain: %s", error)
         everything.cancel()
 
     async def _watch_config(self) -> NoReturn:
@@ -300,14 +304,23 @@ def _admin_token(config: Config) -> str:
 
 
 def _stun_server(config: Config) -> StunServer | None:
-    main = config.listen.stun
-    if main is None:
+    """None if there is to be none. Raises StunServerError."""
+    listen = config.listen
+    if not listen.stun:
         return None
-    other = config.listen.stun_alternate
     return StunServer(
-        [(main.host or "::", main.port)],
-        alternates=[] if other is None else [(other.host, other.port)],
+        [(address.host or _any_host(), address.port) for address in listen.stun],
+        alternates=[(address.host, address.port) for address in listen.stun_alternate],
     )
+
+
+def _any_host() -> str:
+    """Every address of both families; IPv4's alone where the kernel has no IPv6."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return "0.0.0.0"
+    return "::"
 
 
 def _places(listeners: Sequence[socket.socket]) -> tuple[tuple[str, int], ...]:

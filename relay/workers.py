@@ -61,11 +61,13 @@ class WorkerPool:
         self._listeners = listeners
         self._workers: dict[int, _Worker] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="underpass-relay-")
-        if config.tls.mode == "self-signed" and not config.tls.directory:
-            # All workers must show the same certificate.
-            tls = msgspec.structs.replace(config.tls, directory=self._directory.name)
-            self._config = msgspec.structs.replace(config, tls=tls)
-            load_or_create_self_signed(self._directory.name, config.server.hostname)
+        if config.tls.mode == "self-signed":
+            # Made before they start: all workers must show the same certificate.
+            tls = config.tls
+            if not tls.directory:
+                tls = msgspec.structs.replace(tls, directory=self._directory.name)
+                self._config = msgspec.structs.replace(config, tls=tls)
+            load_or_create_self_signed(tls.directory, config.server.hostname)
         self._last: dict[int, Snapshot] = {}
         self._ended: list[Snapshot] = []
         self._stopping = False
@@ -96,7 +98,7 @@ class WorkerPool:
 
     async def reconfigure(self, config: Config) -> None:
         """As `Service.reconfigure`. Raises WorkerError if a worker can't."""
-        await self._tell_all(Command("reconfigure", (config,)))
+        await self._tell_all(Command("reconfigure", (share_of(config, len(self._listeners)),)))
         self._config = config
 
     async def reload_files(self) -> None:
@@ -184,12 +186,29 @@ class WorkerPool:
         ]
         return WorkerStart(
             index=index,
-            config=self._config,
+            config=share_of(self._config, len(self._listeners)),
             identity=self._identity,
             listener_fds=tuple(sock.fileno() for sock in self._listeners[index]),
             sibling_path=paths[index],
             sibling_paths=tuple(path for path in paths if path != paths[index]),
         )
+
+
+def share_of(config: Config, workers: int) -> Config:
+    """What one of so many workers is told: memory and accept rate are divided.
+
+    Connections are not: a worker that was restarted has few for a while, and the others must take
+    those that it lost.
+    """
+    limits = config.limits
+    rate = limits.accept_rate_per_second
+    limits = msgspec.structs.replace(
+        limits,
+        memory_bytes=limits.memory_bytes // workers,
+        accept_rate_per_second=None if rate is None else rate / workers,
+        accept_burst=-(-limits.accept_burst // workers),
+    )
+    return msgspec.structs.replace(config, limits=limits)
 
 
 class _Worker:

@@ -101,7 +101,11 @@ def netcheck(map_source: str | None, config_path: Path, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(f"UDP         {'works' if found['udp'] else 'is blocked'}")
+    if found["captive_portal"]:
+        click.echo("Portal      a captive portal answers for the relays: sign in by a browser")
     click.echo(f"NAT         {found['nat']['text']}")
+    hairpins = {True: "yes", False: "no", None: "not to be told"}[found["nat"]["hairpins"]]
+    click.echo(f"Hairpin     {hairpins}")
     for family in ("ipv4", "ipv6"):
         addresses = ", ".join(found[family])
         click.echo(f"{family.replace('ip', 'IP'):11} {addresses or 'no answer'}")

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 import trio
 
+from traversal.io.captive_portal import find_captive_portal
 from traversal.io.interfaces import (
     InterfaceFilter,
     NetworkChange,
@@ -23,6 +24,7 @@ from traversal.io.nat64 import discover_prefixes
 from traversal.io.nat_discovery import NatBehavior, NatDiscovery
 from traversal.io.net_check import NetCheck
 from traversal.io.port_mapper import PortMapping
+from traversal.io.port_sampling import PortSamples, sample_ports
 from traversal.io.relay_client import RelayOptions
 from traversal.io.relays import Relays
 from traversal.io.resolver import Resolver
@@ -32,7 +34,7 @@ from traversal.paths.candidates import LocalNetworks
 from traversal.paths.home import HomeChooser, HomePolicy
 from traversal.paths.own_addresses import Findings, OwnAddress, OwnAddresses, choose_local_ips
 from traversal.paths.probe_plan import make_initial_plan, make_plan
-from traversal.paths.report import NatFacts, Report, wants_full_report
+from traversal.paths.report import NatFacts, Report, classify_ports, wants_full_report
 from traversal.relay_map import Family, RelayMap
 from traversal.wire.address import Address
 
@@ -40,6 +42,8 @@ PERIOD_SECONDS: Final = (20.0, 26.0)
 MIN_SPACING_SECONDS: Final = 1.0
 """Least time between the starts of two checks on demand."""
 REBIND_SPACING_SECONDS: Final = 5.0
+DISCOVERY_PATIENCE_SECONDS: Final = 12.0
+"""What sampling ports and the RFC 5780 tests of one server take at most."""
 MAX_PROBED_MTU_BYTES: Final = 9000
 
 
@@ -95,12 +99,15 @@ class Endpoints:
         self._handle_rebind = handle_rebind
         self._interfaces = interfaces
         self._static = static_addresses
+        self._entropy = entropy
         self._rng = rng
         self._resolver = Resolver()
         self._check = NetCheck(udp, self._resolver, entropy, relay_options)
         self._discovery = NatDiscovery(udp, entropy)
         self._behavior: NatBehavior | None = None
+        self._samples: PortSamples | None = None
         self._discovery_wanted = trio.Event()
+        self._discovered = trio.Event()
         self._chooser = HomeChooser(home, relay_map.home_scores)
         self._book = OwnAddresses()
         self._port_mapping = PortMapping(entropy, self.refresh) if map_ports else None
@@ -126,7 +133,9 @@ class Endpoints:
         self._wanted.set()
 
     async def refresh_now(self) -> Report:
-        """Run a full check and wait for its end."""
+        """Run a full check and wait for its end, and before for tests of the NAT under way."""
+        with trio.move_on_after(DISCOVERY_PATIENCE_SECONDS):
+            await self._discovered.wait()
         self._is_full_wanted = True
         self._wanted.set()
         while self._is_full_wanted:
@@ -141,7 +150,8 @@ class Endpoints:
         """Fresh sockets now; all that was measured is void."""
         await self._udp.rebind()
         self._book.forget()
-        self._behavior = None
+        self._behavior = self._samples = None
+        self._discovered = trio.Event()
         self._discovery_wanted.set()
         self._update_local_networks()
         self._handle_rebind()
@@ -183,18 +193,28 @@ class Endpoints:
             await self._run_check()
 
     async def _discover_forever(self) -> None:
-        """RFC 5780 tests, at the start and after each change of network; nobody waits for them."""
+        """Tests of the NAT, at the start and after each change of network, off the hot path."""
         while True:
             self._discovery_wanted = trio.Event()
-            local = next((a for a in self.local_addresses() if not a.is_ipv6), None)
-            for server in self._check.answering_servers():
+            servers = self._check.answering_servers()
+            if servers:
+                await self._sample_ports(servers[0])
+            local = self._local_ipv4()
+            for server in servers:
                 behavior = await self._discovery.run(server, local)
                 if behavior is not None:
                     self._behavior = behavior
                     self.refresh()
                     break
+            self._discovered.set()
             await self._discovery_wanted.wait()
             await self._finished.wait()
+
+    async def _sample_ports(self, server: Address) -> None:
+        own_hosts = frozenset(address.host for address in self.local_addresses())
+        host = self._udp.bound_host(4) or "0.0.0.0"
+        self._samples = await sample_ports(server, host, own_hosts, self._entropy)
+        self._take_nat_tests(self.report)
 
     async def _rebind_forever(self) -> None:
         while True:
@@ -250,7 +270,12 @@ class Endpoints:
         else:
             last = self._last.last_report()
             plan = make_plan(self._map, families, last, self._relays.home)
-        await self._check.run(report, plan)
+        async with trio.open_nursery() as nursery:
+            if is_full:
+                nursery.start_soon(find_captive_portal, report, self._map, self._relays.home)
+            await self._check.run(report, plan)
+            if report.is_udp_working:
+                nursery.cancel_scope.cancel()
         if not report.is_udp_working:
             await self._check.run_https(report, self._map)
         self._conclude(report)
@@ -267,26 +292,33 @@ class Endpoints:
         home_before = self._relays.home
         report.preferred_region = self._choose_home(report, now)
         self._relays.set_home(report.preferred_region)
-        if self._behavior is not None:
-            report.mapping = self._behavior.mapping
-            report.filtering = self._behavior.filtering
-        local = self.local_addresses()
-        mapped = self._port_mapping.external if self._port_mapping is not None else None
+        mapped = self._external_address()
         if self._port_mapping is not None:
             report.nat_pmp, report.pcp, report.upnp = self._port_mapping.seen(now)
-        self.nat = report.nat_facts(
-            next((a for a in local if not a.is_ipv6), None), has_port_mapping=mapped is not None
-        )
+        self._take_nat_tests(report)
         findings = Findings(
             port_mapped=(mapped,) if mapped is not None else (),
             reflexive=tuple(report.reflexive_addresses()),
             static=self._static,
-            local=local,
+            local=self.local_addresses(),
             guess_port=self._udp.wanted_port if self.nat.is_hard else 0,
         )
         self.own_addresses = self._book.handle_findings(findings, now)
         self._update_local_networks()
         self._handle_refresh(has_home_changed=report.preferred_region != home_before)
+
+    def _take_nat_tests(self, report: Report) -> None:
+        if self._behavior is not None:
+            report.mapping = self._behavior.mapping
+            report.filtering = self._behavior.filtering
+        if self._samples is not None:
+            report.ports = classify_ports(self._samples.ports)
+            report.hairpins = self._samples.hairpins
+        has_port_mapping = self._external_address() is not None
+        self.nat = report.nat_facts(self._local_ipv4(), has_port_mapping=has_port_mapping)
+
+    def _external_address(self) -> Address | None:
+        return self._port_mapping.external if self._port_mapping is not None else None
 
     def _choose_home(self, report: Report, now: float) -> int:
         may_be_home = {
@@ -339,6 +371,9 @@ class Endpoints:
             bound = self._udp.bound_host(family)
             found += [Address(ip, port) for ip in ([bound] if bound else self._ips(family))]
         return tuple(found)
+
+    def _local_ipv4(self) -> Address | None:
+        return next((a for a in self.local_addresses() if not a.is_ipv6), None)
 
     def _update_local_networks(self) -> None:
         self.local_networks = LocalNetworks(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import trio
 from trio.testing import MockClock
 
-from netlab.labs import BackEnd
+from netlab.labs import BackEnd, ProgramError, Say
 from netlab.matrix import ProgramPair, run_matrix
 from netlab.matrix_report import render_matrix
 from netlab.model import Host, Nat, Topology, Uplink
@@ -89,6 +91,60 @@ async def test_a_pair_that_tells_nothing_is_explained(autojump_clock: MockClock)
     result = await run_matrix(["EIM+EIF"], ["EIM+EIF"], BackEnd.SIMULATED, pair=pair)
     assert result.cells[0].path == "none"
     assert result.cells[0].problem.startswith("the left program never got ready; the last line")
+
+
+@pytest.fixture
+def seen_directories(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Directories that t:serve was given; t:serve and t:client are programs."""
+    seen: list[Path] = []
+
+    async def serve(say: Say, directory: str) -> None:
+        seen.append(Path(directory))
+        say(f"key=k7 {is_directory(seen[0])}")
+        await trio.sleep(20)
+
+    async def client(say: Say, key: str) -> None:
+        say(f"path {key} direct")
+
+    monkeypatch.setattr(
+        "netlab.labs.load_entry", {"t:serve": serve, "t:client": client}.__getitem__
+    )
+    return seen
+
+
+def is_directory(path: Path) -> bool:
+    return path.is_dir()
+
+
+def pair_with_server(server_ready: str) -> ProgramPair:
+    return ProgramPair(
+        left="t:client ${server.key}",
+        right="t:client ${server.key}",
+        ready=None,
+        direct=re.compile("path k7 direct"),
+        relay=re.compile("never"),
+        server="t:serve ${directory}",
+        server_ready=re.compile(server_ready),
+    )
+
+
+async def test_all_pairs_share_a_server(
+    autojump_clock: MockClock, seen_directories: list[Path]
+) -> None:
+    """It starts once; the pairs know what it printed; its directory is gone in the end."""
+    pair = pair_with_server(r"key=(?P<key>\S+) True")
+    result = await run_matrix(["EIM+EIF"], ["EIM+EIF", "EIM+APDF"], BackEnd.SIMULATED, pair=pair)
+    assert [cell.path for cell in result.cells] == ["direct", "direct"]
+    assert [is_directory(directory) for directory in seen_directories] == [False]
+
+
+async def test_a_server_that_ends_too_early_is_explained(
+    autojump_clock: MockClock, seen_directories: list[Path]
+) -> None:
+    """With the line that was its last."""
+    with pytest.raises(BaseExceptionGroup) as caught:
+        await run_matrix(["EIM+EIF"], ["EIM+EIF"], BackEnd.SIMULATED, pair=pair_with_server("no"))
+    assert caught.group_contains(ProgramError, match="ended with status 0; it said last: .key=k7")
 
 
 @pytest.mark.parametrize("name", ["mobile/nat64"])

@@ -12,6 +12,7 @@ from relay.cli import main
 from relay.derper_files import read_server_key
 from relay.tokens import TokenKey, open_token
 from traversal.keys import MeshKey
+from traversal.relay_map import RelayMap
 
 KEY = "nodekey:" + "ab" * 32
 
@@ -113,6 +114,14 @@ class TestConfiguration:
         assert result.exit_code == 0
         assert "derp.example" in result.output
         assert "sha256-raw" not in result.output
+
+    def test_map_entry_has_the_ports_that_clients_see(self) -> None:
+        """A proxy or a container's port mapping changes them."""
+        ports = ("--derp-port", "8443", "--stun-port", "3479")
+        mode = ("--set", "tls.mode=off", "--derp", ":8000")
+        result = run("print-map", "--hostname", "derp.example", *mode, *ports)
+        (node,) = RelayMap.parse(result.output).nodes()
+        assert (node.derp_port, node.stun_port) == (8443, 3479)
 
     def test_a_map_that_can_not_be_written_ends_the_relay(self, tmp_path: Path) -> None:
         """With the file's name, and no traceback."""

@@ -81,7 +81,7 @@ class TestSources:
         """Every listener of the development relay is on loopback with a free port."""
         config = Config.dev({"server.workers": 2})
         listen = config.listen
-        assert {*listen.derp, listen.http, listen.stun, listen.admin} == {
+        assert {*listen.derp, *listen.stun, listen.http, listen.admin} == {
             ListenAddress("127.0.0.1", 0)
         }
         assert config.server.workers == 2
@@ -103,6 +103,17 @@ class TestSources:
         )
         config = load(tmp_path, MINIMAL + '[limits]\nrate_config_file = "rate.json"\n')
         assert config.limits.client_rate() == (1000, 65568)
+
+    def test_lists_are_written_in_any_way(self, tmp_path: Path) -> None:
+        """As a list, as its only member, as text with commas, or switched off."""
+        text = MINIMAL + '[listen]\nderp = ":1"\nstun = ["192.0.2.1:2", "[::1]:2"]\n'
+        path = write(tmp_path, text)
+        listen = Config.load(path, {}, {}).listen
+        assert [str(address) for address in listen.derp] == [":1"]
+        assert [str(address) for address in listen.stun] == ["192.0.2.1:2", "[::1]:2"]
+        listen = Config.load(path, {"UNDERPASS_RELAY_LISTEN_STUN": ":3, :4"}, {}).listen
+        assert [address.port for address in listen.stun] == [3, 4]
+        assert Config.load(path, {}, {"listen.stun": "off"}).listen.stun == ()
 
 
 class TestErrors:

@@ -26,6 +26,7 @@ from traversal.wire.derp import (
     FrameSplitter,
     FrameType,
     ServerInfo,
+    encode_frame,
     encode_restarting,
     encode_server_info,
     encode_server_key,
@@ -36,6 +37,7 @@ from traversal.wire.stun import StunError, encode_binding_response, parse_bindin
 
 STUN_PORT: Final = 3478
 OTHER_STUN_PORT: Final = 3479
+KEEP_ALIVE_SECONDS: Final = 60.0
 BLOCK_AT_BYTES: Final = 65536
 """With this much unwritten, a client's packets go to the switch's backlog."""
 
@@ -78,7 +80,6 @@ class SimRelay:
         self.port = port
         self.key = NodePrivate.generate(generator.randbytes)
         self.switch = Switch(self.key.public())
-        self.serves_stun = True
         self._generator = generator
         self._context = context
         self._pin = pin
@@ -124,6 +125,7 @@ class SimRelay:
         with self._scope:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._serve_stun)
+                nursery.start_soon(self._keep_alive)
                 for kind, hosts in (
                     (trio.socket.AF_INET, self._ipv4),
                     (trio.socket.AF_INET6, self._ipv6),
@@ -134,6 +136,12 @@ class SimRelay:
                         listener.listen(128)
                         nursery.start_soon(self._accept, listener)
                 task_status.started()
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await trio.sleep(KEEP_ALIVE_SECONDS)
+            self.switch.send_to_all(encode_frame(FrameType.KEEP_ALIVE), self.switch.clients())
+            self._finish_round()
 
     # ---- STUN
 
@@ -171,7 +179,7 @@ class SimRelay:
                         1 - which if request.change_port else which,
                     )
                 )
-                if not self.serves_stun or answering is None:
+                if answering is None:
                     continue
                 answer = encode_binding_response(
                     request.transaction_id, source[:2], other_address=other
@@ -197,7 +205,7 @@ class SimRelay:
             client = await self._maybe_upgrade(stream)
             if client is not None:
                 await self._converse(stream, *client)
-        except (StreamEndedError, DerpError, ViolationError):
+        except* (StreamEndedError, DerpError, ViolationError):
             pass
         finally:
             stream.close()

@@ -28,6 +28,9 @@ def nat_status(nat: NatFacts) -> dict[str, Any]:
     return {
         "mapping": nat.mapping.name.lower(),
         "filtering": nat.filtering.name.lower(),
+        "port_pattern": nat.ports.pattern.value,
+        "port_step": nat.ports.step,
+        "hairpins": nat.hairpins,
         "is_udp_blocked": nat.is_udp_blocked,
         "has_port_mapping": nat.has_port_mapping,
         "text": describe_nat(nat),
@@ -51,6 +54,7 @@ def report_status(report: Report, relay_map: RelayMap, home: int) -> dict[str, A
         "udp": report.is_udp_working,
         "ipv4": [str(address) for address in report.global_v4],
         "ipv6": [str(address) for address in report.global_v6],
+        "captive_portal": report.captive_portal,
         "mapping_varies": report.mapping_varies,
         "nat_pmp": report.nat_pmp,
         "pcp": report.pcp,

@@ -8,6 +8,8 @@ expects. Deliberate differences, each harmless to it:
 * a valid Ping from an address that never answered us is answered by a Ping of our own (P7);
 * a CallMeMaybe is sent even when we know no address of the peer (P6);
 * an empty CallMeMaybe makes us ping, not forget: a later version of the message reads as empty;
+* a CallMeMaybe makes us confirm the path in use: when it died in our direction only, the peer is
+  the one that notices;
 * private addresses that make no sense from here are tried only after 5 s without success (P10);
 * latency is the least of three samples (P9), and a path that loses too much is left for the relay
   until it has healed (`loss`; P13);
@@ -115,6 +117,7 @@ class Peer:
 
         self._calls_sent = 0
         self._calls_received = 0
+        self._relay_pongs = 0
         self._foreign_pongs = 0
 
     # ---- look
@@ -151,6 +154,7 @@ class Peer:
             last_sent_at=none_if_never(self._last_sent_at),
             calls_sent=self._calls_sent,
             calls_received=self._calls_received,
+            relay_pongs=self._relay_pongs,
             foreign_pongs=self._foreign_pongs,
             candidates=tuple(map(CandidateStatistics.of, self._book)),
         )
@@ -277,7 +281,7 @@ class Peer:
             self._note_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
-        reason = self._choice.handle_answer(candidate, ping.padding_bytes, now)
+        reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
         self._flush(now, reason)
         return True
 
@@ -287,6 +291,7 @@ class Peer:
         if ping is None or ping.candidate is not None:
             return False
         self._pinger.take(transaction_id)
+        self._relay_pongs += 1
         self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
         return True
 
@@ -302,6 +307,11 @@ class Peer:
             candidate.pinged_at = -math.inf
             self._pinger.enqueue(candidate)
         self._schedule.handle_called(now)
+        best = self._choice.best
+        if best is not None and self._is_settled:
+            # Who calls has no direct path, or looks for a better one: perhaps ours leads nowhere,
+            # though the peer's datagrams still come.
+            self._choice.liveness.start_burst(best.patient_rtt_seconds, now)
         self._flush(now, reason)
 
     def handle_authenticated_data(self, path: Path, now: float) -> None:
@@ -335,7 +345,7 @@ class Peer:
         self._pinger.forget_all()
         self._choice.forget()
         self._recovery_at = math.inf
-        self._caller.forget_freshness()
+        self._caller.handle_rebind(now)
         self._schedule.restart(now)
         if self.is_active:
             self._search(now)
@@ -345,6 +355,15 @@ class Peer:
         """The peer's disco key changed: nothing sent to the old one is answered. Paths stay."""
         self._pinger.forget_all()
         self._schedule.restart(now)
+
+    def handle_found(self, address: Address, latency_seconds: float, now: float) -> None:
+        """A search for ports proved a path: its Ping to `address` was answered after so long."""
+        candidate, _ = self._book.see(address, now)
+        candidate.note_latency(latency_seconds)
+        candidate.answered_at = now
+        self._learn(address)
+        self._book.prune(now, keep=candidate)
+        self._flush(now, self._choice.handle_answer(candidate, 0, now))
 
     def handle_peer_relay_ready(
         self, path: Path, server: object, latency_seconds: float, now: float

@@ -1,0 +1,270 @@
+"""The search from behind the hard NAT: open sockets, have the peer guess their public ports.
+
+Path selection specification 21. Sockets send one Ping each to the peer's address, so that our NAT
+has as many mappings that let the peer in. A few ask a STUN server besides, first: what they learn
+says whether ports come in order, or from a block, and which public IP we have now. Then the peer
+is told where to probe: by a plan if it is ours, by CallMeMaybes if it is of another make.
+
+Chances per CallMeMaybe of 256 guesses with 256 sockets: 64 %. At one per 2 s (S2), the first half
+a second after the start: 64 % by 0.6 s, 87 % by 2.6 s, 95.3 % by 4.6 s, 98.3 % by 6.6 s, and
+99.97 % after all eight rounds. So one round per 2 s is enough for a median far below 5 s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Final
+
+from traversal.keys import Entropy
+from traversal.paths.effects import SendCallMeMaybe
+from traversal.paths.port_guess import (
+    ALL_PORTS,
+    MAX_SOCKETS,
+    guesses,
+    likely_ranges,
+    predicted_range,
+    sockets_for,
+)
+from traversal.paths.punch_effects import CloseSockets, OpenSockets
+from traversal.paths.punch_outbox import MAX_PROBES, PROBES_PER_SECOND
+from traversal.paths.punch_search import Search, Tell
+from traversal.paths.punch_strategy import OwnSide
+from traversal.paths.report import PortAllocation, PortPattern, classify_ports
+from traversal.wire.address import Address
+from traversal.wire.punching import MAX_RANGES, PortRange, PunchKind, PunchMethod
+
+PREDICTED_SOCKETS: Final = 32
+"""Enough that the peer meets one of them though foreign flows took ports in between."""
+MEASURING_SOCKETS: Final = 6
+"""STUN answers that tell a pattern (four are needed) with two to spare for loss."""
+MEASURE_PATIENCE_SECONDS: Final = 0.4
+"""For STUN answers; a relay's server is nearer than that."""
+PREDICTION_PATIENCE_SECONDS: Final = 1.5
+"""From a plan of 80 probes until the birthday search: relay, three passes, and a round trip."""
+ANSWER_PATIENCE_SECONDS: Final = MAX_PROBES / PROBES_PER_SECOND + 2.0
+"""From a plan for the whole budget until giving up: the probes, the relay, and the last answer."""
+GUESSES_PER_CALL: Final = 256
+CALL_SECONDS: Final = 2.0
+MAX_CALLS: Final = 8
+"""All three: path selection specification S2."""
+KEEP_SECONDS: Final = 9.0
+"""Mappings that were never answered live for 30 s in most NATs, and 10 s in the worst known."""
+
+
+class HardSide(Search):
+    """The attempt of the hard side against `target`, the peer's easy address.
+
+    `normal_addresses` are those of an ordinary CallMeMaybe; with them the search is the induced
+    one, without it is planned with a peer of ours by `tell`. Not `is_predictable`: prediction
+    failed here before.
+    """
+
+    def __init__(
+        self,
+        entropy: Entropy,
+        own: OwnSide,
+        target: Address,
+        *,
+        tell: Tell,
+        is_predictable: bool = True,
+        normal_addresses: tuple[Address, ...] | None = None,
+        max_sockets: int = MAX_SOCKETS,
+        max_probes: int = MAX_PROBES,
+    ) -> None:
+        super().__init__(entropy, max_probes)
+        self.target = target
+        is_regular = own.nat.ports.pattern in (PortPattern.SEQUENTIAL, PortPattern.PRESERVING)
+        is_predicted = is_regular and is_predictable
+        self.method = PunchMethod.PREDICTED if is_predicted else PunchMethod.BIRTHDAY
+        self._own = own
+        self._tell = tell
+        self._normal = normal_addresses
+        self._max_sockets = max_sockets
+        self._ports: tuple[int, ...] = ()
+        self._measuring: tuple[int, ...] = ()
+        self._mapped: dict[int, Address] = {}
+        self._is_planned = False
+        self._guesses: Iterator[int] = iter(())
+        self._host = ""
+        self._calls_left = MAX_CALLS
+        self._keep_at = math.inf
+
+    def start(self) -> None:
+        """Open sockets: few for a NAT that can be predicted, many for others."""
+        self._open()
+
+    def retarget(self, target: Address, now: float) -> None:
+        """The peer says that it is elsewhere: all sockets ping there."""
+        self.target = target
+        for socket in range(len(self._ports)):
+            self.outbox.enqueue_probe(socket, target)
+        self._effects += self.outbox.poll(now)
+
+    def handle_opened(self, ports: tuple[int, ...], now: float) -> None:
+        """Send the first packets of all sockets, in order."""
+        self._ports = ports
+        count = len(ports)
+        self.socket_count = max(self.socket_count, count)
+        if not count:
+            self._give_up("the system had no socket left; raise the limit of open files")
+            return
+        if self.method is PunchMethod.PREDICTED:
+            # Two measurements with all mappings between them: the peer need not guess how many
+            # ports other hosts took meanwhile.
+            last = count - 1
+            self._measuring = (0, last)
+            self.outbox.enqueue_measurement(0)
+            for socket in range(1, last):
+                self.outbox.enqueue_probe(socket, self.target)
+            if last:
+                self.outbox.enqueue_measurement(last)
+        else:
+            self._measuring = tuple(range(min(MEASURING_SOCKETS, count)))
+            for socket in self._measuring:
+                self.outbox.enqueue_measurement(socket)
+            for socket in range(count):
+                self.outbox.enqueue_probe(socket, self.target)
+        self._effects += self.outbox.poll(now)
+        self._deadline = now + MEASURE_PATIENCE_SECONDS
+
+    def handle_mapping(self, socket: int, address: Address, now: float) -> None:
+        """One measurement more; the last one completes the plan."""
+        if socket in self._measuring and not self._is_planned:
+            self._mapped[socket] = address
+            if len(self._mapped) == len(self._measuring):
+                self._plan(now)
+
+    def next_deadline(self) -> float:
+        """When to call `on_time` at the latest."""
+        if self.ending is not None:
+            return math.inf
+        return min(super().next_deadline(), self._keep_at)
+
+    def on_time(self, now: float) -> None:
+        """Do what is due."""
+        if now >= self._keep_at:
+            self._keep_at = now + KEEP_SECONDS
+            if not self.is_confirming:
+                for socket in range(len(self._ports)):
+                    self.outbox.enqueue_probe(socket, self.target)
+        super().on_time(now)
+
+    def _handle_deadline(self, now: float) -> None:
+        if self.is_confirming:
+            self._deadline = self._confirm_at
+        elif not self._is_planned:
+            self._plan(now)
+        elif self._normal is not None and self._calls_left:
+            self._call(now)
+        elif self.method is PunchMethod.PREDICTED and self._normal is None:
+            self._widen()
+        else:
+            self._give_up(
+                f"{self.socket_count} sockets, and no probe of the peer met any of their ports"
+            )
+
+    # ---- sockets
+
+    def _open(self) -> None:
+        if self.method is PunchMethod.BIRTHDAY:
+            wanted = sockets_for(self._own.port_samples)
+        elif self._own.nat.ports.pattern is PortPattern.PRESERVING:
+            # A fresh socket's first mapping keeps its port; a plan can name eight of them.
+            wanted = MAX_RANGES + 2
+        else:
+            wanted = PREDICTED_SOCKETS
+        self._deadline = math.inf
+        self._effects.append(OpenSockets(min(wanted, self._max_sockets)))
+
+    def _widen(self) -> None:
+        """The prediction did not come true: search with all means."""
+        self.method = PunchMethod.BIRTHDAY
+        self._is_planned = False
+        self._mapped.clear()
+        self.outbox.clear()
+        self._effects.append(CloseSockets(tuple(range(len(self._ports)))))
+        self._open()
+
+    # ---- where to probe
+
+    def _plan(self, now: float) -> None:
+        self._is_planned = True
+        hosts = Counter(address.host for address in self._mapped.values())
+        if not hosts:
+            hosts.update(address.host for address in self._own.addresses if not address.is_ipv6)
+        if not hosts:
+            self._give_up("our public IP is not known")
+            return
+        if len(hosts) > 2:
+            self._give_up(f"our NAT uses {len(hosts)} public IPs at random")
+            return
+        self._host = hosts.most_common(1)[0][0]
+        ranges, step = self._ranges()
+        if self._normal is not None:
+            self._guesses = guesses(ranges, self._entropy, step=step)
+            self._keep_at = now + KEEP_SECONDS
+            # The first call waits until all mappings exist, since it is a quarter of all chances.
+            self._deadline = now + max(0.0, len(self._ports) / PROBES_PER_SECOND - 0.1)
+            return
+        self._effects.append(
+            self._tell(
+                PunchKind.PLAN,
+                self.method,
+                sockets=len(self._ports),
+                address=self.target,
+                source=Address(self._host, 0),
+                ranges=ranges,
+            )
+        )
+        is_predicted = self.method is PunchMethod.PREDICTED
+        self._deadline = now + (
+            PREDICTION_PATIENCE_SECONDS if is_predicted else ANSWER_PATIENCE_SECONDS
+        )
+
+    def _ranges(self) -> tuple[tuple[PortRange, ...], int]:
+        """Where our sockets' mappings lie, likely ranges first, and in which steps."""
+        measured = [
+            (self._ports[socket], self._mapped[socket].port)
+            for socket in self._measuring
+            if socket in self._mapped
+        ]
+        allocation = self._own.nat.ports
+        if self.method is PunchMethod.BIRTHDAY:
+            allocation = classify_ports(measured)
+        elif allocation.pattern is PortPattern.PRESERVING:
+            return tuple((port, port) for port in self._ports[1:-1][:MAX_RANGES]), 0
+        if allocation.pattern is PortPattern.SEQUENTIAL:
+            likely = self._predict(allocation)
+            if likely is not None:
+                return (likely,) if self.method is PunchMethod.PREDICTED else (likely, ALL_PORTS), (
+                    allocation.step
+                )
+        self.method = PunchMethod.BIRTHDAY
+        samples = [*self._own.port_samples, *(mapped for _, mapped in measured)]
+        return likely_ranges(samples), 0
+
+    def _predict(self, allocation: PortAllocation) -> PortRange | None:
+        ports = [
+            self._mapped[socket].port if socket in self._mapped else None
+            for socket in self._measuring
+        ]
+        if self.method is PunchMethod.BIRTHDAY:
+            known = [port for port in ports if port is not None]
+            return predicted_range(known[0], None, allocation.step, len(self._ports))
+        if ports[0] is None and ports[-1] is None:
+            return None
+        return predicted_range(ports[0], ports[-1], allocation.step, len(self._ports))
+
+    def _call(self, now: float) -> None:
+        assert self._normal is not None
+        guessed = [Address(self._host, port) for port in islice(self._guesses, GUESSES_PER_CALL)]
+        if not guessed:
+            self._calls_left = 0
+        else:
+            self._calls_left -= 1
+            self.calls_sent += 1
+            self._effects.append(SendCallMeMaybe((*self._normal, *guessed)))
+        self._deadline = now + CALL_SECONDS
