@@ -52,9 +52,9 @@ _BATCH_PACKETS = 64
 _MAX_PACKET_BYTES = 65536
 # How long a sleeping process takes to wake up, at the very least: the timer is set that much
 # early. What is left of it is waited for awake.
-_WAKE_UP_SECONDS = 50e-6
+_WAKE_UP_SECONDS = 30e-6
 # After a delivery the next one waits this long, unless an arriving packet comes first.
-_REST_SECONDS = 200e-6
+_REST_SECONDS = 300e-6
 # Expired mappings are reported this late at most; they translate nothing in the meantime.
 _HOUSEKEEPING_SECONDS = 0.05
 # The NATs' clock goes in steps, within which a flow's packets are all translated alike.
