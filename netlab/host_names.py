@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def hosts_text(names: Mapping[str, Sequence[str]]) -> str:
     """Return the file's text for names with their addresses."""
-    lines = ["127.0.0.1 localhost", "::1 localhost"]
+    # Programs look their own machine's name up; a query for it would only time out in a lab.
+    lines = ["127.0.0.1 localhost", "::1 localhost", f"127.0.1.1 {socket.gethostname()}"]
     lines += [f"{address} {name}" for name, found in names.items() for address in found]
     return "\n".join(lines) + "\n"
 
