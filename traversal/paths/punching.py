@@ -337,7 +337,12 @@ class Puncher:
             choice = Choice(
                 Strategy.RELAY, "both NATs are hard, and the peer did not say how its picks ports"
             )
-        self._facts = replace(self._facts, strategy=choice.strategy, reason=choice.reason)
+        self._facts = replace(
+            self._facts,
+            strategy=choice.strategy,
+            reason=choice.reason,
+            is_forbidden=choice.is_forbidden,
+        )
         if choice.strategy is Strategy.PLAIN:
             self._consider_at = plain_until
         elif choice.strategy is Strategy.ASK and self._asked_until < math.inf:
