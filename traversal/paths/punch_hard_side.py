@@ -5,9 +5,17 @@ has as many mappings that let the peer in. A few ask a STUN server besides, firs
 says whether ports come in order, or from a block, and which public IP we have now. Then the peer
 is told where to probe: by a plan if it is ours, by CallMeMaybes if it is of another make.
 
-Chances per CallMeMaybe of 256 guesses with 256 sockets: 64 %. At one per 2 s (S2), the first half
-a second after the start: 64 % by 0.6 s, 87 % by 2.6 s, 95.3 % by 4.6 s, 98.3 % by 6.6 s, and
-99.97 % after all eight rounds. So one round per 2 s is enough for a median far below 5 s.
+While the peer probes, the sockets are replaced by fresh ones in waves. A fresh socket's Ping meets
+every port that the peer has probed already, which its NAT keeps open for 30 s at least, so each
+wave is another draw, against a growing number of ports. And it is the only draw against a router
+that accepts what strangers send to itself (a Linux box with an open INPUT chain): there our Ping,
+if it comes before the peer's probe, occupies the flow, and the probe leaves from another port.
+
+Chances against a stock peer, 256 guesses per CallMeMaybe, one per 2 s (S2), 256 sockets: the first
+call finds a socket with 64 %, half a second later fresh sockets meet its ports with 64 %; then 512
+ports are open and fresh sockets meet them with 87 %, and so on: 64 % by 0.6 s after the start, 87 %
+by 1.2 s, 95 % by 2.6 s, 99 % by 3.2 s. Without the waves 95 % would take 4.6 s. With the patience
+of 1.5 s before it, the median is about 2.2 s and the 95th percentile about 4.2 s.
 """
 
 from __future__ import annotations
@@ -50,8 +58,15 @@ GUESSES_PER_CALL: Final = 256
 CALL_SECONDS: Final = 2.0
 MAX_CALLS: Final = 8
 """All three: path selection specification S2."""
-KEEP_SECONDS: Final = 9.0
-"""Mappings that were never answered live for 30 s in most NATs, and 10 s in the worst known."""
+WAVE_SECONDS: Final = 1.6
+"""Between waves of fresh sockets: the peer has probed 750 ports by the first, which meets one with
+95 %. Until then most searches have ended without any."""
+WAVE_AFTER_CALL_SECONDS: Final = 0.5
+"""For a call to reach the peer, and what it probes to find the present sockets first."""
+MAX_WAVES: Final = 8
+"""One per call. With the first sockets that makes 2304 packets, within the budget."""
+HEAD_START_SECONDS: Final = 0.9
+"""For the peer to probe the 300 ports that a sequential NAT will give out next, by relay."""
 
 
 class HardSide(Search):
@@ -90,7 +105,11 @@ class HardSide(Search):
         self._guesses: Iterator[int] = iter(())
         self._host = ""
         self._calls_left = MAX_CALLS
-        self._keep_at = math.inf
+        self._waves_left = MAX_WAVES
+        self._wave_at = math.inf
+        self._fire_at = math.inf
+        self._is_wave = False
+        self._is_widened = False
 
     def start(self) -> None:
         """Open sockets: few for a NAT that can be predicted, many for others."""
@@ -99,9 +118,7 @@ class HardSide(Search):
     def retarget(self, target: Address, now: float) -> None:
         """The peer says that it is elsewhere: all sockets ping there."""
         self.target = target
-        for socket in range(len(self._ports)):
-            self.outbox.enqueue_probe(socket, target)
-        self._effects += self.outbox.poll(now)
+        self._fire(now)
 
     def handle_opened(self, ports: tuple[int, ...], now: float) -> None:
         """Send the first packets of all sockets, in order."""
@@ -110,6 +127,9 @@ class HardSide(Search):
         self.socket_count = max(self.socket_count, count)
         if not count:
             self._give_up("the system had no socket left; raise the limit of open files")
+            return
+        if self._is_wave:
+            self._fire(now)
             return
         if self.method is PunchMethod.PREDICTED:
             # Two measurements with all mappings between them: the peer need not guess how many
@@ -125,8 +145,8 @@ class HardSide(Search):
             self._measuring = tuple(range(min(MEASURING_SOCKETS, count)))
             for socket in self._measuring:
                 self.outbox.enqueue_measurement(socket)
-            for socket in range(count):
-                self.outbox.enqueue_probe(socket, self.target)
+            if not self._is_widened:
+                self._fire(now)
         self._effects += self.outbox.poll(now)
         self._deadline = now + MEASURE_PATIENCE_SECONDS
 
@@ -141,15 +161,17 @@ class HardSide(Search):
         """When to call `on_time` at the latest."""
         if self.ending is not None:
             return math.inf
-        return min(super().next_deadline(), self._keep_at)
+        return min(super().next_deadline(), self._fire_at, self._wave_at)
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
-        if now >= self._keep_at:
-            self._keep_at = now + KEEP_SECONDS
-            if not self.is_confirming:
-                for socket in range(len(self._ports)):
-                    self.outbox.enqueue_probe(socket, self.target)
+        if now >= self._fire_at:
+            self._fire_at = math.inf
+            self._fire(now)
+        if now >= self._wave_at:
+            self._wave_at = math.inf
+            if not self.is_confirming and self._waves_left:
+                self._start_wave(now)
         super().on_time(now)
 
     def _handle_deadline(self, now: float) -> None:
@@ -168,6 +190,21 @@ class HardSide(Search):
 
     # ---- sockets
 
+    def _fire(self, now: float) -> None:
+        for socket in range(len(self._ports)):
+            self.outbox.enqueue_probe(socket, self.target)
+        self._effects += self.outbox.poll(now)
+
+    def _start_wave(self, now: float) -> None:
+        """Replace all sockets by fresh ones."""
+        self._is_wave = True
+        self._waves_left -= 1
+        self.outbox.clear()
+        count = len(self._ports)
+        self._effects += [CloseSockets(tuple(range(count))), OpenSockets(count)]
+        if self._normal is None:
+            self._wave_at = now + WAVE_SECONDS
+
     def _open(self) -> None:
         if self.method is PunchMethod.BIRTHDAY:
             wanted = sockets_for(self._own.port_samples)
@@ -180,7 +217,9 @@ class HardSide(Search):
         self._effects.append(OpenSockets(min(wanted, self._max_sockets)))
 
     def _widen(self) -> None:
-        """The prediction did not come true: search with all means."""
+        """The prediction did not come true: search with all means, and let the peer's probes go
+        first, for routers where our Ping before its probe does harm."""
+        self._is_widened = True
         self.method = PunchMethod.BIRTHDAY
         self._is_planned = False
         self._mapped.clear()
@@ -205,7 +244,6 @@ class HardSide(Search):
         ranges, step = self._ranges()
         if self._normal is not None:
             self._guesses = guesses(ranges, self._entropy, step=step)
-            self._keep_at = now + KEEP_SECONDS
             # The first call waits until all mappings exist, since it is a quarter of all chances.
             self._deadline = now + max(0.0, len(self._ports) / PROBES_PER_SECOND - 0.1)
             return
@@ -219,10 +257,14 @@ class HardSide(Search):
                 ranges=ranges,
             )
         )
-        is_predicted = self.method is PunchMethod.PREDICTED
-        self._deadline = now + (
-            PREDICTION_PATIENCE_SECONDS if is_predicted else ANSWER_PATIENCE_SECONDS
-        )
+        if self.method is PunchMethod.PREDICTED:
+            self._deadline = now + PREDICTION_PATIENCE_SECONDS
+            return
+        self._deadline = now + ANSWER_PATIENCE_SECONDS
+        self._wave_at = now + WAVE_SECONDS
+        if self._is_widened:
+            self._fire_at = now + HEAD_START_SECONDS
+            self._wave_at += HEAD_START_SECONDS
 
     def _ranges(self) -> tuple[tuple[PortRange, ...], int]:
         """Where our sockets' mappings lie, likely ranges first, and in which steps."""
@@ -267,4 +309,5 @@ class HardSide(Search):
             self._calls_left -= 1
             self.calls_sent += 1
             self._effects.append(SendCallMeMaybe((*self._normal, *guessed)))
+            self._wave_at = now + WAVE_AFTER_CALL_SECONDS
         self._deadline = now + CALL_SECONDS
