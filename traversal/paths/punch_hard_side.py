@@ -1,9 +1,10 @@
 """The search from behind the hard NAT: open sockets, have the peer guess their public ports.
 
-Path selection specification 21. Sockets send one Ping each to the peer's address, so that our NAT
-has as many mappings that let the peer in. A few ask a STUN server besides, first: what they learn
-says whether ports come in order, or from a block, and which public IP we have now. Then the peer
-is told where to probe: by a plan if it is ours, by CallMeMaybes if it is of another make.
+Path selection specification 21. A few sockets ask a STUN server first: what they learn says whether
+ports come in order, or from a block, and which public IP we have now. The peer is told where to
+probe, by a plan if it is ours, by CallMeMaybes if it is of another make. All sockets send a Ping to
+the peer's address, so that our NAT has as many mappings that let the peer in: at once if ports are
+random, after the peer has probed if they can be predicted.
 
 While the peer probes, the sockets are replaced by fresh ones in waves. A fresh socket's Ping meets
 every port that the peer has probed already, which its NAT keeps open for 30 s at least, so each
@@ -40,12 +41,14 @@ from traversal.paths.punch_effects import CloseSockets, OpenSockets
 from traversal.paths.punch_outbox import MAX_PROBES, PROBES_PER_SECOND
 from traversal.paths.punch_search import Search, Tell
 from traversal.paths.punch_strategy import OwnSide
-from traversal.paths.report import PortAllocation, PortPattern, classify_ports
+from traversal.paths.report import PortPattern, classify_ports
 from traversal.wire.address import Address
 from traversal.wire.punching import MAX_RANGES, PortRange, PunchKind, PunchMethod
 
 PREDICTED_SOCKETS: Final = 32
 """Enough that the peer meets one of them though foreign flows took ports in between."""
+PREDICTING_SOCKETS: Final = 2
+"""STUN answers that tell the last port, with one to spare for loss."""
 MEASURING_SOCKETS: Final = 6
 """STUN answers that tell a pattern (four are needed) with two to spare for loss."""
 MEASURE_PATIENCE_SECONDS: Final = 0.4
@@ -65,8 +68,11 @@ WAVE_AFTER_CALL_SECONDS: Final = 0.5
 """For a call to reach the peer, and what it probes to find the present sockets first."""
 MAX_WAVES: Final = 8
 """One per call. With the first sockets that makes 2304 packets, within the budget."""
+SHORT_HEAD_START_SECONDS: Final = 0.35
 HEAD_START_SECONDS: Final = 0.9
-"""For the peer to probe the 300 ports that a sequential NAT will give out next, by relay."""
+"""For a plan to reach the peer, and for it to probe the 80 ports of a prediction, or the 300 of a
+wider one, before our sockets take them: where ports can be known beforehand the peer's probes go
+first, which no router in front of it minds."""
 
 
 class HardSide(Search):
@@ -131,22 +137,12 @@ class HardSide(Search):
         if self._is_wave:
             self._fire(now)
             return
-        if self.method is PunchMethod.PREDICTED:
-            # Two measurements with all mappings between them: the peer need not guess how many
-            # ports other hosts took meanwhile.
-            last = count - 1
-            self._measuring = (0, last)
-            self.outbox.enqueue_measurement(0)
-            for socket in range(1, last):
-                self.outbox.enqueue_probe(socket, self.target)
-            if last:
-                self.outbox.enqueue_measurement(last)
-        else:
-            self._measuring = tuple(range(min(MEASURING_SOCKETS, count)))
-            for socket in self._measuring:
-                self.outbox.enqueue_measurement(socket)
-            if not self._is_widened:
-                self._fire(now)
+        wanted = PREDICTING_SOCKETS if self.method is PunchMethod.PREDICTED else MEASURING_SOCKETS
+        self._measuring = tuple(range(min(wanted, count)))
+        for socket in self._measuring:
+            self.outbox.enqueue_measurement(socket)
+        if self.method is PunchMethod.BIRTHDAY and not self._is_widened:
+            self._fire(now)
         self._effects += self.outbox.poll(now)
         self._deadline = now + MEASURE_PATIENCE_SECONDS
 
@@ -207,10 +203,10 @@ class HardSide(Search):
 
     def _open(self) -> None:
         if self.method is PunchMethod.BIRTHDAY:
-            wanted = sockets_for(self._own.port_samples)
+            wanted = sockets_for(self._random_samples())
         elif self._own.nat.ports.pattern is PortPattern.PRESERVING:
             # A fresh socket's first mapping keeps its port; a plan can name eight of them.
-            wanted = MAX_RANGES + 2
+            wanted = MAX_RANGES + PREDICTING_SOCKETS
         else:
             wanted = PREDICTED_SOCKETS
         self._deadline = math.inf
@@ -244,8 +240,12 @@ class HardSide(Search):
         ranges, step = self._ranges()
         if self._normal is not None:
             self._guesses = guesses(ranges, self._entropy, step=step)
-            # The first call waits until all mappings exist, since it is a quarter of all chances.
-            self._deadline = now + max(0.0, len(self._ports) / PROBES_PER_SECOND - 0.1)
+            if self.method is PunchMethod.PREDICTED:
+                self._fire_at = now + SHORT_HEAD_START_SECONDS
+                self._deadline = now
+            else:
+                # The first call waits for all mappings, since it is a quarter of all chances.
+                self._deadline = now + max(0.0, len(self._ports) / PROBES_PER_SECOND - 0.1)
             return
         self._effects.append(
             self._tell(
@@ -258,6 +258,7 @@ class HardSide(Search):
             )
         )
         if self.method is PunchMethod.PREDICTED:
+            self._fire_at = now + SHORT_HEAD_START_SECONDS
             self._deadline = now + PREDICTION_PATIENCE_SECONDS
             return
         self._deadline = now + ANSWER_PATIENCE_SECONDS
@@ -277,28 +278,19 @@ class HardSide(Search):
         if self.method is PunchMethod.BIRTHDAY:
             allocation = classify_ports(measured)
         elif allocation.pattern is PortPattern.PRESERVING:
-            return tuple((port, port) for port in self._ports[1:-1][:MAX_RANGES]), 0
-        if allocation.pattern is PortPattern.SEQUENTIAL:
-            likely = self._predict(allocation)
-            if likely is not None:
-                return (likely,) if self.method is PunchMethod.PREDICTED else (likely, ALL_PORTS), (
-                    allocation.step
-                )
+            fresh = self._ports[PREDICTING_SOCKETS:][:MAX_RANGES]
+            return tuple((port, port) for port in fresh), 0
+        if allocation.pattern is PortPattern.SEQUENTIAL and measured:
+            likely = predicted_range(measured[-1][1], allocation.step, len(self._ports))
+            rest = () if self.method is PunchMethod.PREDICTED else (ALL_PORTS,)
+            return (likely, *rest), allocation.step
         self.method = PunchMethod.BIRTHDAY
-        samples = [*self._own.port_samples, *(mapped for _, mapped in measured)]
-        return likely_ranges(samples), 0
+        return likely_ranges([*self._random_samples(), *(mapped for _, mapped in measured)]), 0
 
-    def _predict(self, allocation: PortAllocation) -> PortRange | None:
-        ports = [
-            self._mapped[socket].port if socket in self._mapped else None
-            for socket in self._measuring
-        ]
-        if self.method is PunchMethod.BIRTHDAY:
-            known = [port for port in ports if port is not None]
-            return predicted_range(known[0], None, allocation.step, len(self._ports))
-        if ports[0] is None and ports[-1] is None:
-            return None
-        return predicted_range(ports[0], ports[-1], allocation.step, len(self._ports))
+    def _random_samples(self) -> tuple[int, ...]:
+        """Ports seen before, unless they lie close together for another reason than a block."""
+        is_random = self._own.nat.ports.pattern is PortPattern.RANDOM
+        return self._own.port_samples if is_random else ()
 
     def _call(self, now: float) -> None:
         assert self._normal is not None
