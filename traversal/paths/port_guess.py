@@ -66,16 +66,12 @@ def sockets_for(samples: Samples) -> int:
     return max(MIN_SOCKETS, min(MAX_SOCKETS, int(whole) // SHARE_OF_BLOCK))
 
 
-def predicted_range(before: int | None, after: int | None, step: int, sockets: int) -> PortRange:
-    """Ports of `sockets` mappings that a sequential NAT made after giving out `before` and before
-    giving out `after`; at least one of both is known. Always within 1 to 65535."""
-    if before is not None and after is not None and 0 < (after - before) // step <= MAX_SOCKETS:
-        ends = (before + step, after)
-    elif before is not None:
-        ends = (before + step, before + step * (sockets + LEAD))
-    else:
-        assert after is not None
-        ends = (after - step * (sockets + LEAD), after)
+def predicted_range(last: int, step: int, sockets: int) -> PortRange:
+    """Where the next `sockets` mappings of a sequential NAT will lie that gave out `last` just now.
+
+    Always within 1 to 65535: at the ends the NAT wraps around to somewhere we do not know.
+    """
+    ends = (last + step, last + step * (sockets + LEAD))
     low, high = min(ends), max(ends)
     return max(1, min(low, LAST_PORT)), max(1, min(high, LAST_PORT))
 

@@ -26,7 +26,7 @@ class PunchFacts:
 
     `attempts` counts all since the peer is known, `sockets`, `probes`, `calls` and `seconds` are of
     the last one. `failure` is a sentence, None unless the last attempt failed. `next_attempt_at` is
-    monotonic seconds, None if none is due.
+    monotonic seconds, None if none is due. `is_forbidden`: only the policy stands in the way.
     """
 
     strategy: Strategy = Strategy.PLAIN
@@ -40,6 +40,7 @@ class PunchFacts:
     seconds: float = 0.0
     failure: str | None = None
     next_attempt_at: float | None = None
+    is_forbidden: bool = False
 
     def cost(self) -> str:
         """What the last attempt cost, as a phrase."""

@@ -10,7 +10,8 @@ for ever (Klinec and Matyas; NAT behaviours 8). So nobody scans: each side bets 
 
 Of 64 sockets one gets the bet port itself, unless a foreign flow took it. So a round succeeds
 unless one of two bets was lost: with f foreign flows among 64 on each side, (64 / (64 + f)) ** 2;
-50 new flows a second behind each NAT leave 80 % per round, and 99.9 % in four.
+50 new flows a second behind each NAT (4 in the 0.07 s of a bet) leave 89 % per round, and 99.8 % in
+three.
 """
 
 from __future__ import annotations
@@ -75,9 +76,7 @@ class MutualSide(Search):
         self._count = self.socket_count = len(ports)
         self._betting = self._count - MAX_ROUNDS
         if self._betting < BETTING_SOCKETS // 2:
-            self._give_up(
-                f"{self._count} sockets are too few; raise the limit of open files, or the policy"
-            )
+            self._give_up(f"{self._count} sockets are too few for two hard NATs")
         elif self.is_leader or self._peer_plan is not None:
             self._measure(now)
 

@@ -83,11 +83,13 @@ class PeerSide:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A strategy, the reason as a sentence for people, and how long plain punching goes first."""
+    """A strategy, the reason as a sentence for people, how long plain punching goes first, and
+    whether only the policy speaks against another strategy."""
 
     strategy: Strategy
     reason: str
     patience_seconds: float = 0.0
+    is_forbidden: bool = False
 
 
 def public_ipv4(addresses: Iterable[Address]) -> Address | None:
@@ -129,11 +131,17 @@ def choose(
         return Choice(Strategy.RELAY, "a firewall blocks UDP on one side")
     if own.offers_mapping and not was_mapping_tried:
         return Choice(Strategy.PORT_MAPPING, "our router may map a port, which ends all guessing")
+    choice = _choose_for_ours(own, peer) if peer.is_ours else _choose_for_stock(own, peer)
+    if choice.strategy is Strategy.RELAY:
+        return choice
     if not policy.is_enabled:
-        return Choice(Strategy.RELAY, "the port search is switched off for this peer")
-    choice = _choose_for_ours(own, peer) if peer.is_ours else _choose_for_stock(own, peer, policy)
-    if choice.strategy is Strategy.RELAY or remembered is choice.strategy:
-        return Choice(choice.strategy, choice.reason)
+        reason = "the port search is switched off for this peer"
+        return Choice(Strategy.RELAY, reason, is_forbidden=True)
+    if not (peer.is_ours or policy.allows_stock):
+        reason = "the port search is not allowed with peers of another make"
+        return Choice(Strategy.RELAY, reason, is_forbidden=True)
+    if remembered is choice.strategy:
+        return Choice(remembered, choice.reason)
     if choice.strategy is Strategy.PREDICTED and remembered is Strategy.BIRTHDAY_HARD:
         return Choice(remembered, "our NAT is hard, and its ports could not be predicted before")
     if plainly is None and peer.is_ours:
@@ -174,15 +182,13 @@ def _choose_for_hard_pair(ours: NatFacts, theirs: NatFacts) -> Choice:
     return Choice(Strategy.MUTUAL, "both NATs are hard, and both pick ports in order")
 
 
-def _choose_for_stock(own: OwnSide, peer: PeerSide, policy: PunchPolicy) -> Choice:
+def _choose_for_stock(own: OwnSide, peer: PeerSide) -> Choice:
     if not own.nat.is_hard:
         return Choice(
             Strategy.RELAY,
             "a peer of another make behind a hard NAT probes from one port only, which gains "
             "nothing by guessing",
         )
-    if not policy.allows_stock:
-        return Choice(Strategy.RELAY, "the search against peers of another make is not allowed")
     if peer.nat.is_hard:
         return Choice(Strategy.RELAY, "both NATs are hard and the peer is of another make")
     is_known = peer.nat.mapping in (MappingClass.NONE, MappingClass.ENDPOINT_INDEPENDENT)

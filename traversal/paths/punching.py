@@ -50,11 +50,7 @@ from traversal.paths.punch_strategy import (
 )
 from traversal.wire.address import Address
 from traversal.wire.disco import TRANSACTION_ID_LENGTH
-from traversal.wire.punching import (
-    PunchKind,
-    PunchMessage,
-    PunchMethod,
-)
+from traversal.wire.punching import PunchKind, PunchMessage, PunchMethod
 
 ASK_AGAIN_SECONDS: Final = 1.0
 ASK_PATIENCE_SECONDS: Final = 0.9
@@ -194,7 +190,7 @@ class Puncher:
             if isinstance(attempt.search, EasySide) and attempt.search.outbox.sent:
                 self._finish(attempt, None, now)
             else:
-                self._abandon(now, "plain punching found a path first")
+                self._abandon(now, "plain punching found a path first", is_direct=True)
         self._consider(now)
 
     def handle_opened(self, batch: int, ports: tuple[int, ...], now: float) -> None:
@@ -246,11 +242,12 @@ class Puncher:
 
     def _handle_ask(self, message: PunchMessage, now: float) -> None:
         attempt = self._attempt
+        target = None if message.address is None else public_ipv4((message.address,))
         if attempt is not None:
-            target = message.address
-            if isinstance(attempt.search, HardSide) and target not in (None, attempt.search.target):
+            search = attempt.search
+            if isinstance(search, HardSide) and target not in (None, search.target):
                 assert target is not None
-                attempt.search.retarget(target, now)
+                search.retarget(target, now)
                 self._collect(now)
             return
         if self._adopted is not None:
@@ -259,7 +256,7 @@ class Puncher:
         choice = self._choose(is_asked=True)
         strategies = (Strategy.PREDICTED, Strategy.BIRTHDAY_HARD, Strategy.MUTUAL)
         if choice.strategy in strategies and self._may_accept(now):
-            self._begin(choice, now, message.address)
+            self._begin(choice, now, target)
         else:
             self._effects.append(self._channel.tell(0, PunchKind.STOP))
 
@@ -290,7 +287,10 @@ class Puncher:
             if choice.strategy is not Strategy.MUTUAL:
                 return None
             return self._start(self._mutual(message.attempt, now, is_leader=False), choice.reason)
-        if self._channel.own.nat.is_hard or not message.ranges:
+        source = message.source
+        # Never private addresses: a peer must not aim our probes at what only we can reach.
+        is_far = source is not None and public_ipv4((Address(source.host, 1),)) is not None
+        if self._channel.own.nat.is_hard or not message.ranges or not is_far:
             return None
         return self._start(self._easy(now), "the peer's NAT is hard and ours easy: we probe")
 
@@ -309,8 +309,12 @@ class Puncher:
     def _may_accept(self, now: float) -> bool:
         """Whether our own pause admits an attempt that the peer asks for."""
         record = self._memory.recall(self._fingerprint, self._key)
-        pause = record.allowed_at - record.ended_at if record.failures else 0.0
-        return self._policy.is_enabled and now >= record.ended_at + pause * ACCEPT_SHARE
+        if not self._policy.is_enabled:
+            return False
+        if record.allowed_at == -math.inf:
+            return True
+        pause = record.allowed_at - record.ended_at
+        return now >= record.ended_at + pause * ACCEPT_SHARE
 
     # ---- choosing
 
@@ -337,7 +341,12 @@ class Puncher:
             choice = Choice(
                 Strategy.RELAY, "both NATs are hard, and the peer did not say how its picks ports"
             )
-        self._facts = replace(self._facts, strategy=choice.strategy, reason=choice.reason)
+        self._facts = replace(
+            self._facts,
+            strategy=choice.strategy,
+            reason=choice.reason,
+            is_forbidden=choice.is_forbidden,
+        )
         if choice.strategy is Strategy.PLAIN:
             self._consider_at = plain_until
         elif choice.strategy is Strategy.ASK and self._asked_until < math.inf:
@@ -473,12 +482,12 @@ class Puncher:
         self._effects.append(SearchEnded(False, why))
         self._consider(now)
 
-    def _abandon(self, now: float, why: str) -> None:
+    def _abandon(self, now: float, why: str, *, is_direct: bool = False) -> None:
         """End the running search, if there is one, without judging the strategy."""
         attempt = self._attempt
         if attempt is not None:
             self._end(attempt, now, has_succeeded=False)
-            self._clean_up(attempt)
+            self._clean_up(attempt, is_direct=is_direct)
             self._effects.append(SearchEnded(False, why))
 
     def _end(self, attempt: Attempt, now: float, *, has_succeeded: bool) -> None:
@@ -491,7 +500,7 @@ class Puncher:
         )
         self._attempt = None
 
-    def _clean_up(self, attempt: Attempt) -> None:
+    def _clean_up(self, attempt: Attempt, *, is_direct: bool = False) -> None:
         """Free everything at once; NATs forget their part within 30 s, as nothing refreshes it."""
         search = attempt.search
         if search.socket_count:
@@ -499,7 +508,9 @@ class Puncher:
         if search.calls_sent and self._channel.own.listed:
             self._effects.append(SendCallMeMaybe(self._channel.own.listed))
         if self._channel.peer.is_ours:
-            self._effects.append(self._channel.tell(attempt.number, PunchKind.STOP))
+            # A method says that there is a path, so that the peer's own attempt is no failure.
+            method = search.method if is_direct else PunchMethod.NONE
+            self._effects.append(self._channel.tell(attempt.number, PunchKind.STOP, method))
 
     # ---- the found socket
 

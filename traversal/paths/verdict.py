@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Final
 
 from traversal.paths.effects import PathState
+from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.report import NatFacts, PortAllocation, PortPattern
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics
 from traversal.wire.introduction import FilteringClass, MappingClass
@@ -36,6 +37,10 @@ class Finding(Enum):
     HARD_HERE = "hard-nat-here"
     HARD_THERE = "hard-nat-there"
     UNANSWERED = "pings-unanswered"
+    PORTS_FOUND = "port-search-found"
+    PORTS_SEARCHED = "port-search-running"
+    PORTS_NOT_FOUND = "port-search-failed"
+    NO_PORT_SEARCH = "no-port-search"
 
 
 class Remedy(Enum):
@@ -107,6 +112,7 @@ class Verdict:
     attempts: tuple[Attempt, ...]
     own: NatFacts
     peer: NatFacts
+    punch: PunchFacts | None = None
 
     def text(self) -> str:
         """One paragraph for a person."""
@@ -133,6 +139,7 @@ class Verdict:
             ],
             "own_nat": _facts_dict(self.own),
             "peer_nat": _facts_dict(self.peer),
+            "port_search": None if self.punch is None else self.punch.to_dict(),
         }
 
 
@@ -184,10 +191,17 @@ def _describe_ports(ports: PortAllocation) -> str:
 
 
 def judge(
-    name: str, statistics: PeerStatistics, own: NatFacts, peer: NatFacts, relay: str, now: float
+    name: str,
+    statistics: PeerStatistics,
+    own: NatFacts,
+    peer: NatFacts,
+    relay: str,
+    now: float,
+    punch: PunchFacts | None = None,
 ) -> Verdict:
-    """The verdict on the path to the peer called `name`; `relay` names the relay in use."""
-    builder = _Builder(name, statistics, own, peer, relay, now)
+    """The verdict on the path to the peer called `name`; `relay` names the relay in use, `punch`
+    says what the port search did, if the node has one."""
+    builder = _Builder(name, statistics, own, peer, relay, now, punch)
     builder.judge()
     return Verdict(
         state=statistics.state,
@@ -199,6 +213,7 @@ def judge(
         attempts=tuple(_attempt(candidate, now) for candidate in statistics.candidates),
         own=own,
         peer=peer,
+        punch=punch,
     )
 
 
@@ -213,7 +228,9 @@ class _Builder:
         peer: NatFacts,
         relay: str,
         now: float,
+        punch: PunchFacts | None,
     ) -> None:
+        self._punch = punch
         self._name, self._relay, self._now = name, relay, now
         self._statistics, self._own, self._peer = statistics, own, peer
         self.findings: list[Finding] = []
@@ -237,6 +254,8 @@ class _Builder:
                     f"Traffic to {self._name} goes directly to {statistics.route.path} "
                     f"({latency}, {loss:.0%} of heartbeats lost).",
                 )
+                if self._punch is not None and self._punch.has_succeeded:
+                    self._tell_punch(self._punch)
                 return
             case PathState.PEER_RELAY:
                 self._say(
@@ -317,6 +336,8 @@ class _Builder:
                 f"None of its {len(pinged)} addresses that were pinged answered.",
             )
         self._blame_nats()
+        if self._punch is not None and not self._punch.has_succeeded:
+            self._tell_punch(self._punch)
         # A peer that has nothing to send pings us when we call, but need not call itself.
         is_silent = not statistics.calls_received and not statistics.relay_pongs
         if statistics.candidates and is_silent and not answered:
@@ -325,6 +346,27 @@ class _Builder:
                 f"{self._name} has sent no CallMeMaybe: it may be off line, or not see our own.",
                 Remedy.CHECK_PEER,
             )
+
+    def _tell_punch(self, punch: PunchFacts) -> None:
+        """What the port search did about it."""
+        way = punch.strategy.value
+        if punch.is_running:
+            self._say(
+                Finding.PORTS_SEARCHED,
+                f"The port search ({way}) is running since {punch.seconds:.0f} s: {punch.reason}.",
+            )
+        elif punch.has_succeeded:
+            self._say(Finding.PORTS_FOUND, f"The port search ({way}) found it: {punch.cost()}.")
+        elif punch.failure is not None:
+            again = ""
+            if punch.next_attempt_at is not None and punch.next_attempt_at > self._now:
+                again = f" It may try again in {punch.next_attempt_at - self._now:.0f} s."
+            self._say(
+                Finding.PORTS_NOT_FOUND,
+                f"The port search ({way}: {punch.cost()}) failed: {punch.failure}.{again}",
+            )
+        elif punch.strategy is Strategy.RELAY:
+            self._say(Finding.NO_PORT_SEARCH, f"No ports are searched: {punch.reason}.")
 
     def _blame_nats(self) -> None:
         own, peer = self._own, self._peer
@@ -338,6 +380,9 @@ class _Builder:
                     "the search goes on.",
                 )
             return
+        search: tuple[Remedy, ...] = (Remedy.PORT_SEARCH,)
+        if self._punch is not None and not self._punch.is_forbidden:
+            search = ()
         both = f"This node is behind {describe_nat(own)}, {self._name} behind {describe_nat(peer)}"
         ports = (Remedy.MAP_PORT_HERE, Remedy.MAP_PORT_THERE)
         if own.is_hard and peer.is_hard:
@@ -347,14 +392,14 @@ class _Builder:
                 Finding.HARD_HERE,
                 f"{both}: it cannot know the port that it would have to let in.",
                 *ports,
-                Remedy.PORT_SEARCH,
+                *search,
             )
         else:
             self._say(
                 Finding.HARD_THERE,
                 f"{both}: we cannot know the port that we would have to let in.",
                 *ports,
-                Remedy.PORT_SEARCH,
+                *search,
             )
 
 

@@ -111,6 +111,7 @@ class Node:
         self.direct_at = None
         self.effects = []
         self.packets = 0
+        self.sent_at = []
         self.peak_sockets = 0
         self.facts = self.measure(behavior)
 
@@ -156,6 +157,7 @@ class Node:
         if socket not in self.ports:
             return
         self.packets += 1
+        self.sent_at.append(self.arena.now)
         source = self.translate(self.ports[socket], to)
         arena = self.arena
         if source is None or arena.random.random() < arena.loss:
@@ -279,8 +281,10 @@ class Node:
         self.tell_own_addresses()
         self.flush()
 
-    def talk(self, every=0.1):
+    def talk(self, every=0.1, until=float("inf")):
         def step():
+            if self.arena.now > until:
+                return
             route = self.peer.route
             if route.path is not None:
                 self.send(self.socket_for(route.path.address), route.path.address, "data")
