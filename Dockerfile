@@ -15,7 +15,7 @@ COPY traversal traversal
 COPY relay relay
 COPY netlab netlab
 RUN python -m venv /opt/underpass \
-    && /opt/underpass/bin/pip install --no-cache-dir --no-compile '.[acme]' \
+    && /opt/underpass/bin/pip install --no-cache-dir '.[acme]' \
     && /opt/underpass/bin/pip uninstall --yes pip
 
 FROM python:3.13-slim-trixie

@@ -77,7 +77,7 @@ async def punch(
     generator: random.Random,
     duration_seconds: float = DURATION_SECONDS,
 ) -> bool:
-    """Try to connect two hosts; return whether each heard the other.
+    """Try to connect two hosts; return whether each heard the other, as soon as both did.
 
     Args:
         left, right: what puts a task into each host (`async with host:`).
@@ -97,7 +97,11 @@ async def punch(
                 for side, peer in (sides, sides[::-1]):
                     nursery.start_soon(side.receive)
                     nursery.start_soon(side.send, peer.mapping)
-        return all(side.heard_peer for side in sides)
+                # Not before both have: the slower side's filter is opened by the faster one.
+                for side in sides:
+                    await side.heard_peer.wait()
+                nursery.cancel_scope.cancel()
+        return all(side.heard_peer.is_set() for side in sides)
     finally:
         for side in sides:
             side.close()
@@ -117,7 +121,7 @@ class _Side:
         self._transaction = generator.randbytes(12)
         self._sock: trio.socket.SocketType | None = None
         self.mapping: Address | None = None
-        self.heard_peer = False
+        self.heard_peer = trio.Event()
 
     def close(self) -> None:
         if self._sock is not None:
@@ -157,6 +161,6 @@ class _Side:
             except ConnectionError:
                 continue  # an ICMP error of the time before the hole was open
             if data in (_PUNCH, _ANSWER):
-                self.heard_peer = True
+                self.heard_peer.set()
             if data == _PUNCH:
                 await self._sock.sendto(_ANSWER, source)

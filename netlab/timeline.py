@@ -93,6 +93,14 @@ class PathChanged(_Event, frozen=True, kw_only=True, tag="path-changed"):
     path: str
 
 
+class LatencyMeasured(_Event, frozen=True, kw_only=True, tag="latency-measured"):
+    """A program reports a round trip to a peer."""
+
+    host: str
+    peer: str
+    seconds: float
+
+
 class NetworkChanged(_Event, frozen=True, kw_only=True, tag="network-changed"):
     """The lab itself was changed: a reboot, a roam, a cut."""
 
@@ -109,6 +117,15 @@ class ProgramOutput(_Event, frozen=True, kw_only=True, tag="program-output"):
     line: str
 
 
+class ProgramEnded(_Event, frozen=True, kw_only=True, tag="program-ended"):
+    """A program came to its end, or was ended."""
+
+    host: str
+    program: str
+    status: int
+    """The exit status; minus the number of the signal that killed it."""
+
+
 class Note(_Event, frozen=True, kw_only=True, tag="note"):
     """Anything a test or a person wants to see between the other events."""
 
@@ -122,8 +139,10 @@ Event: TypeAlias = (
     | PacketDelivered
     | PacketDropped
     | PathChanged
+    | LatencyMeasured
     | NetworkChanged
     | ProgramOutput
+    | ProgramEnded
     | Note
 )
 

@@ -195,7 +195,8 @@ class Admission:
                 logger.error("admission keeps its old rules: %s", error)
                 return
             self._reloads += 1
-            logger.info("admission rules were read again")
+            if not self._rules.is_open:
+                logger.info("admission rules were read again")
 
     async def run(
         self, sessions: Callable[[], Iterable[SessionT]], cut: Callable[[SessionT, str], None]

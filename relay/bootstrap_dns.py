@@ -27,6 +27,7 @@ logger = logging.getLogger("underpass.relay.bootstrap_dns")
 
 REFRESH_SECONDS: Final = 600.0
 REFRESH_TIMEOUT_SECONDS: Final = 60.0
+RECONFIGURED_POLL_SECONDS: Final = 1.0
 MAX_QUERIED_NAMES: Final = 1000
 """Distinct names that are remembered to count them, since clients may ask for anything."""
 MAX_NAME_LENGTH: Final = 253
@@ -139,10 +140,13 @@ async def refresh_forever(
     config: Callable[[], BootstrapDnsConfig],
     resolver: Resolver,
 ) -> NoReturn:
-    """Resolve the configured names now and every 10 minutes; `config` is asked each time."""
+    """Resolve the configured names now, every 10 minutes, and when `config` gives others."""
     while True:
-        await refresh(bootstrap_dns, config(), resolver)
-        await trio.sleep(REFRESH_SECONDS)
+        names = config()
+        await refresh(bootstrap_dns, names, resolver)
+        with trio.move_on_after(REFRESH_SECONDS):
+            while config() == names:  # noqa: ASYNC110  # an event would need one more parameter
+                await trio.sleep(RECONFIGURED_POLL_SECONDS)
 
 
 async def refresh(

@@ -29,6 +29,7 @@ _CLOCK_SKEW: Final = timedelta(hours=1)
 # X.520's upper bound for a common name; longer names are in the subjectAltName only.
 _MAX_COMMON_NAME: Final = 64
 _MAX_PEM_BYTES: Final = 256 << 10
+_DNS_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 
 class CertificateError(ValueError):
@@ -88,8 +89,11 @@ def load_pair(cert_path: Path, key_path: Path, hostname: str) -> CertificatePair
         chain = tuple(x509.load_pem_x509_certificates(cert_pem))
         covers_name = covers(chain[0], hostname)
         public_key = _public_bytes(chain[0].public_key())
-    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
-        raise CertificateError(f"{cert_path}: no usable certificate in PEM: {error}") from None
+    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm):
+        raise CertificateError(
+            f"{cert_path}: no usable certificate in PEM; it must hold the relay's own first, then "
+            "the intermediate ones"
+        ) from None
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
     except TypeError:
@@ -127,6 +131,11 @@ def is_ip_address(hostname: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_hostname(text: str) -> bool:
+    """Whether this is a DNS name or an IP address literal."""
+    return is_ip_address(text) or bool(_DNS_NAME.fullmatch(text))
 
 
 def make_self_signed(hostname: str, unix_time: float) -> CertificatePair:
@@ -192,7 +201,7 @@ def general_name(hostname: str) -> x509.GeneralName:
     """A DNS name or IP address for a subjectAltName. Raises CertificateError."""
     if is_ip_address(hostname):
         return x509.IPAddress(ipaddress.ip_address(hostname))
-    if not re.fullmatch(r"[A-Za-z0-9_*-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", hostname):
+    if not is_hostname(hostname.removeprefix("*.")):
         raise CertificateError(f'"{hostname}" is neither a DNS name nor an IP address')
     return x509.DNSName(hostname.rstrip("."))
 

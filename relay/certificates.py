@@ -117,11 +117,12 @@ class Certificates:
             self._load_failures += 1
             logger.error("the old certificate stays in use: %s", error)
             return
+        if pair.chain != self._pair.chain:
+            logger.info(
+                "a new certificate is in use; it is valid until %s", pair.leaf.not_valid_after_utc
+            )
         self._pair = pair
         self._ready = True
-        logger.info(
-            "a new certificate is in use; it is valid until %s", pair.leaf.not_valid_after_utc
-        )
 
     async def run(self) -> NoReturn:
         """Watch the files and renew the meta certificate, forever."""

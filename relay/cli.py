@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from relay.config import Config, ConfigError
+from relay.config_schema import DERP_PORT
 from relay.demo import demo_command
 from relay.loadtest import loadtest_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
@@ -25,6 +26,7 @@ from traversal.relay_map import RelayMap, RelayMapError
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFAULT_CONFIG_PATH = "/etc/underpass-relay/relay.toml"
+MAX_TOKEN_DAYS = 36_500
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -47,6 +49,7 @@ def _config_options(command: _F) -> _F:
             "--config",
             "config_path",
             type=click.Path(dir_okay=False),
+            envvar="UNDERPASS_RELAY_CONFIG",
             help=f"Configuration file (TOML). Default: {DEFAULT_CONFIG_PATH} if it is there.",
         ),
         click.option("--hostname", help="server.hostname: the name that clients connect to."),
@@ -152,7 +155,12 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
             if dev or dev_map:
                 text = _map_of_running(config, bound).to_json()
                 if dev_map:
-                    await trio.Path(dev_map).write_text(text + "\n")
+                    try:
+                        await trio.Path(dev_map).write_text(text + "\n")
+                    except OSError as error:
+                        raise ConfigError(
+                            f"{dev_map}: can't be written: {error.strerror}"
+                        ) from None
                 if dev:
                     click.echo(_dev_banner(bound, text))
 
@@ -240,12 +248,7 @@ def keygen(kind: str, output: str | None, as_json: bool) -> None:
     else:
         text = MeshKey.generate(os.urandom).reveal()
     if output is not None:
-        from relay.derper_files import write_private_file
-
-        try:
-            write_private_file(Path(output), f"{text}\n".encode(), replace=False)
-        except (ConfigError, OSError) as error:
-            raise click.ClickException(str(error)) from None
+        _write_key(output, text)
     if as_json:
         shown = {"kind": kind, "public": public, "file": output}
         click.echo(json.dumps(shown if output else {**shown, "key": text}))
@@ -253,6 +256,19 @@ def keygen(kind: str, output: str | None, as_json: bool) -> None:
         click.echo(text)
     else:
         click.echo(f"Wrote {output}" + (f"; its public half is {public}" if public else ""))
+
+
+def _write_key(path: str, text: str) -> None:
+    """Write a new key file. An old one stays: clients or tokens may depend on it."""
+    from relay.derper_files import write_private_file
+
+    try:
+        write_private_file(Path(path), f"{text}\n".encode(), replace=False)
+    except FileExistsError:
+        message = f"{path}: there is a file already; move it away first, or write another"
+        raise click.ClickException(message) from None
+    except OSError as error:
+        raise click.ClickException(f"{path}: can't be written: {error.strerror}") from None
 
 
 def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., Any]:
@@ -275,6 +291,16 @@ def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., 
 @click.option("--region-code", default="underpass", show_default=True)
 @click.option("--region-name", default="Underpass", show_default=True)
 @click.option("--node-name", default="", help="Default: the region id and the letter a.")
+@click.option(
+    "--derp-port",
+    type=click.IntRange(1, 65535),
+    help="As clients see it, behind a proxy or port mapping. Default: that of listen.derp.",
+)
+@click.option(
+    "--stun-port",
+    type=click.IntRange(1, 65535),
+    help="As clients see it. Default: that of listen.stun.",
+)
 @click.option("--ipv4", callback=_address_type(IPv4Address), help="Dial this instead of DNS.")
 @click.option("--ipv6", callback=_address_type(IPv6Address), help="Dial this instead of DNS.")
 @click.option(
@@ -291,6 +317,8 @@ def print_map(
     region_code: str,
     region_name: str,
     node_name: str,
+    derp_port: int | None,
+    stun_port: int | None,
     ipv4: IPv4Address | None,
     ipv6: IPv6Address | None,
     form: str,
@@ -307,8 +335,8 @@ def print_map(
     try:
         relay_map = build_map(
             config,
-            derp_port=listen.derp[0].port or 443,
-            stun_port=listen.stun.port if listen.stun else None,
+            derp_port=derp_port or listen.derp[0].port or DERP_PORT,
+            stun_port=stun_port or (listen.stun[0].port if listen.stun else None),
             can_port_80=listen.http is not None and listen.http.port == 80,
             pin=certificate_pin(config),
             region_id=region_id,
@@ -332,28 +360,47 @@ def token() -> None:
 
 
 @token.command("keygen")
-@click.option("-o", "--output", type=click.Path(dir_okay=False), required=True)
-def token_keygen(output: str) -> None:
-    """Make the key that signs tokens; prints the public half for admission.tokens."""
-    from relay.derper_files import write_private_file
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False),
+    required=True,
+    help="Write the secret half to this file (0600).",
+)
+@click.option("--json", "as_json", is_flag=True, help="The public half as JSON.")
+def token_keygen(output: str, as_json: bool) -> None:
+    """Make the key that signs tokens; prints the public half.
+
+    The public half belongs into the file that admission.tokens.public_key_file names.
+    """
     from relay.tokens import TokenSigner
 
     signer = TokenSigner.generate(os.urandom)
-    try:
-        write_private_file(Path(output), f"{signer.reveal()}\n".encode(), replace=False)
-    except (ConfigError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    click.echo(str(signer.public()))
+    _write_key(output, signer.reveal())
+    public = str(signer.public())
+    click.echo(json.dumps({"public": public, "file": output}) if as_json else public)
 
 
 @token.command("issue")
-@click.option("--signing-key", type=click.Path(dir_okay=False), required=True)
+@click.option(
+    "--signing-key",
+    type=click.Path(dir_okay=False),
+    required=True,
+    help='The file that "token keygen" wrote.',
+)
 @click.option("--key", "node_key", required=True, help="The node key (nodekey:…) it is for.")
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), default=30, show_default=True)
+@click.option(
+    "--days",
+    type=click.FloatRange(0, MAX_TOKEN_DAYS, min_open=True),
+    default=30,
+    show_default=True,
+    help="How long it counts.",
+)
 @click.option("--rate", type=int, help="Bytes per second that its holder may send.")
 @click.option("--burst", type=int, help="Burst in bytes; default: two seconds of the rate.")
 @click.option("--peer", "peers", multiple=True, help="Only these node keys may be reached.")
 @click.option("--id", "token_id", help="Its id, for revoking it; default: random.")
+@click.option("--json", "as_json", is_flag=True, help="Token, id and expiry as JSON.")
 def token_issue(
     signing_key: str,
     node_key: str,
@@ -362,15 +409,25 @@ def token_issue(
     burst: int | None,
     peers: tuple[str, ...],
     token_id: str | None,
+    as_json: bool,
 ) -> None:
-    """Print a token. To revoke it, add its id to the file admission.tokens.revoked_file names."""
+    """Print a token, and its id on standard error.
+
+    To revoke it, add its id to the file that admission.tokens.revoked_file names.
+    """
     import time
 
     from relay.config_sources import read_text_file
     from relay.tokens import Claims, TokenError, TokenSigner
 
     try:
-        signer = TokenSigner.parse(read_text_file(Path(signing_key), "signing key").strip())
+        signer = TokenSigner.parse(read_text_file(Path(signing_key), "signing key"))
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from None
+    except TokenError:
+        message = f'{signing_key}: this is no signing key; "token keygen" makes one'
+        raise click.ClickException(message) from None
+    try:
         claims = Claims(
             id=token_id or os.urandom(8).hex(),
             key=NodePublic.parse(node_key),
@@ -380,10 +437,14 @@ def token_issue(
             peers=frozenset(NodePublic.parse(peer) for peer in peers) or None,
         )
         text = signer.issue(claims)
-    except (ConfigError, TokenError, KeyFormatError) as error:
+    except (TokenError, KeyFormatError) as error:
         raise click.ClickException(str(error)) from None
-    click.echo(text)
-    click.echo(f"id {claims.id}", err=True)
+    if as_json:
+        shown = {"token": text, "id": claims.id, "expires_unix": claims.expires_unix}
+        click.echo(json.dumps(shown))
+    else:
+        click.echo(text)
+        click.echo(f"id {claims.id}", err=True)
 
 
 for command in (demo_command, probe_command, loadtest_command, top_command):

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct, field
 
+from relay.certificate_files import is_hostname
 from relay.config_schema import (
     AcmeConfig,
     AdminConfig,
@@ -244,8 +245,9 @@ def _convert(wanted: Any, setting: Setting) -> object:
             return None
         wanted = next(kind for kind in arguments if kind is not type(None))
     if typing.get_origin(wanted) is tuple:
-        if setting.text and isinstance(value, str):
-            value = [part for part in (part.strip() for part in value.split(",")) if part]
+        if isinstance(value, str):
+            parts = [] if value == "off" else value.split(",") if setting.text else [value]
+            value = [part.strip() for part in parts if part.strip()]
         parse = _parser(arguments[0])
         return tuple(parse(item) for item in _plain(value, tuple[str, ...], setting))
     if wanted is ListenAddress:
@@ -279,16 +281,16 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     server, listen, tls, admission = config.server, config.listen, config.tls, config.admission
     if not server.hostname:
         yield "server.hostname", "is missing; give the DNS name or IP address clients connect to"
+    elif not is_hostname(server.hostname):
+        yield "server.hostname", f'"{server.hostname}" is neither a DNS name nor an IP address'
     if server.home_page not in ("", "blank") and not _is_web_url(server.home_page):
         yield "server.home_page", 'must be "", "blank" or an http(s) URL'
     if not listen.derp:
         yield "listen.derp", 'is empty; give at least one address, such as ":443"'
-    if (other := listen.stun_alternate) is not None:
-        main = listen.stun
-        if main is None or not main.host or not other.host:
-            yield "listen.stun_alternate", "needs an IP address here and in listen.stun"
-        elif main.host == other.host or main.port == other.port:
-            yield "listen.stun_alternate", "must differ from listen.stun in address and in port"
+    if listen.stun_alternate and not all(
+        address.host for address in (*listen.stun, *listen.stun_alternate)
+    ):
+        yield "listen.stun_alternate", "needs an IP address here and in listen.stun"
     if bool(tls.cert_file) != bool(tls.key_file):
         yield "tls.cert_file", "and tls.key_file go together; give both or neither"
     if tls.mode == "files" and not tls.cert_file and not tls.directory:

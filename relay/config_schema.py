@@ -1,7 +1,7 @@
 """The sections of the relay's configuration, with every key, its type, range and default.
 
-Conventions: a key that can be switched off takes the value "off" (`None` here); an empty path or
-URL means "none"; units are in the names.
+Conventions: a key that can be switched off takes the value "off" (`None` here, or an empty list);
+a list of one may be written as that one; an empty path or URL means "none"; units are in the names.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ class ListenConfig(Section, frozen=True):
     derp: tuple[ListenAddress, ...] = (ListenAddress("", DERP_PORT),)
     http: ListenAddress | None = ListenAddress("", 80)
     """Plain HTTP: captive portal check, ACME challenges, redirects to HTTPS."""
-    stun: ListenAddress | None = ListenAddress("", 3478)
-    stun_alternate: ListenAddress | None = None
-    """RFC 5780's second address: another IP address and another port than `stun`."""
+    stun: tuple[ListenAddress, ...] = (ListenAddress("", 3478),)
+    stun_alternate: tuple[ListenAddress, ...] = ()
+    """RFC 5780's second addresses, one of a family at most: another IP address and another port
+    than the one in `stun`."""
     admin: ListenAddress | None = ListenAddress("127.0.0.1", 9090)
 
 
@@ -171,7 +172,11 @@ class AdmissionConfig(Section, frozen=True):
 
 
 class LimitsConfig(Section, frozen=True):
-    """[limits]"""
+    """[limits]
+
+    Several workers share the accept rate and the memory; each of them counts connections and
+    handshakes for itself.
+    """
 
     accept_rate_per_second: Positive | None = None
     accept_burst: Count = 1000

@@ -1,9 +1,8 @@
 """Where configuration values come from, and which line or variable to blame when one is wrong.
 
 A source is a mapping from dotted key ("limits.connections") to value, with an origin for every
-key: `relay.toml:12`, `environment variable UNDERPASS_RELAY_LIMITS_CONNECTIONS`, `option
---limits.connections`. Later sources win key by key. This module knows nothing about which keys
-exist or what they mean.
+key: `relay.toml:12`, `environment variable UNDERPASS_RELAY_LIMITS_CONNECTIONS`, `command line`.
+Later sources win key by key. This module knows nothing about which keys exist or what they mean.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def from_environment(env: Mapping[str, str], keys: Collection[str]) -> dict[str,
 def from_overrides(overrides: Mapping[str, object]) -> dict[str, Setting]:
     """The settings given on the command line; None is an option that was not given."""
     return {
-        key: Setting(value, f"option --{key}", text=True)
+        key: Setting(value, "command line", text=True)
         for key, value in overrides.items()
         if value is not None
     }

@@ -89,7 +89,10 @@ def read_rate_config(path: Path) -> RateConfig:
     try:
         file = msgspec.json.decode(text, type=_RateFile)
     except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        wanted = '{"PerClientRateLimitBytesPerSec": 1250000, "PerClientRateBurstBytes": 2500000}'
+        raise ConfigError(
+            f"{path}: the rate configuration must look like {wanted}: {error}"
+        ) from None
     if file.rate < 0 or file.burst < 0:
         raise ConfigError(f"{path}: a rate or burst must not be negative")
     if file.rate == 0:
@@ -100,7 +103,7 @@ def read_rate_config(path: Path) -> RateConfig:
 def write_private_file(path: Path, data: bytes, *, replace: bool = True) -> None:
     """Write a file of mode 0600 that is whole or not there at all.
 
-    Raises OSError; FileExistsError if the file is there and may not be replaced.
+    Raises OSError that names `path`; FileExistsError if it is there and may not be replaced.
     """
     # The name is unlikely to be taken: only a crashed writer of the same process id leaves one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -114,5 +117,8 @@ def write_private_file(path: Path, data: bytes, *, replace: bool = True) -> None
             temporary.replace(path)
         else:
             path.hardlink_to(temporary)
+    except OSError as error:
+        # Nobody has heard of the temporary file.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)

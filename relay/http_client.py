@@ -6,6 +6,8 @@ little.
 
 from __future__ import annotations
 
+import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -104,15 +106,16 @@ async def _exchange(
     while len(content) < max_bytes:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(bytes(await stream.receive_some()))
+            data = bytes(await stream.receive_some())
+            if not data and not status:
+                raise HttpError("the connection ended without an answer")
+            connection.receive_data(data)
         elif isinstance(event, h11.Response):
             status = event.status_code
         elif isinstance(event, h11.Data):
             content += event.data
         elif not isinstance(event, h11.InformationalResponse):
             break
-    if not status:
-        raise HttpError("the connection ended without an answer")
     return HttpResponse(status, bytes(content[:max_bytes]))
 
 
@@ -128,7 +131,14 @@ async def _bounded(
     except h11.RemoteProtocolError as error:
         raise HttpError(f"the answer is not HTTP: {error}") from error
     except (OSError, trio.BrokenResourceError) as error:
-        raise HttpError(str(_innermost(error))) from error
+        raise HttpError(_reason(_innermost(error))) from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, ssl.SSLError | socket.gaierror) or not isinstance(error, OSError):
+        return str(error)
+    # Trio's text for a refused connection is made for programmers.
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -71,6 +71,7 @@ def _open_listener(host: str, port: int, reuse_port: bool) -> socket.socket:
         hint = {
             errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE or root",
             errno.EADDRINUSE: "; another program listens there",
+            errno.EADDRNOTAVAIL: "; it is no address of this machine",
         }.get(error.errno or 0, "")
         raise ListenError(f"can't listen on {host} port {port}: {error.strerror}{hint}") from error
     return sock

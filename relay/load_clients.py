@@ -9,7 +9,7 @@ from typing import Final
 
 import trio
 
-from relay.load_run import LoadClient
+from relay.load_pair import LoadClient
 from traversal.io.dial import DialError, Target, dial
 from traversal.keys import NodePrivate
 
@@ -22,7 +22,6 @@ async def connect_clients(
     target: Target,
     count: int,
     *,
-    token: str = "",
     on_progress: Callable[[int], None] = lambda _connected: None,
 ) -> list[LoadClient]:
     """Clients with fresh keys; the caller closes their sockets. Raises DialError for the first
@@ -36,7 +35,7 @@ async def connect_clients(
         async with limiter:
             key = NodePrivate.generate(os.urandom)
             try:
-                dialed = await dial(target, key, token=token)
+                dialed = await dial(target, key)
             except DialError as error:
                 problems.append(error)
                 nursery.cancel_scope.cancel()

@@ -14,7 +14,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from relay.load_clients import close_clients, connect_clients
-from relay.load_run import MIN_PACKET_BYTES, Load, LoadError, LoadResult, run_load
+from relay.load_pair import MIN_PACKET_BYTES, Load, LoadError
+from relay.load_run import LoadResult, run_load
 from relay.targets import TargetError, parse_target
 from traversal.io.dial import DialError, Target
 from traversal.wire.derp import MAX_PACKET_LENGTH
@@ -48,7 +49,7 @@ class Report:
     generator_bound: bool
 
 
-def run_test(target: Target, load: Load, *, pairs: int, seconds: float, token: str) -> Report:
+def run_test(target: Target, load: Load, *, pairs: int, seconds: float) -> Report:
     """Connect the clients, run the load, close them. Raises DialError, LoadError."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         connecting = progress.add_task("connecting", total=2 * pairs)
@@ -57,7 +58,6 @@ def run_test(target: Target, load: Load, *, pairs: int, seconds: float, token: s
             lambda: connect_clients(
                 target,
                 2 * pairs,
-                token=token,
                 on_progress=lambda count: progress.update(connecting, completed=count),
             )
         )
@@ -102,7 +102,6 @@ def report_of(server: str, pairs: int, result: LoadResult, connected: float) -> 
 @click.argument("server")
 @click.option("--pin", default="", help="Its certificate's pin, sha256-raw:...")
 @click.option("--insecure", is_flag=True, help="Accept any certificate.")
-@click.option("--token", default="", help="An admission token, where the relay wants one.")
 @click.option(
     "--pairs",
     type=click.IntRange(1, 10_000),
@@ -142,7 +141,6 @@ def loadtest_command(
     server: str,
     pin: str,
     insecure: bool,
-    token: str,
     pairs: int,
     packet_bytes: int,
     rate: float | None,
@@ -153,8 +151,9 @@ def loadtest_command(
     """Send packets between pairs of clients through SERVER and measure what arrives.
 
     SERVER is host, host:port or https://host:port (http:// for one without TLS). Every packet is
-    verified. A relay in use is slowed down meanwhile: choose --rate and --seconds with care. A run
-    may end before its time: what is sent is prepared in memory, 512 MiB at most.
+    verified. The relay has to admit clients with new keys. A relay in use is slowed down meanwhile:
+    choose --rate and --seconds with care. A run may end before its time: what is sent is prepared
+    in memory, 512 MiB at most.
     """
     try:
         target = parse_target(server, pin=pin, insecure=insecure)
@@ -165,7 +164,7 @@ def loadtest_command(
         packets = min(packets, int(rate * seconds) + pairs)
     load = Load(packet_bytes, packets, window=window, rate=rate)
     try:
-        report = run_test(target, load, pairs=pairs, seconds=seconds, token=token)
+        report = run_test(target, load, pairs=pairs, seconds=seconds)
     except (DialError, LoadError) as error:
         raise click.ClickException(str(error)) from None
     if as_json:

@@ -30,6 +30,9 @@ RETRY_SECONDS: Final = 5.0
 SIBLING_RETRY_SECONDS: Final = 0.2
 """A worker of this host is restarted within a second; its clients wait for it."""
 
+SHORT_LIFE_SECONDS: Final = 2.0
+"""A link that ends sooner was not wanted."""
+
 
 @dataclass(slots=True)
 class LinkState:
@@ -55,7 +58,7 @@ class MeshLinks:
         self._private_key = private_key
         self._info = ClientInfo(mesh_key=mesh_key, version=PROTOCOL_VERSION)
         self._peers = [(LinkState(f"{peer.host}:{peer.port}"), peer) for peer in peers]
-        self._siblings = [(LinkState(path.name), path) for path in siblings]
+        self._siblings = [(LinkState(path.stem), path) for path in siblings]
 
     @property
     def links(self) -> list[LinkState]:
@@ -86,7 +89,9 @@ class MeshLinks:
                 dialed = await dial_it()
             except DialError as error:
                 if state.problem != str(error):
-                    logger.warning("mesh link to %s: %s", state.name, error)
+                    # The parent tells of a worker that does not start, and most of them will.
+                    level = logging.DEBUG if is_sibling else logging.WARNING
+                    logger.log(level, "mesh link to %s: %s", state.name, error)
                 state.problem = str(error)
             else:
                 if not is_sibling and dialed.server_key == self._private_key.public():
@@ -122,4 +127,7 @@ class MeshLinks:
         logger.info("mesh link to %s is up", state.name)
         self._pump.adopt(connection, b"", received)
         await ended.wait()
+        if trio.current_time() - connection.connected_at < SHORT_LIFE_SECONDS:
+            # A server does not say that it has another key; it closes when we ask to watch it.
+            state.problem += "; does it have the same mesh key?"
         logger.warning("mesh link to %s is down: %s", state.name, state.problem)

@@ -228,12 +228,13 @@ async def _exchange(
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(await stream.receive())
+            data = await stream.receive()
+            if not data:
+                raise ProbeError(f"the server closed the connection instead of answering {path}")
+            connection.receive_data(data)
         elif isinstance(event, h11.Response):
             found = {name.decode("latin-1"): text.decode("latin-1") for name, text in event.headers}
             return event.status_code, found, trio.current_time() - began
-        elif isinstance(event, h11.ConnectionClosed):
-            raise ProbeError(f"the server closed the connection instead of answering {path}")
 
 
 class Link:

@@ -21,7 +21,6 @@ Hazards, each with its rule:
 from __future__ import annotations
 
 import heapq
-import logging
 import random
 import select
 import socket
@@ -36,8 +35,6 @@ from relay.limits import TokenBucket
 from traversal.io.tls import TlsEngine, TlsError
 from traversal.keys import NodePublic
 from traversal.wire.derp import KEEP_ALIVE
-
-logger = logging.getLogger("underpass.relay.pump")
 
 MAX_EVENTS: Final = 64
 """Clients served per round; 64 lone TLS frames are about 0.8 ms."""

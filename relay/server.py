@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import msgspec
 import trio
@@ -41,6 +41,9 @@ from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate, NodePublic
 
 logger = logging.getLogger("underpass.relay")
+
+MAX_HTTP_CONNECTIONS: Final = 1000
+"""At one time on each of the plain HTTP and admin listeners; descriptors belong to DERP clients."""
 
 StartError = (ConfigError, CertificateError, ListenError, StunServerError, WorkerError)
 """What can be wrong at the start; each text says what to do."""
@@ -116,6 +119,9 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
+    if config.tls.mode == "acme":
+        attempt(lambda: AcmeRenewer(config.tls.acme, server.hostname))
+    attempt(lambda: _stun_server(config))
     attempt(lambda: _admin_token(config))
     return problems
 
@@ -153,7 +159,9 @@ class _Relay:
         identity: Identity,
         config_path: str,
     ) -> None:
-        self._watch = FileWatch([config_path, config.limits.rate_config_file])
+        self._watch = FileWatch(
+            [config_path, config.limits.rate_config_file, config.admin.token_file]
+        )
         self._config = config
         self._load_again = load_again
         self._identity = identity
@@ -256,7 +264,10 @@ class _Relay:
 
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")
-        await self._plane.drain(self._config.server.drain_seconds)
+        try:
+            await self._plane.drain(self._config.server.drain_seconds)
+        except WorkerError as error:
+            logger.error("there is nobody left to drain: %s", error)
         everything.cancel()
 
     async def _watch_config(self) -> NoReturn:
@@ -277,7 +288,10 @@ class _Relay:
         self._config = reload.config
         self._admin_token = admin_token
         set_level(reload.config.log)
-        await self._plane.reload_files()
+        try:
+            await self._plane.reload_files()
+        except WorkerError as error:
+            logger.error("certificates and admission files are not read again: %s", error)
         if reload.applied:
             logger.info("reloaded: %s", ", ".join(reload.applied))
         if reload.needs_restart:
@@ -290,14 +304,23 @@ def _admin_token(config: Config) -> str:
 
 
 def _stun_server(config: Config) -> StunServer | None:
-    main = config.listen.stun
-    if main is None:
+    """None if there is to be none. Raises StunServerError."""
+    listen = config.listen
+    if not listen.stun:
         return None
-    other = config.listen.stun_alternate
     return StunServer(
-        [(main.host or "::", main.port)],
-        alternates=[] if other is None else [(other.host, other.port)],
+        [(address.host or _any_host(), address.port) for address in listen.stun],
+        alternates=[(address.host, address.port) for address in listen.stun_alternate],
     )
+
+
+def _any_host() -> str:
+    """Every address of both families; IPv4's alone where the kernel has no IPv6."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return "0.0.0.0"
+    return "::"
 
 
 def _places(listeners: Sequence[socket.socket]) -> tuple[tuple[str, int], ...]:
@@ -310,15 +333,22 @@ def _text(addresses: Sequence[tuple[str, int]]) -> str:
 
 def _http_handler(respond: Responder) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
     """A handler of connections that speak nothing but HTTP, without TLS."""
+    connections = 0
 
     async def handle(sock: trio.socket.SocketType) -> None:
+        nonlocal connections
         stream = HandshakeStream(sock)
+        if connections >= MAX_HTTP_CONNECTIONS:
+            stream.close()
+            return
+        connections += 1
         try:
             source = sock.getpeername()[0]
             await serve_http(stream, respond, source=source, over_tls=False)
         except (StreamEndedError, OSError) as error:
             logger.debug("an HTTP connection ended: %s", error)
         finally:
+            connections -= 1
             stream.close()
 
     return handle

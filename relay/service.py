@@ -320,14 +320,10 @@ class Service:
         if self.config.proxy.protocol == "proxy-protocol" and arrival.peer.source in self._proxies:
             arrival.peer = await _receive_proxy_header(stream, arrival.peer)
         source = arrival.peer.source
-        # Behind a proxy that speaks HTTP all clients share an address: what a limit per address
-        # would count is the proxy.
-        if source not in self._proxies:
-            problem = self._counter.refusal(source)
-            if problem is not None:
-                self._refuse(_stage_of_count(problem), source, problem)
-                return
-            arrival.counted_as = source
+        # A proxy that speaks HTTP says later for whom the connection is.
+        by_http = self.config.proxy.protocol == "x-forwarded-for" and source in self._proxies
+        if not by_http and not self._count(arrival, source):
+            return
         arrival.stage = Stage.TLS
         if self.certificates is not None:
             await self._start_tls(stream, self.certificates)
@@ -339,6 +335,8 @@ class Service:
             return
         arrival.stage = Stage.DERP
         request = self._with_true_source(upgrade.request)
+        if by_http and not self._count(arrival, request.source):
+            return
         if wanted_protocol(request) == "websocket":
             await serve_websocket(
                 stream,
@@ -348,6 +346,15 @@ class Service:
             )
         else:
             await self._adopt(stream, request, arrival, with_response=True)
+
+    def _count(self, arrival: _Arrival, source: str) -> bool:
+        """Count a connection of this IP address; False if that is one too many."""
+        problem = self._counter.refusal(source)
+        if problem is not None:
+            self._refuse(_stage_of_count(problem), source, problem)
+            return False
+        arrival.counted_as = source
+        return True
 
     def _with_true_source(self, request: Request) -> Request:
         """Believe X-Forwarded-For where it comes from a trusted proxy."""

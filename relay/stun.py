@@ -260,15 +260,13 @@ class StunServer:
     `addresses` are IP addresses with ports; port 0 takes a free one. `::` serves IPv4 as well
     unless an IPv4 address with the same port is listed too. On `::` and `0.0.0.0` the kernel
     chooses which address of the machine an answer comes from: a machine with several should list
-    those that clients are told. Each of `alternates` makes the one
-    address of its family an RFC 5780 server and must differ from it in both IP address and port;
-    the server then also listens on the two mixed pairs. `reuse_port` lets several processes share
-    the addresses; each then has a budget of its own. Raises StunServerError.
+    those that clients are told. Each of `alternates` makes the one address of its family an RFC
+    5780 server and must differ from it in both IP address and port; the server then also listens
+    on the two mixed pairs. Raises StunServerError.
     """
 
     addresses: Sequence[Address]
     alternates: Sequence[Address] = ()
-    reuse_port: bool = False
     _counters: _Counters = field(default_factory=_Counters, init=False, repr=False)
     _budget: ExcessBudget = field(
         default_factory=lambda: ExcessBudget(os.urandom(16)), init=False, repr=False
@@ -370,8 +368,6 @@ class StunServer:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
-            if self.reuse_port:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 shared = any("." in other and port == its for other, its in self.addresses)
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::" or shared)

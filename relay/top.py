@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
@@ -23,7 +23,7 @@ from relay.admin import read_admin_token
 from relay.config_sources import ConfigError
 from relay.figures import bits_text, bytes_text, count_text, seconds_text
 from relay.http_client import HttpError, get
-from relay.snapshot import ClientView, QueueDelay, Snapshot
+from relay.snapshot import ClientView, QueueDelay, Snapshot, Traffic
 
 DEFAULT_URL: Final = "http://127.0.0.1:9090"
 TIMEOUT_SECONDS: Final = 5.0
@@ -247,23 +247,25 @@ def _summary(before: Snapshot, after: Snapshot) -> Iterator[Text]:
         f"{count_text((now.packets_sent - was.packets_sent) / elapsed)} packets/s delivered; "
         f"queue delay p50 {_delay_text(delays[0])}, p99 {_delay_text(delays[1])}"
     )
-    drops = {
-        reason: sum(kinds.values()) - sum(was.packets_dropped.get(reason, {}).values())
-        for reason, kinds in now.packets_dropped.items()
-    }
-    refusals = {
-        stage: count - before.refusals.get(stage, 0) for stage, count in after.refusals.items()
-    }
-    yield _rates_line("dropped", drops, elapsed)
-    yield _rates_line("refused", refusals, elapsed)
+    yield _counts_line("dropped", _by_reason(was), _by_reason(now), elapsed)
+    yield _counts_line("refused", before.refusals, after.refusals, elapsed)
 
 
-def _rates_line(title: str, counts: dict[str, int], elapsed: float) -> Text:
-    shown = ", ".join(
-        f"{name} {count_text(count / elapsed)}/s" for name, count in counts.items() if count > 0
-    )
+def _by_reason(traffic: Traffic) -> dict[str, int]:
+    return {reason: sum(kinds.values()) for reason, kinds in traffic.packets_dropped.items()}
+
+
+def _counts_line(
+    title: str, before: Mapping[str, int], after: Mapping[str, int], elapsed: float
+) -> Text:
+    """How much per second now, and how much since the start."""
+    rates = {name: (count - before.get(name, 0)) / elapsed for name, count in after.items()}
+    shown = ", ".join(f"{name} {count_text(rate)}/s" for name, rate in rates.items() if rate > 0)
     line = Text(f"{title}: ", style="" if shown else "dim")
     line.append(shown or "nothing", style="red" if shown else "dim")
+    total = ", ".join(f"{name} {count_text(count)}" for name, count in after.items() if count)
+    if total:
+        line.append(f"; since the start {total}", style="dim")
     return line
 
 

@@ -8,7 +8,6 @@ nothing but its socket and a task until it has proven its key.
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,12 +36,8 @@ from traversal.wire.derp import (
 )
 from traversal.wire.derp_upgrade import encode_upgrade_response
 
-logger = logging.getLogger("underpass.relay.upgrade")
-
 HANDSHAKE_TIMEOUT_SECONDS: Final = 10.0
 """For writing SERVER_KEY and, again, for reading CLIENT_INFO (DERP specification 5)."""
-
-
 OWN_APP_NAME: Final = "underpass"
 """Clients whose AppName starts so are known to take HEALTH and RESTARTING; some others disconnect
 when they get one (DERP specification 20)."""

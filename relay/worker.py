@@ -12,7 +12,8 @@ from typing import Any
 
 import trio
 
-from relay.logs import set_up_logging
+from relay.config import Config
+from relay.logs import set_level, set_up_logging
 from relay.service import Service
 from relay.worker_pipe import WorkerError, WorkerStart, receive_message, send_message
 
@@ -34,8 +35,13 @@ async def _serve_worker() -> None:
         sibling_listener=_listen_for_siblings(start.sibling_path),
         siblings=[Path(path) for path in start.sibling_paths],
     )
+
+    async def reconfigure(config: Config) -> None:
+        await service.reconfigure(config)
+        set_level(config.log)
+
     methods: dict[str, Callable[..., Any]] = {
-        "reconfigure": service.reconfigure,
+        "reconfigure": reconfigure,
         "reload_files": service.reload_files,
         "revoke": service.revoke,
         "snapshot": service.snapshot,

@@ -61,11 +61,13 @@ class WorkerPool:
         self._listeners = listeners
         self._workers: dict[int, _Worker] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="underpass-relay-")
-        if config.tls.mode == "self-signed" and not config.tls.directory:
-            # All workers must show the same certificate.
-            tls = msgspec.structs.replace(config.tls, directory=self._directory.name)
-            self._config = msgspec.structs.replace(config, tls=tls)
-            load_or_create_self_signed(self._directory.name, config.server.hostname)
+        if config.tls.mode == "self-signed":
+            # Made before they start: all workers must show the same certificate.
+            tls = config.tls
+            if not tls.directory:
+                tls = msgspec.structs.replace(tls, directory=self._directory.name)
+                self._config = msgspec.structs.replace(config, tls=tls)
+            load_or_create_self_signed(tls.directory, config.server.hostname)
         self._last: dict[int, Snapshot] = {}
         self._ended: list[Snapshot] = []
         self._stopping = False
@@ -96,7 +98,7 @@ class WorkerPool:
 
     async def reconfigure(self, config: Config) -> None:
         """As `Service.reconfigure`. Raises WorkerError if a worker can't."""
-        await self._tell_all(Command("reconfigure", (config,)))
+        await self._tell_all(Command("reconfigure", (share_of(config, len(self._listeners)),)))
         self._config = config
 
     async def reload_files(self) -> None:
@@ -156,7 +158,11 @@ class WorkerPool:
                 if first:
                     task_status.started()
                     first = False
-                status = await worker.process.wait()
+                end = f"ended (status {await worker.process.wait()})"
+            except (WorkerError, OSError) as error:
+                if first:
+                    raise
+                end = f"could not be restarted ({error})"
             finally:
                 self._workers.pop(index, None)
                 with trio.CancelScope(shield=True):
@@ -169,7 +175,7 @@ class WorkerPool:
                 return
             if trio.current_time() - began > STEADY_SECONDS:
                 delay = FIRST_RESTART_SECONDS
-            logger.error("worker %d ended (status %s); restarting in %.1f s", index, status, delay)
+            logger.error("worker %d %s; restarting in %.1f s", index, end, delay)
             await trio.sleep(delay)
             delay = min(2 * delay, MAX_RESTART_SECONDS)
 
@@ -180,12 +186,29 @@ class WorkerPool:
         ]
         return WorkerStart(
             index=index,
-            config=self._config,
+            config=share_of(self._config, len(self._listeners)),
             identity=self._identity,
             listener_fds=tuple(sock.fileno() for sock in self._listeners[index]),
             sibling_path=paths[index],
             sibling_paths=tuple(path for path in paths if path != paths[index]),
         )
+
+
+def share_of(config: Config, workers: int) -> Config:
+    """What one of so many workers is told: memory and accept rate are divided.
+
+    Connections are not: a worker that was restarted has few for a while, and the others must take
+    those that it lost.
+    """
+    limits = config.limits
+    rate = limits.accept_rate_per_second
+    limits = msgspec.structs.replace(
+        limits,
+        memory_bytes=limits.memory_bytes // workers,
+        accept_rate_per_second=None if rate is None else rate / workers,
+        accept_burst=-(-limits.accept_burst // workers),
+    )
+    return msgspec.structs.replace(config, limits=limits)
 
 
 class _Worker:
@@ -205,16 +228,14 @@ class _Worker:
             stdout=subprocess.PIPE,
             pass_fds=self._start.listener_fds,
         )
-        assert self.process.stdin is not None
-        await send_message(self.process.stdin, self._start)
-        await self._receive_reply()
+        await self.request(self._start)
 
-    async def request(self, command: Command) -> Any:
-        """Raises WorkerError."""
+    async def request(self, message: WorkerStart | Command) -> Any:
+        """What the worker answers. Raises WorkerError."""
         assert self.process.stdin is not None
         async with self._lock:
             try:
-                await send_message(self.process.stdin, command)
+                await send_message(self.process.stdin, message)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 raise WorkerError(f"worker {self.index} is gone") from None
             return await self._receive_reply()

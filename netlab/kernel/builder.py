@@ -21,13 +21,11 @@ from netlab.kernel.netlink import (
     Netlink,
     Request,
     add_address,
-    add_rule,
     add_veth,
     replace_route,
     set_link,
 )
-from netlab.kernel.nft import NAT_OUTSIDE, WAN
-from netlab.kernel.wiring import AFTER_NAT_TABLE, BEFORE_NAT_TABLE, Cable, End, Machine, Wiring
+from netlab.kernel.wiring import Cable, End, Machine, Wiring
 
 _LOOPBACK_INDEX = 1
 _TUN_DEVICE = "/dev/net/tun"
@@ -104,31 +102,23 @@ class Built:
                 if not cable.pumped
             )
         links: dict[str, list[Request]] = {name: [] for name in machines}
+        veths: dict[str, list[int]] = {name: [] for name in machines}
         for cable in self.wiring.cables:
+            ends = cable.outer, cable.inner
             if cable.pumped:
-                for end in (cable.outer, cable.inner):
+                for end in ends:
                     links[end.machine].append(self._add_tun(end, cable.mtu_bytes))
             else:
                 links[cable.inner.machine].append(set_link(cable.inner.index, up=True))
+                for end in ends:
+                    veths[end.machine].append(end.index)
         for nat in self.wiring.user_nats:
-            for end in (nat.inside, nat.outside):
-                links[end.machine].append(self._add_tun(end, 1500))
-        for machine in machines.values():
-            self._configure(machine, links[machine.name])
-        # Either end may lag: one that was up before its peer has no carrier yet, and IPv6 starts
-        # on neither before the kernel has noticed the carrier.
-        plain: dict[str, list[int]] = {}
-        for cable in self.wiring.cables:
-            if not cable.pumped:
-                for end in (cable.outer, cable.inner):
-                    plain.setdefault(end.machine, []).append(end.index)
-        for name, indexes in plain.items():
-            with Netlink(self.namespaces[name]) as netlink:
-                for index in indexes:
-                    netlink.wait_until_up(index)
-                for _, address in machines[name].addresses:
-                    if address.version == 6:
-                        netlink.wait_until_local(address.ip)
+            # What is too big for the uplink is refused, or cut into pieces, on the inside.
+            links[nat.inside.machine].append(self._add_tun(nat.inside, nat.uplink.mtu_bytes))
+        # From the leaves inwards: a cable's inner end comes up with its own machine, and when its
+        # outer machine's turn comes, both ends have what they need to carry packets.
+        for name, machine in reversed(list(machines.items())):
+            self._configure(machine, links[name], veths[name])
 
     def _link_end(self, cable: Cable, end: End) -> LinkEnd:
         return LinkEnd(self.namespaces[end.machine], end.name, end.index, cable.mtu_bytes)
@@ -138,14 +128,11 @@ class Built:
         self.tuns[end.machine, end.name] = descriptor
         return set_link(end.index, up=True, mtu_bytes=mtu_bytes, queue_packets=_TUN_QUEUE_PACKETS)
 
-    def _configure(self, machine: Machine, before: Iterable[Request]) -> None:
+    def _configure(self, machine: Machine, before: Iterable[Request], veths: Iterable[int]) -> None:
         namespace = self.namespaces[machine.name]
         requests = [set_link(_LOOPBACK_INDEX, up=True), *before]
         requests += [add_address(index, address) for index, address in machine.addresses]
         requests += map(replace_route, machine.routes)
-        if any(route.table == AFTER_NAT_TABLE for route in machine.routes):
-            requests.append(add_rule(NAT_OUTSIDE, AFTER_NAT_TABLE))
-            requests.append(add_rule(WAN, BEFORE_NAT_TABLE))
         with namespace.entered():
             # Connection tracking, and with it some of the sysctls, starts with the rules.
             if machine.rules and self._must_load_rules(machine):
@@ -155,6 +142,13 @@ class Built:
                     write_sysctl(name, value)
             with Netlink() as netlink:
                 netlink.run(requests)
+                # A link that was up before its peer has no carrier yet, and IPv6 starts on
+                # neither before the kernel has noticed the carrier.
+                for index in veths:
+                    netlink.wait_until_up(index)
+                for _, address in machine.addresses:
+                    if address.version == 6:
+                        netlink.wait_until_local(address.ip)
 
     @staticmethod
     def _must_load_rules(machine: Machine) -> bool:

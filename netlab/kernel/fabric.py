@@ -8,13 +8,17 @@ with descriptors attached, from the process that started it, and each is answere
 (worked, result or error text). Events leave as JSON lines. It ends when the control socket does.
 
 Waiting is done with epoll and a timer descriptor: epoll's own timeout has whole milliseconds,
-which would be the largest error of all delays.
+which would be the largest error of all delays. Setting a timer that is soon due is dear, though,
+above all in a virtual machine (13 us, more than everything else that a packet costs), so under
+load packets leave when others arrive, and the timer is set at most once per `_REST_SECONDS`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import heapq
+import math
 import os
 import pickle
 import random
@@ -25,6 +29,7 @@ import struct
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -45,8 +50,15 @@ MAX_DESCRIPTORS = 2
 # one link may add to another one is then about half a millisecond.
 _BATCH_PACKETS = 64
 _MAX_PACKET_BYTES = 65536
+# How long a sleeping process takes to wake up, at the very least: the timer is set that much
+# early. What is left of it is waited for awake.
+_WAKE_UP_SECONDS = 50e-6
+# After a delivery the next one waits this long, unless an arriving packet comes first.
+_REST_SECONDS = 200e-6
 # Expired mappings are reported this late at most; they translate nothing in the meantime.
 _HOUSEKEEPING_SECONDS = 0.05
+# The NATs' clock goes in steps, within which a flow's packets are all translated alike.
+_NAT_TICKS_PER_SECOND = 1000
 # Drops that are told one by one; a flood would otherwise spend its time on telling.
 _MAX_DROP_EVENTS_PER_SECOND = 2000
 # A packet more in flight than this would mean 300 MB of memory.
@@ -56,6 +68,10 @@ _CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC, _TFD_TIMER_ABSTIME = 1, 0o2004000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+# What takes a packet at a time: a device, a cable or a NAT.
+_Carrier = Callable[[bytes | bytearray, float], None]
+
+
 class _Timer:
     """A timer descriptor on the monotonic clock."""
 
@@ -63,11 +79,11 @@ class _Timer:
         self.descriptor: int = _libc.timerfd_create(_CLOCK_MONOTONIC, _TFD_NONBLOCK_CLOEXEC)
         if self.descriptor < 0:
             raise OSError(ctypes.get_errno(), "cannot create a timer")
-        self._set_for = 0.0
+        self._set_for = math.inf
 
     def set(self, deadline: float) -> None:
-        """Make the descriptor readable at `deadline`."""
-        if deadline != self._set_for:
+        """Make the descriptor readable at `deadline`, or before that if it was set so."""
+        if deadline < self._set_for:
             self._set_for = deadline
             nanoseconds = int(deadline * 1e9)
             setting = struct.pack(
@@ -75,20 +91,42 @@ class _Timer:
             )
             _libc.timerfd_settime(self.descriptor, _TFD_TIMER_ABSTIME, setting, None)
 
+    def acknowledge(self) -> None:
+        """Make the descriptor, which has become readable, ready to be set again."""
+        self._set_for = math.inf
+        os.read(self.descriptor, 8)
+
+
+class _Flight:
+    """Packets on their way, in the order of their arrival, and what takes them then."""
+
+    __slots__ = ("deliver", "packets")
+
+    def __init__(self, deliver: _Carrier) -> None:
+        self.deliver = deliver
+        self.packets: deque[tuple[float, bytes | bytearray]] = deque()
+
 
 class _Pump:
-    """Both directions of one cable."""
+    """Both directions of one cable, upload first, and their flights."""
 
-    def __init__(self, upload: LinkDirection, download: LinkDirection) -> None:
-        self.directions = (upload, download)
+    def __init__(self, directions: tuple[LinkDirection, LinkDirection], ends: list[int]) -> None:
+        self.directions = directions
+        inner, outer = ends
+        self.flights = (_Flight(_writer(outer)), _Flight(_writer(inner)))
 
 
-class _Nat:
-    """One user-space NAT and its devices, inside first."""
+def _writer(device: int) -> _Carrier:
+    write = os.write
 
-    def __init__(self, nat: TunNat, devices: tuple[int, int]) -> None:
-        self.nat = nat
-        self.devices = devices
+    def write_packet(packet: bytes | bytearray, now: float) -> None:
+        try:
+            write(device, packet)
+        except OSError:
+            # The device is down, or the kernel is out of buffers: a cable would lose it too.
+            pass
+
+    return write_packet
 
 
 class Fabric:
@@ -99,20 +137,24 @@ class Fabric:
         self._events = events
         self._epoll = select.epoll()
         self._timer = _Timer()
-        self._readers: dict[int, Callable[[float], None]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
         self._pumps: dict[str, _Pump] = {}
-        self._nats: dict[str, _Nat] = {}
-        self._in_flight: list[tuple[float, int, int, bytes]] = []
+        self._carriers: dict[str, _Carrier] = {}
+        self._nats: dict[str, TunNat] = {}
+        # When the first packet of each flight is due; the number only breaks ties.
+        self._due: list[tuple[float, int, _Flight]] = []
         self._serial = 0
+        self._in_flight = 0
+        self._rest_until = 0.0
         self._started = time.monotonic()
         # The NATs' clock: real seconds since the start times the scale, plus what was skipped.
         self._scale = 1.0
         self._skipped = 0.0
+        self._nat_now = 0.0
         self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
         self._lost_events = 0
         self._next_housekeeping = 0.0
         self._next_budget = 0.0
-        self._buffer = bytearray(_MAX_PACKET_BYTES)
 
     # --- the loop ------------------------------------------------------------------------
 
@@ -121,40 +163,48 @@ class Fabric:
         epoll, timer, control = self._epoll, self._timer, self._control.fileno()
         epoll.register(timer.descriptor, select.EPOLLIN)
         epoll.register(control, select.EPOLLIN)
-        readers = self._readers
+        readers, due, monotonic = self._readers, self._due, time.monotonic
         while True:
             deadline = self._next_housekeeping
-            if self._in_flight:
-                deadline = min(deadline, self._in_flight[0][0])
-            timer.set(deadline)
-            for descriptor, _ in epoll.poll():
+            if due:
+                deadline = min(deadline, max(due[0][0], self._rest_until))
+            if deadline - monotonic() > _WAKE_UP_SECONDS:
+                timer.set(deadline - _WAKE_UP_SECONDS)
+                ready = epoll.poll()
+            else:
+                ready = epoll.poll(0)
+            self._nat_now = self._nat_time(monotonic())
+            for descriptor, _ in ready:
                 reader = readers.get(descriptor)
                 if reader is not None:
-                    reader(time.monotonic())
+                    reader()
                 elif descriptor == timer.descriptor:
-                    try:
-                        os.read(descriptor, 8)
-                    except BlockingIOError:
-                        pass
+                    timer.acknowledge()
                 elif not self._handle_command():
                     return
-            self._deliver()
-            now = time.monotonic()
+            now = monotonic()
+            if due and due[0][0] <= now:
+                self._deliver(now)
             if now >= self._next_housekeeping:
                 self._keep_house(now)
 
-    def _deliver(self) -> None:
-        in_flight = self._in_flight
-        while in_flight and in_flight[0][0] <= time.monotonic():
-            _, _, device, packet = heapq.heappop(in_flight)
-            self._write(device, packet)
-
-    def _write(self, device: int, packet: bytes | bytearray) -> None:
-        try:
-            os.write(device, packet)
-        except OSError:
-            # The device is down, or the kernel is out of buffers: a cable would lose it too.
-            pass
+    def _deliver(self, now: float) -> None:
+        """Hand over a batch of what is due."""
+        due = self._due
+        left = _BATCH_PACKETS
+        while due and due[0][0] <= now:
+            if not left:
+                self._rest_until = now
+                return
+            _, serial, flight = heapq.heappop(due)
+            deliver, packets, before = flight.deliver, flight.packets, left
+            while left and packets and packets[0][0] <= now:
+                left -= 1
+                deliver(packets.popleft()[1], now)
+            self._in_flight -= before - left
+            if packets:
+                heapq.heappush(due, (packets[0][0], serial, flight))
+        self._rest_until = now + _REST_SECONDS
 
     def _keep_house(self, now: float) -> None:
         self._next_housekeeping = now + _HOUSEKEEPING_SECONDS
@@ -163,12 +213,13 @@ class Fabric:
             self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
         nat_now = self._nat_time(now)
         for nat in self._nats.values():
-            deadline = nat.nat.translator.next_deadline()
+            deadline = nat.translator.next_deadline()
             if deadline is not None and deadline <= nat_now:
-                nat.nat.translator.on_time(nat_now)
+                nat.translator.on_time(nat_now)
 
     def _nat_time(self, now: float) -> float:
-        return (now - self._started) * self._scale + self._skipped
+        seconds = (now - self._started) * self._scale + self._skipped
+        return int(seconds * _NAT_TICKS_PER_SECOND) / _NAT_TICKS_PER_SECOND
 
     # --- links ---------------------------------------------------------------------------
 
@@ -176,47 +227,64 @@ class Fabric:
         self, descriptors: list[int], key: str, upload: Link, download: Link, seed: str
     ) -> None:
         """Carry packets between two devices; `upload` is from the first to the second."""
-        inner, outer = descriptors
         pump = self._pumps[key] = _Pump(
-            LinkDirection(upload, random.Random(f"{seed} up")),
-            LinkDirection(download, random.Random(f"{seed} down")),
+            (
+                LinkDirection(upload, random.Random(f"{seed} up")),
+                LinkDirection(download, random.Random(f"{seed} down")),
+            ),
+            descriptors,
         )
-        for source, target, direction in (
-            (inner, outer, pump.directions[0]),
-            (outer, inner, pump.directions[1]),
+        for source, direction, flight in zip(
+            descriptors, pump.directions, pump.flights, strict=True
         ):
-            self._read_from(source, self._pump_reader(key, source, target, direction))
+            carry = self._carrier(key, direction, flight)
+            self._read_from(source, carry)
+            self._carriers.setdefault(key, carry)
 
-    def _read_from(self, descriptor: int, reader: Callable[[float], None]) -> None:
-        self._readers[descriptor] = reader
-        self._epoll.register(descriptor, select.EPOLLIN)
+    def _read_from(self, device: int, carry: _Carrier) -> None:
+        """Take packets from a device whenever it has some."""
+        read, monotonic = os.read, time.monotonic
 
-    def _pump_reader(
-        self, key: str, source: int, target: int, direction: LinkDirection
-    ) -> Callable[[float], None]:
-        read, write, in_flight = os.read, self._write, self._in_flight
-
-        def move_packets(now: float) -> None:
+        def read_packets() -> None:
             for _ in range(_BATCH_PACKETS):
                 try:
-                    packet = read(source, _MAX_PACKET_BYTES)
+                    packet = read(device, _MAX_PACKET_BYTES)
                 except OSError:
                     return
-                now = time.monotonic()
-                arrivals = direction.send(now, len(packet))
-                if isinstance(arrivals, Drop):
-                    self._report_drop(key, arrivals, packet)
-                    continue
-                for arrival in arrivals:
-                    if arrival <= now:
-                        write(target, packet)
-                    elif len(in_flight) < _MAX_IN_FLIGHT:
-                        self._serial += 1
-                        heapq.heappush(in_flight, (arrival, self._serial, target, packet))
-                    else:
-                        self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+                carry(packet, monotonic())
 
-        return move_packets
+        self._readers[device] = read_packets
+        self._epoll.register(device, select.EPOLLIN)
+
+    def _carrier(self, key: str, direction: LinkDirection, flight: _Flight) -> _Carrier:
+        send, packets = direction.send, flight.packets
+
+        def carry_packet(packet: bytes | bytearray, now: float) -> None:
+            arrivals = send(now, len(packet))
+            if isinstance(arrivals, Drop):
+                self._report_drop(key, arrivals, packet)
+                return
+            for arrival in arrivals:
+                if arrival <= now:
+                    flight.deliver(packet, now)
+                elif self._in_flight >= _MAX_IN_FLIGHT:
+                    self._report_drop(key, Drop(DropReason.QUEUE_FULL), packet)
+                else:
+                    self._in_flight += 1
+                    if packets and arrival >= packets[-1][0]:
+                        packets.append((arrival, packet))
+                    else:
+                        # What overtakes the last one flies alone.
+                        self._launch(
+                            _Flight(flight.deliver) if packets else flight, arrival, packet
+                        )
+
+        return carry_packet
+
+    def _launch(self, flight: _Flight, arrival: float, packet: bytes | bytearray) -> None:
+        flight.packets.append((arrival, packet))
+        self._serial += 1
+        heapq.heappush(self._due, (arrival, self._serial, flight))
 
     def set_link(self, _: list[int], key: str, upload: Link, download: Link) -> None:
         """Change what a pumped cable does to packets."""
@@ -234,13 +302,16 @@ class Fabric:
         self,
         descriptors: list[int],
         name: str,
+        uplink: str,
         behavior: NatBehavior,
         external: list[bytes],
         inside_hosts: list[bytes],
         seed: str,
     ) -> None:
-        """Translate between two devices, the inside one first."""
-        devices = (descriptors[0], descriptors[1])
+        """Translate between an inside device and a pumped cable, whose IPv6 goes on as before."""
+        pump = self._pumps[uplink]
+        to_router = pump.flights[1].deliver
+        carry: tuple[_Carrier, _Carrier] = (_writer(descriptors[0]), self._carriers[uplink])
         translator = Translator(
             behavior,
             external,
@@ -251,42 +322,39 @@ class Fabric:
         )
 
         def answer(side: Side, packet: bytes) -> None:
-            self._write(devices[side], packet)
+            carry[side](packet, time.monotonic())
 
         def on_drop(drop: Drop, packet: bytes) -> None:
             self._report_drop(name, drop, packet)
 
-        nat = TunNat(translator, answer, on_drop)
-        self._nats[name] = _Nat(nat, devices)
-        for side in Side:
-            self._read_from(devices[side], self._nat_reader(nat, side, devices))
+        nat = self._nats[name] = TunNat(translator, answer, on_drop)
+        handle = nat.handle_packet
 
-    def _nat_reader(
-        self, nat: TunNat, side: Side, devices: tuple[int, int]
-    ) -> Callable[[float], None]:
-        source = devices[side]
-        read, write, handle = os.read, self._write, nat.handle_packet
+        def translate_outbound(packet: bytes | bytearray, now: float) -> None:
+            changed = bytearray(packet)
+            leaves = handle(changed, Side.INSIDE, self._nat_now)
+            if leaves is not None:
+                carry[leaves](changed, now)
 
-        def translate_packets(now: float) -> None:
-            nat_now = self._nat_time(now)
-            for _ in range(_BATCH_PACKETS):
-                try:
-                    packet = bytearray(read(source, _MAX_PACKET_BYTES))
-                except OSError:
-                    return
-                leaves = handle(packet, side, nat_now)
-                if leaves is not None:
-                    write(devices[leaves], packet)
+        def translate_inbound(packet: bytes | bytearray, now: float) -> None:
+            if len(packet) >= 40 and packet[0] >> 4 == 6:
+                to_router(packet, now)
+                return
+            changed = bytearray(packet)
+            leaves = handle(changed, Side.OUTSIDE, self._nat_now)
+            if leaves is not None:
+                carry[leaves](changed, now)
 
-        return translate_packets
+        self._read_from(descriptors[0], translate_outbound)
+        pump.flights[1].deliver = translate_inbound
 
     def reboot(self, _: list[int], name: str) -> None:
         """Make a NAT forget everything."""
-        self._nats[name].nat.translator.reboot(self._nat_time(time.monotonic()))
+        self._nats[name].reboot(self._nat_now)
 
     def renumber(self, _: list[int], name: str, external: list[bytes]) -> None:
         """Give a NAT other external addresses."""
-        self._nats[name].nat.translator.renumber(external, self._nat_time(time.monotonic()))
+        self._nats[name].renumber(external, self._nat_now)
 
     def set_clock(self, _: list[int], started: float, scale: float) -> None:
         """Set the start of the lab's time, and how fast the NATs' timers run against it."""
@@ -300,10 +368,10 @@ class Fabric:
 
     def statistics(self, _: list[int]) -> dict[str, int]:
         """Return counters: mappings, packets in flight, events lost."""
-        mappings = sum(nat.nat.translator.mapping_count for nat in self._nats.values())
+        mappings = sum(nat.translator.mapping_count for nat in self._nats.values())
         return {
             "mappings": mappings,
-            "in_flight": len(self._in_flight),
+            "in_flight": self._in_flight,
             "lost_events": self._lost_events,
         }
 
@@ -344,12 +412,12 @@ class Fabric:
         at = time.monotonic() - self._started
         self._report(msgspec.structs.replace(event, at=at))
 
-    def _report_drop(self, where: str, drop: Drop, packet: bytes) -> None:
+    def _report_drop(self, where: str, drop: Drop, packet: bytes | bytearray) -> None:
         if not self._drop_budget:
             self._lost_events += 1
             return
         self._drop_budget -= 1
-        protocol, source, destination = describe(packet)
+        protocol, source, destination = describe(bytes(packet))
         self._report(
             PacketDropped(
                 at=time.monotonic() - self._started,
@@ -370,6 +438,8 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control, events = (socket.socket(fileno=int(argument)) for argument in arguments)
     events.setblocking(False)
+    # Packets in flight are many objects without cycles: nothing for the collector to find.
+    gc.disable()
     Fabric(control, events).run()
 
 

@@ -37,6 +37,7 @@ class FabricProcess:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
+                    "-P",  # whatever lies in the working directory is none of its modules
                     "-m",
                     "netlab.kernel.fabric",
                     str(control.fileno()),

@@ -185,7 +185,7 @@ class KernelLab:
     @asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
         wiring = self.wiring
-        needs_fabric = bool(wiring.user_nats) or any(cable.pumped for cable in wiring.cables)
+        needs_fabric = any(cable.pumped for cable in wiring.cables)
         try:
             if needs_fabric:
                 self._fabric = FabricProcess()
@@ -265,15 +265,15 @@ class KernelLab:
             router = nat.router
             translates = router.behavior.translation is not Translation.NONE
             external = router.plan.outside.ipv4 if translates else ()
-            ends = tuple(tuns[e.machine, e.name] for e in (nat.inside, nat.outside))
             fabric.post(
                 "add_nat",
                 router.name,
+                nat.uplink.key,
                 router.behavior,
                 [address.packed for address in external],
                 [address.packed for address in router.inside],
                 f"nat {router.name} {seed}",
-                descriptors=ends,
+                descriptors=(tuns[nat.inside.machine, nat.inside.name],),
             )
         fabric.call("statistics")
         self._built.close_tuns()

@@ -29,7 +29,7 @@ from netlab.kernel.netlink import (
 )
 from netlab.kernel.nft import flush_dynamic_sets, login_rule, router_rules
 from netlab.kernel.sockets import enter_namespace, leave_namespace
-from netlab.kernel.wiring import Cable, host_routes, interface_addresses, translated_routes
+from netlab.kernel.wiring import Cable, host_routes, interface_addresses
 
 if TYPE_CHECKING:
     from netlab.kernel.lab import KernelLab
@@ -238,12 +238,6 @@ class KernelNat(KernelMachine):
         with Netlink(self._lab.namespaces[cable.outer.machine]) as netlink:
             netlink.run([*map(delete_route, gone), *map(replace_route, upstream)])
         if router.engine is Engine.USER:
-            nat = next(n for n in self._lab.wiring.user_nats if n.router.name == self.name)
-            index = nat.outside.index
-            requests = [
-                *map(delete_route, translated_routes(old.plan, index)),
-                *map(replace_route, translated_routes(router.plan, index)),
-            ]
             self._lab.fabric.call("renumber", self.name, list(external))
         else:
             index = cable.inner.index
@@ -252,9 +246,8 @@ class KernelNat(KernelMachine):
                 *(add_address(index, ipaddress.ip_interface(a)) for a in outside.ipv4),
                 *(delete_address(index, ipaddress.ip_interface(a)) for a in self.external),
             ]
-        with Netlink(self.namespace) as netlink:
-            netlink.run(requests)
-        if router.engine is Engine.NFT:
+            with Netlink(self.namespace) as netlink:
+                netlink.run(requests)
             load_ruleset(self.namespace, router_rules(router))
             self._forget_flows("renumbered")
         self._lab.routers[self.name] = router

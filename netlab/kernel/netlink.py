@@ -39,21 +39,25 @@ NLMSG_ERROR = 2
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
-_RTM_GETROUTE, _RTM_NEWRULE = 26, 32
+_RTM_GETROUTE = 26
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO = 1, 3, 4, 18
 _IFLA_TXQLEN, _IFLA_OPERSTATE, _IFLA_NET_NS_FD, _IFLA_EXT_MASK = 13, 16, 28, 29
+_IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES = 31, 32
 _RTEXT_FILTER_SKIP_STATS = 0x8
 _IF_OPER_UNKNOWN, _IF_OPER_UP = 0, 6
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
-_FRA_IIFNAME, _FRA_PRIORITY, _FR_ACT_TO_TBL = 3, 6, 1
 _IFA_F_NODAD = 0x02
 _IFF_UP, _IFF_NOARP = 0x1, 0x80
-_RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_LOCAL, _RTN_BLACKHOLE = 4, 253, 1, 2, 6
-
-MAIN_TABLE = 254
-"""The routing table that is asked when no rule says otherwise."""
+_MAIN_TABLE, _RTPROT_STATIC, _RT_SCOPE_LINK, _RTN_UNICAST, _RTN_LOCAL, _RTN_BLACKHOLE = (
+    254,
+    4,
+    253,
+    1,
+    2,
+    6,
+)
 
 # Locally administered MAC addresses: the one of every veth end, and one that nobody sends to.
 _COMMON_ADDRESS, _DEAF_ADDRESS = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02"
@@ -65,6 +69,7 @@ _BATCH_BYTES, _BATCH_REQUESTS = 32768, 150
 _MESSAGE = struct.Struct("=IHHII")
 _IFINFO = struct.Struct("=BxHiII")
 _ATTRIBUTE = struct.Struct("=HH")
+_ONE = struct.pack("=I", 1)
 
 
 class NetlinkError(OSError):
@@ -127,6 +132,9 @@ def _encode_end(end: LinkEnd, *, up: bool) -> bytes:
             attribute(_IFLA_IFNAME, end.name.encode() + b"\0"),
             attribute(_IFLA_ADDRESS, _COMMON_ADDRESS),
             attribute(_IFLA_MTU, struct.pack("=I", end.mtu_bytes)),
+            # Queues for every processor would take a quarter of the time to make a pair.
+            attribute(_IFLA_NUM_TX_QUEUES, _ONE),
+            attribute(_IFLA_NUM_RX_QUEUES, _ONE),
             attribute(_IFLA_NET_NS_FD, struct.pack("=i", end.namespace.descriptor)),
         )
     )
@@ -203,7 +211,6 @@ class Route:
 
     destination: IpNetwork
     index: int | None
-    table: int = MAIN_TABLE
     source: IpAddress | None = None
     """The source address of this machine's own packets."""
 
@@ -216,7 +223,7 @@ class Route:
             self.destination.prefixlen,
             0,
             0,
-            self.table,
+            _MAIN_TABLE,
             _RTPROT_STATIC,
             _RT_SCOPE_LINK if is_ipv4 and self.index is not None else 0,
             _RTN_BLACKHOLE if self.index is None else _RTN_UNICAST,
@@ -240,14 +247,6 @@ def replace_route(route: Route) -> Request:
 def delete_route(route: Route) -> Request:
     """Remove a route."""
     return Request(f"delete route {route.destination}", _RTM_DELROUTE, 0, route.encode())
-
-
-def add_rule(interface: str, table: int) -> Request:
-    """Route IPv4 packets that came in by `interface` with `table` first."""
-    header = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, table, 0, 0, _FR_ACT_TO_TBL, 0)
-    name = attribute(_FRA_IIFNAME, interface.encode() + b"\0")
-    priority = attribute(_FRA_PRIORITY, struct.pack("=I", 100))
-    return Request(f"rule for {interface}", _RTM_NEWRULE, NLM_F_CREATE, header + name + priority)
 
 
 class Netlink:

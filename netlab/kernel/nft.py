@@ -28,8 +28,8 @@ from netlab.kernel.fidelity import Engine
 
 WAN = "wan"
 LAN = "lan"
-NAT_INSIDE, NAT_OUTSIDE = "natin", "natout"
-"""The TUN devices of a router whose NAT is the user engine."""
+NAT_INSIDE = "natin"
+"""The TUN device by which packets from inside reach the user engine."""
 
 DROP_LOG_GROUP = 7
 """The NFLOG group that carries dropped packets, with the reason as their prefix."""

@@ -7,7 +7,7 @@ a router's IPv6 goes past the NAT.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 from netlab.drops import Answer, Drop, DropReason
@@ -16,8 +16,11 @@ from netlab.nat import Protocol, Translator
 
 # Version and header length, fragment, protocol, header checksum, addresses, ports.
 _HEADERS = struct.Struct("!B5xHxBH4s4sHH")
-# From byte 10 on: header checksum, addresses, ports.
+# The same for a UDP packet, with addresses and ports in one, then its length and checksum.
+_UDP = struct.Struct("!B5xHxBH12sHH")
+# From byte 10 on: header checksum, addresses, ports; for UDP also its length and checksum.
 _ENDPOINTS = struct.Struct("!H4s4sHH")
+_UDP_ENDPOINTS = struct.Struct("!H12sHH")
 _ADDRESSES = struct.Struct("!4s4s")
 # Where the transport header is, there being no options.
 _TRANSPORT = 20
@@ -45,6 +48,9 @@ class TunNat:
     `handle_packet` returns the side that the packet leaves on, or None when it was dropped. An
     answer to a dropped packet goes to `answer(side, packet)`, the drop itself to
     `on_drop(drop, packet)`; the packet is only valid until that returns.
+
+    What the translator said about a UDP flow holds for as long as `now` stays the same: asked
+    again, it would say the same and renew the same timers to the same ends.
     """
 
     def __init__(
@@ -58,6 +64,10 @@ class TunNat:
         self._inbound = translator.inbound
         self._answer = answer
         self._on_drop = on_drop
+        # By the side that packets come from and their addresses and ports: what these become, the
+        # changes of the IP header's checksum and of UDP's, and the side on which they leave.
+        self._flows: tuple[dict[bytes, tuple[bytes, int, int, Side]], ...] = ({}, {})
+        self._flows_from = -1.0
         self._changes: dict[tuple[bytes, int, bytes, int], tuple[int, int]] = {}
         self._fragmented: dict[tuple[bytes, bytes, int, int], tuple[bytes, bytes, Side]] = {}
 
@@ -68,6 +78,42 @@ class TunNat:
         """
         if len(packet) < 28:
             return None
+        if now != self._flows_from:
+            self._forget_flows(now)
+        version, fragment, protocol, ip_checksum, flow, udp_bytes, udp_checksum = _UDP.unpack_from(
+            packet
+        )
+        known = self._flows[came_from].get(flow)
+        if (
+            known is not None
+            and protocol == 17
+            and version == 0x45
+            and not fragment & (_MORE_FRAGMENTS | _FRAGMENT_OFFSET)
+        ):
+            new_flow, address_change, transport_change, side = known
+            if udp_checksum:  # 0 means that there is none
+                udp_checksum = 0xFFFF - (0xFFFF - udp_checksum + transport_change) % 0xFFFF
+            ip_checksum = 0xFFFF - (0xFFFF - ip_checksum + address_change) % 0xFFFF
+            _UDP_ENDPOINTS.pack_into(packet, 10, ip_checksum, new_flow, udp_bytes, udp_checksum)
+            return side
+        return self._ask_translator(packet, came_from, now)
+
+    def reboot(self, now: float) -> None:
+        """Forget every mapping and everything that follows from one."""
+        self._forget_flows(now)
+        self.translator.reboot(now)
+
+    def renumber(self, external: Sequence[bytes], now: float) -> None:
+        """Take other external addresses, which ends all mappings."""
+        self._forget_flows(now)
+        self.translator.renumber(external, now)
+
+    def _forget_flows(self, now: float) -> None:
+        self._flows_from = now
+        for flows in self._flows:
+            flows.clear()
+
+    def _ask_translator(self, packet: bytearray, came_from: Side, now: float) -> Side | None:
         version, fragment, protocol, ip_checksum, source, destination, source_port, port = (
             _HEADERS.unpack_from(packet)
         )
@@ -101,6 +147,7 @@ class TunNat:
             address, transport = self._change(destination, port, new_destination, new_port)
             address_change += address
             transport_change += transport
+        flow = bytes(packet[12:24])
         _ENDPOINTS.pack_into(
             packet,
             10,
@@ -117,6 +164,9 @@ class TunNat:
         side = Side.INSIDE if to_inside else Side.OUTSIDE
         if fragment:
             self._remember_fragmented(packet, source, destination, side)
+        elif protocol == 17:
+            new_flow = bytes(packet[12:24])
+            self._flows[came_from][flow] = (new_flow, address_change, transport_change, side)
         return side
 
     def _change(self, old: bytes, old_port: int, new: bytes, new_port: int) -> tuple[int, int]:

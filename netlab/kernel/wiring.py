@@ -5,10 +5,12 @@
 
 Every machine, and the internet itself, is a network namespace; every uplink is a cable of its
 own, point to point, with /32 and /128 addresses and routes to devices: no subnets, no ARP.
-A NAT of the user engine has two more interfaces in its router, TUN devices whose other sides the
-fabric process holds:
+A NAT of the user engine has one more interface in its router, a TUN device that leads into the
+fabric process. That one carries the uplink's packets as well, as it does those of impaired links,
+so that IPv4 is in the kernel again only where the uplink ends:
 
-    lan0 ── (main table) ── natin  ══ engine ══  natout ── (tables of their own) ── wan
+    lan0 ── natin ══ engine ══ uplink ══ (the next router's or the internet's interface)
+      └──── wan (IPv6 only) ═════╝
 """
 
 from __future__ import annotations
@@ -25,20 +27,12 @@ from netlab.kernel.netlink import IpInterface, Route
 from netlab.kernel.nft import (
     LAN,
     NAT_INSIDE,
-    NAT_OUTSIDE,
     WAN,
     Router,
     router_rules,
     router_sysctls,
 )
 from netlab.model import INTERNET, Nat, Topology, Uplink
-
-AFTER_NAT_TABLE = 200
-"""The routing table of packets that the user engine has translated."""
-
-BEFORE_NAT_TABLE = 201
-"""The routing table of packets from outside for the user engine. Those that come from inside for
-an external address have to enter the engine on the inside: that is hairpinning."""
 
 _LOOPBACK_INDEX = 1
 # The kernel's own fallback devices (tunl0, sit0, ...) have the first numbers of a namespace.
@@ -107,7 +101,7 @@ class UserNat:
 
     router: Router
     inside: End
-    outside: End
+    uplink: Cable
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +160,7 @@ def plan_wiring(
         ModelError: the topology does not fit the address plan, or needs what the kernel back
             end doesn't have.
     """
-    planner = _Planner(topology, dict(engines or {}), frozenset(pumped), log_drops)
+    planner = _Planner(topology, dict(engines or {}), set(pumped), log_drops)
     return planner.plan()
 
 
@@ -177,7 +171,7 @@ class _Planner:
         self,
         topology: Topology,
         engines: dict[str, Engine],
-        pumped: frozenset[str],
+        pumped: set[str],
         log_drops: bool,
     ) -> None:
         self._topology = topology
@@ -272,7 +266,7 @@ class _Planner:
             )
         inside = self._inside[nat.name]
         fidelity = choose_engine(behavior, len(inside))
-        engine = self._engines.get(nat.name, fidelity.engine)
+        engine = Engine(self._engines.get(nat.name, fidelity.engine))
         router = Router(
             name=nat.name,
             behavior=behavior,
@@ -285,6 +279,8 @@ class _Planner:
         machine = self._machines[nat.name] = Machine(nat.name, router=router, fidelity=fidelity)
         machine.sysctls = router_sysctls(router)
         machine.rules = router_rules(router)
+        if engine is Engine.USER:
+            self._pumped.add(nat.name)
         wan = self._add_cable(
             machine,
             WAN,
@@ -306,16 +302,11 @@ class _Planner:
             machine.addresses += [(wan.index, address) for address in own]
             machine.routes.append(Route(_EVERYWHERE_IPV4, wan.index))
             return
-        # The engine owns the external IPv4 addresses; the router only passes them on to it.
+        # The engine owns the external IPv4 addresses; the router doesn't even see their packets.
         machine.addresses += [(wan.index, address) for address in own if address.version == 6]
         inward = End(nat.name, NAT_INSIDE, machine.take_index())
-        outward = End(nat.name, NAT_OUTSIDE, machine.take_index())
         machine.routes.append(Route(_EVERYWHERE_IPV4, inward.index))
-        machine.routes.append(Route(_EVERYWHERE_IPV4, wan.index, AFTER_NAT_TABLE))
-        machine.routes += translated_routes(plan, outward.index)
-        if behavior.translation is Translation.NONE and plan.inside_ipv4 is not None:
-            machine.routes.append(Route(plan.inside_ipv4, outward.index, BEFORE_NAT_TABLE))
-        self._user_nats.append(UserNat(router, inward, outward))
+        self._user_nats.append(UserNat(router, inward, self._cables[-1]))
 
     def _route_untranslated(self, nat: Nat, inside: IPv4Network) -> None:
         """Let everything between a router that translates nothing and the next NAT find it."""
@@ -327,9 +318,3 @@ class _Planner:
             nat = self._topology.nat_by_name[outer.machine]
             if nat.behavior.translation is not Translation.NONE:
                 return
-
-
-def translated_routes(plan: NatPlan, index: int) -> list[Route]:
-    """Return the routes by which packets from outside reach a user NAT's engine."""
-    networks = [IPv4Network(address) for address in plan.outside.ipv4]
-    return [Route(network, index, BEFORE_NAT_TABLE) for network in networks]

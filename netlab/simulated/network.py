@@ -431,7 +431,9 @@ class NatNode:
 
     def _on_time(self) -> None:
         """Report expired mappings when it is time; one alarm is enough."""
-        now = self._world.now()
+        # The clock may stand just before the alarm's time, and an expiry that is not due yet would
+        # ask for the same alarm again, for ever.
+        now = max(self._world.now(), self._alarm or 0.0)
         deadlines = []
         for translator in (self.ipv4, self.ipv6):
             if translator is not None:

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from relay.load_clients import close_clients, connect_clients
-from relay.load_run import Load, LoadError, LoadResult, run_load
+from relay.load_pair import Load, LoadError
+from relay.load_run import LoadResult, run_load
 from relay.targets import TargetError, parse_target
 from tests.bench.relay_check import check
 from tests.bench.relay_servers import (

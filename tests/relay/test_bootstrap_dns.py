@@ -167,6 +167,20 @@ class TestRefresh:
             await refresh_forever(subject, lambda: config, resolver)
         assert len(resolver.asked) == 2
 
+    async def test_new_names_are_resolved_at_once(self, autojump_clock: object) -> None:
+        """A reload does not wait for the next turn."""
+        subject, resolver = bootstrap_dns(), FakeResolver()
+        resolver.names = {"a.example": ["192.0.2.1"], "b.example": ["192.0.2.2"]}
+        configs = [BootstrapDnsConfig(names=("a.example",))]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refresh_forever, subject, lambda: configs[-1], resolver)
+            await trio.sleep(REFRESH_SECONDS / 2)
+            assert list(subject.published) == ["a.example"]
+            configs.append(BootstrapDnsConfig(names=("b.example",)))
+            await trio.sleep(2)
+            assert list(subject.published) == ["b.example"]
+            nursery.cancel_scope.cancel()
+
 
 @asynccontextmanager
 async def name_server() -> AsyncIterator[DnsResolver]:

@@ -81,7 +81,7 @@ class TestSources:
         """Every listener of the development relay is on loopback with a free port."""
         config = Config.dev({"server.workers": 2})
         listen = config.listen
-        assert {*listen.derp, listen.http, listen.stun, listen.admin} == {
+        assert {*listen.derp, *listen.stun, listen.http, listen.admin} == {
             ListenAddress("127.0.0.1", 0)
         }
         assert config.server.workers == 2
@@ -104,8 +104,27 @@ class TestSources:
         config = load(tmp_path, MINIMAL + '[limits]\nrate_config_file = "rate.json"\n')
         assert config.limits.client_rate() == (1000, 65568)
 
+    def test_lists_are_written_in_any_way(self, tmp_path: Path) -> None:
+        """As a list, as its only member, as text with commas, or switched off."""
+        text = MINIMAL + '[listen]\nderp = ":1"\nstun = ["192.0.2.1:2", "[::1]:2"]\n'
+        path = write(tmp_path, text)
+        listen = Config.load(path, {}, {}).listen
+        assert [str(address) for address in listen.derp] == [":1"]
+        assert [str(address) for address in listen.stun] == ["192.0.2.1:2", "[::1]:2"]
+        listen = Config.load(path, {"UNDERPASS_RELAY_LISTEN_STUN": ":3, :4"}, {}).listen
+        assert [address.port for address in listen.stun] == [3, 4]
+        assert Config.load(path, {}, {"listen.stun": "off"}).listen.stun == ()
+
 
 class TestErrors:
+    def test_hostname_that_is_none(self) -> None:
+        """A URL or a name with a space is told before a certificate is asked for."""
+        for wrong in ("https://derp.example", "derp example", "derp.example:443"):
+            with pytest.raises(ConfigError, match="neither a DNS name nor an IP address"):
+                Config.load(None, {}, {"server.hostname": wrong})
+        for right in ("derp.example", "localhost", "192.0.2.1", "2001:db8::1"):
+            assert Config.load(None, {}, {"server.hostname": right}).server.hostname == right
+
     def test_unknown_key_names_the_line_and_the_nearest_key(self, tmp_path: Path) -> None:
         """A typing mistake costs one look."""
         (problem,) = problems(tmp_path, MINIMAL + "[limits]\n# bound\nconections = 3\n")

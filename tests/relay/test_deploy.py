@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from relay.certificates import CertificateStatus
 from relay.config import Config
@@ -95,3 +99,35 @@ def test_example_configuration_is_right() -> None:
     config = Config.load(ROOT / "deploy/relay.toml", {}, {})
     assert config.server.hostname == "relay.example.com"
     assert config.tls.mode == "acme"
+
+
+def test_example_configuration_has_every_key_and_loads_with_all_of_them(tmp_path: Path) -> None:
+    """Each key is there, as a line or as a comment that becomes one, and shows a value it takes."""
+    text = (ROOT / "deploy" / "relay.toml").read_text()
+    lines = re.sub(r"(?m)^# (?=\[[a-z.]+\]$|[a-z_]+ = )", "", text)
+    document = tomllib.loads(lines)
+    keys = {
+        f"{prefix}{name}"
+        for prefix, table in _tables(document)
+        for name, value in table.items()
+        if not isinstance(value, dict)
+    }
+    assert keys == {f"{prefix}{name}" for prefix, name in _keys(Config)}
+    path = tmp_path / "relay.toml"
+    path.write_text(text)
+    assert Config.load(path, {}, {})
+
+
+def _tables(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    yield prefix, table
+    for name, value in table.items():
+        if isinstance(value, dict):
+            yield from _tables(value, f"{prefix}{name}.")
+
+
+def _keys(section: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for info in msgspec.structs.fields(section):
+        if isinstance(info.type, type) and issubclass(info.type, msgspec.Struct):
+            yield from _keys(info.type, f"{prefix}{info.name}.")
+        else:
+            yield prefix, info.name

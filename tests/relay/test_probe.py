@@ -18,7 +18,8 @@ from click.testing import CliRunner
 from relay.config import Config
 from relay.listeners import open_listeners
 from relay.load_clients import close_clients, connect_clients
-from relay.load_run import Load, LoadError, LoadResult, run_load
+from relay.load_pair import Load, LoadError
+from relay.load_run import LoadResult, run_load
 from relay.loadtest import loadtest_command
 from relay.probe import Outcome, plan, probe_command, run_checks
 from relay.service import Identity, Service

@@ -225,6 +225,22 @@ async def test_a_mesh_of_two_relays_forwards_and_says_goodbye(
             assert (await y.terminate(), await x.terminate()) == (0, 0)
 
 
+async def test_a_mesh_peer_with_another_key_is_named(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log says what to compare, and not only that the link is down."""
+    certificates = tmp_path / "certificates"
+    keys = [tmp_path / "x.key", tmp_path / "y.key"]
+    for path in keys:
+        path.write_text(MeshKey.generate(os.urandom).reveal())
+    common = ("--admin", "off", "--set", f"tls.directory={certificates}")
+    async with start(*common, "--set", f"server.mesh_key_file={keys[0]}", name="x") as x:
+        monkeypatch.setitem(ENVIRONMENT, "SSL_CERT_FILE", str(certificates / "127.0.0.1.crt"))
+        peer = ("--set", f"mesh.peers=127.0.0.1:{x.target.port}")
+        async with start(*common, *peer, "--set", f"server.mesh_key_file={keys[1]}", name="y") as y:
+            await y.wait_for_log("is down: the other side closed the connection; does it have")
+
+
 async def test_a_key_removed_from_the_list_is_cut_and_a_reload_keeps_the_others(
     start: Start, tmp_path: Path
 ) -> None:

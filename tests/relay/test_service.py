@@ -101,6 +101,36 @@ class TestBehindAProxy:
             assert (await sources(stage))[0][0] == "127.0.0.1"
             stream.close()
 
+    async def test_limits_hold_for_those_whom_an_http_proxy_names(self) -> None:
+        """One client too many is refused, another one of the same proxy is not."""
+        settings = {"proxy__protocol": "x-forwarded-for", "proxy__trusted": ["127.0.0.0/8"]}
+        async with arena(
+            **PLAIN, **settings, limits__connections=2, limits__connections_per_ip=1
+        ) as stage:
+            header = "X-Forwarded-For: 203.0.113.%d\r\n"
+            streams = [await upgrade_by_hand(stage, b"", header % 1)]
+            await sources(stage, 1)
+            streams.append(await upgrade_by_hand(stage, b"", header % 1))
+            await stage.until_refused(Stage.CONNECTIONS_PER_IP, 1)
+            streams.append(await upgrade_by_hand(stage, b"", header % 2))
+            await sources(stage, 2)
+            streams.append(await upgrade_by_hand(stage, b"", header % 3))
+            await stage.until_refused(Stage.CONNECTIONS, 1)
+            for stream in streams:
+                stream.close()
+
+    async def test_trusted_addresses_are_counted_where_no_proxy_speaks_for_others(self) -> None:
+        """A list of proxies without a protocol frees nobody from the limits."""
+        async with arena(
+            **PLAIN, proxy__trusted=["127.0.0.0/8"], limits__connections_per_ip=1
+        ) as stage:
+            first = await upgrade_by_hand(stage, b"")
+            await sources(stage, 1)
+            second = await upgrade_by_hand(stage, b"")
+            await stage.until_refused(Stage.CONNECTIONS_PER_IP, 1)
+            first.close()
+            second.close()
+
 
 @pytest.fixture
 def signer(tmp_path: Path) -> TokenSigner:

@@ -394,15 +394,6 @@ class TestServer:
                     assert response.response_origin == source
                     assert response.other_address == alternate
 
-    async def test_port_is_shared_when_asked(self) -> None:
-        """Several processes, here several servers, may share an address."""
-        first = StunServer([("127.0.0.1", 0)], reuse_port=True)
-        async with (
-            running(first) as [address],
-            running(StunServer([address], reuse_port=True)) as addresses,
-        ):
-            assert addresses == [address]
-
     async def test_read_error(
         self, client: socket.socket, autojump_clock: trio.testing.MockClock
     ) -> None:

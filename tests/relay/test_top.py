@@ -135,6 +135,15 @@ class TestScreen:
             assert part in text
         assert "it is gone" in text
 
+    def test_shows_what_was_lost_before(self) -> None:
+        """An operator who looks later sees what it was."""
+        counters = Counters()
+        counters.drop(DropReason.QUEUE_HEAD, Kind.OTHER, 100, packets=6)
+        after = snapshot(12.0, counters=counters)
+        console = Console(width=140, file=io.StringIO(), record=True)
+        console.print(render(after, after, rows=None))
+        assert "dropped: nothing; since the start queue_head 6" in console.export_text()
+
     def test_fits_the_terminal(self) -> None:
         """As many clients as there are rows."""
         after = snapshot(12.0, *(client(number, 0) for number in range(1, 40)))

@@ -6,6 +6,7 @@ given to the pump.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import ssl
@@ -18,9 +19,12 @@ from typing import Final, Self
 import trio
 
 from traversal.io.chain_check import check_chain, is_address
+from traversal.io.nat64 import discover_prefixes
+from traversal.io.proxy import Proxy
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
+from traversal.paths.nat64 import translate
 from traversal.relay_map import (
     CertificateName,
     CertificatePolicy,
@@ -28,8 +32,13 @@ from traversal.relay_map import (
     Family,
     RelayNode,
 )
+from traversal.wire.address import Address
 from traversal.wire.derp import PROTOCOL_VERSION, ClientInfo, DerpError, ServerInfo
-from traversal.wire.derp_upgrade import ClientHandshake, maybe_server_key_from_certificates
+from traversal.wire.derp_upgrade import (
+    MAX_RESPONSE_HEAD_LENGTH,
+    ClientHandshake,
+    maybe_server_key_from_certificates,
+)
 
 DIAL_TIMEOUT_SECONDS: Final = 10.0
 """From name resolution to SERVER_INFO (DERP specification 15.1)."""
@@ -44,12 +53,16 @@ CLIENT_INFO: Final = ClientInfo(version=PROTOCOL_VERSION, can_ack_pings=True)
 Route = tuple[str, socket.AddressFamily]
 """A host name or address to connect to, and the family to use (AF_UNSPEC for both)."""
 
+_SocketAddress = tuple[str, int]
+_NO_ROUTE: Final = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL})
+"""How a host without IPv4 refuses to connect by it."""
+
 
 class DialError(Exception):
     """A DERP server could not be reached. The text names the server, the step and the reason.
 
     Attributes:
-        step: `resolve`, `connect`, `tls`, `certificate`, `upgrade` or `handshake`.
+        step: `resolve`, `connect`, `proxy`, `tls`, `certificate`, `upgrade` or `handshake`.
     """
 
     def __init__(self, target: str, step: str, reason: str) -> None:
@@ -62,6 +75,7 @@ _VERIFICATION: Final = "certificate verification failed: "
 _STEPS: Final = {
     "resolve": "can't resolve the name",
     "connect": "can't connect",
+    "proxy": "can't connect by the proxy",
     "tls": "the TLS handshake failed",
     "certificate": "its certificate is not accepted",
     "upgrade": "it did not upgrade to DERP",
@@ -167,7 +181,7 @@ class Dialed:
 
         For the pump; this object must not be used afterwards.
         """
-        received = bytes(self.handshake.splitter._buffer)
+        received = self.handshake.splitter.take_rest()
         sock, tls = self.stream.detach()
         return sock, tls, received
 
@@ -185,6 +199,7 @@ async def dial(
     ideal_node: str = "",
     fast_start: bool = True,
     make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+    proxy: Proxy | None = None,
 ) -> Dialed:
     """Connect and shake hands, within 10 s in all.
 
@@ -194,12 +209,13 @@ async def dial(
         ideal_node: the name of the node that would have been preferred.
         fast_start: use the server's meta certificate if there is one.
         make_context: makes a context that verifies chains; by default with the system's roots.
+        proxy: connect by this HTTP proxy; it resolves the server's name.
 
     Raises DialError.
     """
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        stream, tls = await _open(target, progress, make_context)
+        stream, tls = await _open(target, progress, make_context, proxy)
         with _closed_on_error(stream):
             return await _shake_hands(
                 stream,
@@ -216,13 +232,32 @@ async def dial(
 
 
 async def connect(
-    target: Target, *, make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context
+    target: Target,
+    *,
+    make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+    proxy: Proxy | None = None,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
     """Connect by TCP and TLS only, within 10 s, for HTTP requests. Raises DialError."""
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        return await _open(target, progress, make_context)
+        return await _open(target, progress, make_context, proxy)
     raise progress.timeout()
+
+
+async def _tunnel(stream: HandshakeStream, target: str, proxy: Proxy, progress: _Progress) -> None:
+    """Have the proxy connect us (DERP specification 15.1); nothing may follow its answer."""
+    progress.step = "proxy"
+    await stream.send_all(proxy.encode_connect(target))
+    head = b""
+    while b"\r\n\r\n" not in head:
+        data = await stream.receive()
+        if not data or len(head) > MAX_RESPONSE_HEAD_LENGTH:
+            raise progress.error(f"the proxy {proxy} did not answer to CONNECT")
+        head += data
+    status = head.split(b"\r\n", 1)[0].decode("latin-1")
+    if status.split(" ")[1:2] != ["200"]:
+        raise progress.error(f"the proxy {proxy} refused: {status!r}")
+    stream.put_back(head.partition(b"\r\n\r\n")[2])
 
 
 async def dial_path(path: str, private_key: NodePrivate, *, info: ClientInfo) -> Dialed:
@@ -289,12 +324,18 @@ def _closed_on_error(stream: HandshakeStream) -> Iterator[None]:
 
 
 async def _open(
-    target: Target, progress: _Progress, make_context: Callable[[], ssl.SSLContext]
+    target: Target,
+    progress: _Progress,
+    make_context: Callable[[], ssl.SSLContext],
+    proxy: Proxy | None,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
-    stream = HandshakeStream(await _connect(target, progress))
-    if target.policy is None:
-        return stream, None
+    first = target if proxy is None else Target(proxy.host, proxy.port, None)
+    stream = HandshakeStream(await _connect(first, progress))
     with _closed_on_error(stream):
+        if proxy is not None:
+            await _tunnel(stream, str(target), proxy, progress)
+        if target.policy is None:
+            return stream, None
         progress.enter("tls")
         tls = await _start_tls(stream, target, make_context)
         problem = check_chain(
@@ -307,13 +348,39 @@ async def _open(
 
 
 async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketType:
-    """The first connection that succeeds; the starts are staggered (RFC 8305, simplified)."""
+    """The first connection that succeeds, through a NAT64 where there is no way for IPv4."""
     addresses = await _resolve(target, progress)
     progress.step = "connect"
-    winners: list[trio.socket.SocketType] = []
-    problems: list[str] = []
+    failed: dict[_SocketAddress, OSError] = {}
+    sock = await _race(addresses, failed)
+    if sock is None:
+        without_route = [
+            Address(*address)
+            for address, error in failed.items()
+            if ":" not in address[0] and error.errno in _NO_ROUTE
+        ]
+        sock = await _race(await _through_nat64(without_route), failed)
+    if sock is None:
+        raise progress.error("; ".join(f"{a[0]}: {_reason(e)}" for a, e in failed.items()))
+    return sock
 
-    async def attempt(family: int, address: tuple[str, int], ended: trio.Event) -> None:
+
+async def _through_nat64(addresses: Sequence[Address]) -> list[tuple[int, _SocketAddress]]:
+    """What an IPv6-only host can dial instead; a relay known by name needs none of this, because
+    its network's DNS64 translates (RFC 7050)."""
+    prefixes = await discover_prefixes() if addresses else ()
+    if not prefixes:
+        return []
+    return [(socket.AF_INET6, (a.host, a.port)) for a in translate(addresses, prefixes)]
+
+
+async def _race(
+    addresses: Sequence[tuple[int, _SocketAddress]], failed: dict[_SocketAddress, OSError]
+) -> trio.socket.SocketType | None:
+    """The first that connects; the starts are staggered (RFC 8305, simplified)."""
+    winners: list[trio.socket.SocketType] = []
+
+    async def attempt(family: int, address: _SocketAddress, ended: trio.Event) -> None:
         sock = trio.socket.socket(family)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -322,7 +389,7 @@ async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketTyp
             sock.close()
             if not isinstance(error, OSError):
                 raise
-            problems.append(f"{address[0]}: {_reason(error)}")
+            failed[address] = error
             ended.set()
         else:
             winners.append(sock)
@@ -341,16 +408,14 @@ async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketTyp
         raise
     for sock in winners[1:]:
         sock.close()
-    if not winners:
-        raise progress.error("; ".join(problems))
-    return winners[0]
+    return winners[0] if winners else None
 
 
-async def _resolve(target: Target, progress: _Progress) -> list[tuple[int, tuple[str, int]]]:
+async def _resolve(target: Target, progress: _Progress) -> list[tuple[int, _SocketAddress]]:
     """The addresses to try, in the order of the routes. Raises DialError if there is none."""
     progress.step = "resolve"
     routes = target.routes or ((target.host, socket.AF_UNSPEC),)
-    addresses: list[tuple[int, tuple[str, int]]] = []
+    addresses: list[tuple[int, _SocketAddress]] = []
     problem = ""
     for host, family in routes:
         try:

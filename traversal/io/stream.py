@@ -24,7 +24,8 @@ class StreamEndedError(Exception):
 class HandshakeStream:
     """Receive and send bytes; TLS once `start_tls` has run.
 
-    Cancelling a method leaves the stream only good for closing.
+    One task may receive while another sends. Cancelling a method leaves the stream only good for
+    closing.
     """
 
     def __init__(self, sock: trio.socket.SocketType) -> None:
@@ -32,6 +33,16 @@ class HandshakeStream:
         self._tls: TlsEngine | None = None
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._ahead = b""
+        # Reading may make TLS answer (a key update), which must not land inside a record that
+        # another task is writing.
+        self._sending = trio.Lock()
+
+    @property
+    def local_host(self) -> str:
+        """Our own IP address on this connection. Raises OSError once it is closed."""
+        host = self._sock.getsockname()[0]
+        assert isinstance(host, str)
+        return host
 
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
@@ -70,9 +81,11 @@ class HandshakeStream:
                 return b""
             except TlsError as error:
                 raise StreamEndedError(str(error)) from None
-            answer = self._tls.data_to_send()
-            if answer:
-                await self._send_raw(answer)
+            # A task that is sending takes this along; waiting for it could end in a deadlock, each
+            # side waiting for the other to read.
+            if self._tls.has_data_to_send() and not self._sending.locked():
+                async with self._sending:
+                    await self._flush(self._tls)
             if count:
                 return bytes(self._buffer[:count])
             self._tls.receive_data(await self._receive_raw())
@@ -86,11 +99,12 @@ class HandshakeStream:
         if self._tls is None:
             await self._send_raw(data)
             return
-        try:
-            self._tls.write(data)
-        except TlsError as error:
-            raise StreamEndedError(str(error)) from None
-        await self._send_raw(self._tls.data_to_send())
+        async with self._sending:
+            try:
+                self._tls.write(data)
+            except TlsError as error:
+                raise StreamEndedError(str(error)) from None
+            await self._flush(self._tls)
 
     def detach(self) -> tuple[socket.socket, TlsEngine | None]:
         """Give up the socket (non-blocking) and the TLS state; the caller owns them from now on."""
@@ -102,7 +116,14 @@ class HandshakeStream:
         """Close at once, with TLS's close alert where the kernel takes it; harmless repeated."""
         if self._sock.fileno() < 0:
             return
-        sock, tls = self.detach()
+        try:
+            # Whoever still waits for this socket must learn of it before its number is reused.
+            trio.lowlevel.notify_closing(self._sock.fileno())
+            sock, tls = self.detach()
+        except NotImplementedError:
+            # A simulated socket, from which there is nothing to detach.
+            self._sock.close()
+            return
         with sock:
             if tls is not None:
                 tls.close()
@@ -116,6 +137,10 @@ class HandshakeStream:
             return await self._sock.recv(READ_BYTES)
         except OSError as error:
             raise StreamEndedError(error.strerror or type(error).__name__) from None
+
+    async def _flush(self, tls: TlsEngine) -> None:
+        while tls.has_data_to_send():
+            await self._send_raw(tls.data_to_send())
 
     async def _send_raw(self, data: bytes) -> None:
         view = memoryview(data)

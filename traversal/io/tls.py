@@ -57,6 +57,10 @@ class TlsEngine:
         else:
             self._incoming.write_eof()
 
+    def has_data_to_send(self) -> bool:
+        """Whether `data_to_send` has something."""
+        return self._outgoing.pending > 0
+
     def data_to_send(self) -> bytes:
         """Bytes for the network; empty when there are none."""
         return self._outgoing.read() if self._outgoing.pending else b""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from traversal.paths.loss import LossWindow
+from traversal.paths.nat64 import WELL_KNOWN_PREFIX, translate
 from traversal.paths.scoring import Measured, Path
 from traversal.wire.address import Address, IPAddress, is_private, is_shared
 
@@ -46,7 +47,9 @@ class LocalNetworks:
     """What this node knows about its own addresses.
 
     `networks` are the prefixes of its interfaces (empty: unknown), `public_ips` the addresses that
-    others see it by, `excluded` ranges never to be pinged (the overlay's own).
+    others see it by, `excluded` ranges never to be pinged (the overlay's own). `nat64_prefixes`
+    are set where there is a route for IPv6 and none for IPv4: a peer's IPv4 addresses are then
+    tried through them.
     """
 
     networks: tuple[IPNetwork, ...] = ()
@@ -54,12 +57,15 @@ class LocalNetworks:
     excluded: tuple[IPNetwork, ...] = ()
     has_ipv4: bool = True
     has_ipv6: bool = True
+    nat64_prefixes: tuple[ipaddress.IPv6Network, ...] = ()
 
 
 def is_usable(address: Address, local: LocalNetworks) -> bool:
     """Whether an address that somebody told us may be pinged at all."""
     ip = address.ip
-    if address.port == 0 or ip.is_unspecified or ip.is_multicast or ip.is_reserved:
+    if address.port == 0 or ip.is_unspecified or ip.is_multicast:
+        return False
+    if ip.is_reserved and ip not in WELL_KNOWN_PREFIX:
         return False
     if ip.version == 4:
         # 240/4 counts as reserved above and holds the broadcast address; 0/8 is "this network".
@@ -235,7 +241,7 @@ class CandidateBook:
 
 def _first_usable(addresses: Iterable[Address], local: LocalNetworks) -> dict[Address, None]:
     usable: dict[Address, None] = {}
-    for address in addresses:
+    for address in translate(addresses, local.nat64_prefixes):
         if is_usable(address, local):
             usable[address] = None
             if len(usable) == MAX_LISTED:

@@ -120,14 +120,19 @@ class PathChoice:
         self.trusted_until = max(self.trusted_until, now + TRUST_SECONDS)
         return True
 
-    def handle_answer(self, candidate: Candidate, padding_bytes: int, now: float) -> str:
-        """A Ping to `candidate` was answered. Returns why the route may have changed."""
+    def handle_answer(
+        self, candidate: Candidate, padding_bytes: int, pinged_at: float, now: float
+    ) -> str:
+        """The Ping to `candidate` that left at `pinged_at` was answered.
+
+        Returns why the route may have changed.
+        """
         if candidate is not self.best:
             if not self._is_preferable(candidate, now):
                 return ""
             self.take(candidate, now)
             return f"{candidate.path} answers"
-        self.liveness.handle_answer()
+        self.liveness.handle_answer(pinged_at)
         self.trusted_until = now + TRUST_SECONDS
         if padding_bytes and self.mtu is not None:
             self.mtu.handle_answer(padding_bytes, now)

@@ -93,10 +93,6 @@ class Introducer:
         self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
         return self._make(wants_answer=True)
 
-    def announce(self) -> Introduction:
-        """One that tells the peer of a change (new home, new addresses) and wants no answer."""
-        return self._make(wants_answer=False)
-
     def handle_introduction(self, introduction: Introduction, now: float) -> Outcome:
         """Judge one that was opened with the peer's node key."""
         if introduction.session in self._retired:

@@ -8,7 +8,10 @@ costs a Ping per 0.5 s (three when the round trip is long) and is otherwise unto
 vouch for it. Stock nodes answer every Ping, so nothing is asked of them that they do not do anyway.
 
 Data that comes back only calms the suspicion; it does not extend trust, since it is known by its
-source address alone, which anybody can forge.
+source address alone, which anybody can forge. Nor does it tell that what we send arrives: a path
+may die in one direction only. So traffic that has flowed for 0.5 s without an authenticated answer
+leads to a burst, too, whatever comes back: a Ping per 0.5 s while traffic flows. Single datagrams,
+more than 0.3 s apart, have only the heartbeats to tell on them; few are lost in 3 s.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ TICK_SECONDS: Final = 0.1
 """How often the counters are compared while there is traffic; nothing runs when there is none."""
 SUSPECT_AFTER_SECONDS: Final = 0.15
 """Two ticks after the one that first saw sending without return: 0.2 to 0.3 s of silence."""
+UNANSWERED_SECONDS: Final = 0.5
+PAUSE_SECONDS: Final = 0.3
+"""After a pause this long traffic begins anew."""
 QUIET_AFTER_SECONDS: Final = 1.0
 BURST: Final = 3
 """Pings of a burst: at 20 % loss of round trips, all three are lost once in 125 bursts, and then
@@ -38,6 +44,8 @@ class Liveness:
         self._sent = 0
         self._received = 0
         self._silent_since = math.inf
+        self._unanswered_since = math.inf
+        self._sent_at = -math.inf
         self._quiet_since = -math.inf
         self._burst_allowed_at = -math.inf
         self._burst_left = 0
@@ -54,9 +62,13 @@ class Liveness:
         """When `poll_burst` or `poll_verdict` has something to say; infinity for never."""
         return min(self._burst_next_at, self._verdict_at)
 
-    def handle_answer(self) -> None:
-        """A Pong for the path came: all is well."""
+    def handle_answer(self, pinged_at: float = math.inf) -> None:
+        """All is well: a Pong came for the Ping of `pinged_at`, or we begin anew.
+
+        What was sent after that Ping is still unanswered, which counts when the way is long.
+        """
         self._silent_since = math.inf
+        self._unanswered_since = pinged_at
         self._burst_left = 0
         self._burst_next_at = self._verdict_at = math.inf
 
@@ -70,7 +82,15 @@ class Liveness:
             self._silent_since = min(self._silent_since, now)
             self._quiet_since = now
         self._sent, self._received = sent, received
-        return has_sent, now - self._silent_since >= SUSPECT_AFTER_SECONDS
+        is_unanswered = has_sent and self._note_flow(now)
+        return has_sent, is_unanswered or now - self._silent_since >= SUSPECT_AFTER_SECONDS
+
+    def _note_flow(self, now: float) -> bool:
+        """Something was sent; whether traffic has flowed for too long without an answer."""
+        is_new = now - self._sent_at > PAUSE_SECONDS
+        self._unanswered_since = now if is_new else min(self._unanswered_since, now)
+        self._sent_at = now
+        return now - self._unanswered_since >= UNANSWERED_SECONDS
 
     def is_quiet(self, now: float) -> bool:
         """Whether ticks may stop: nothing moves, and nothing sent is unanswered."""

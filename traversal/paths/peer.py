@@ -8,6 +8,8 @@ expects. Deliberate differences, each harmless to it:
 * a valid Ping from an address that never answered us is answered by a Ping of our own (P7);
 * a CallMeMaybe is sent even when we know no address of the peer (P6);
 * an empty CallMeMaybe makes us ping, not forget: a later version of the message reads as empty;
+* a CallMeMaybe makes us confirm the path in use: when it died in our direction only, the peer is
+  the one that notices;
 * private addresses that make no sense from here are tried only after 5 s without success (P10);
 * latency is the least of three samples (P9), and a path that loses too much is left for the relay
   until it has healed (`loss`; P13);
@@ -63,7 +65,9 @@ PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
 """All five: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
-"""Least time between two Pings in answer to Pings from one address (P7)."""
+"""Least time between two Pings in answer to Pings from one address (P7); while a direct path is in
+use, between any two. Without that two NATs that map by destination and filter nothing would have
+the peers answer each other's Pings for ever, each from a mapping that the other has not seen."""
 RECOVERY_SECONDS: Final = 1.5
 """A path that died is pinged at this pace for a minute: healed, it is used within 3 s, even if one
 Ping is lost."""
@@ -109,9 +113,11 @@ class Peer:
         self._recovery_at = math.inf
         self._schedule = SearchSchedule()
         self._peer_relay_wanted_at = -math.inf
+        self._pinged_back_at = -math.inf
 
         self._calls_sent = 0
         self._calls_received = 0
+        self._relay_pongs = 0
         self._foreign_pongs = 0
 
     # ---- look
@@ -148,6 +154,7 @@ class Peer:
             last_sent_at=none_if_never(self._last_sent_at),
             calls_sent=self._calls_sent,
             calls_received=self._calls_received,
+            relay_pongs=self._relay_pongs,
             foreign_pongs=self._foreign_pongs,
             candidates=tuple(map(CandidateStatistics.of, self._book)),
         )
@@ -200,6 +207,8 @@ class Peer:
             if self.is_active:
                 reason = reason or f"{self.route.path} did not answer for 6.5 s"
                 self._recovery_at = now + RECOVERY_SECONDS
+                # Perhaps our NAT forgot us: then our list is wrong, however fresh.
+                self._caller.forget_freshness()
                 self._search(now, is_forced=True)
             else:
                 reason = "there is no traffic, so the path is not looked after"
@@ -272,7 +281,7 @@ class Peer:
             self._note_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
-        reason = self._choice.handle_answer(candidate, ping.padding_bytes, now)
+        reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
         self._flush(now, reason)
         return True
 
@@ -282,6 +291,7 @@ class Peer:
         if ping is None or ping.candidate is not None:
             return False
         self._pinger.take(transaction_id)
+        self._relay_pongs += 1
         self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
         return True
 
@@ -297,6 +307,11 @@ class Peer:
             candidate.pinged_at = -math.inf
             self._pinger.enqueue(candidate)
         self._schedule.handle_called(now)
+        best = self._choice.best
+        if best is not None and self._is_settled:
+            # Who calls has no direct path, or looks for a better one: perhaps ours leads nowhere,
+            # though the peer's datagrams still come.
+            self._choice.liveness.start_burst(best.patient_rtt_seconds, now)
         self._flush(now, reason)
 
     def handle_authenticated_data(self, path: Path, now: float) -> None:
@@ -330,7 +345,7 @@ class Peer:
         self._pinger.forget_all()
         self._choice.forget()
         self._recovery_at = math.inf
-        self._caller.forget_freshness()
+        self._caller.handle_rebind(now)
         self._schedule.restart(now)
         if self.is_active:
             self._search(now)
@@ -348,7 +363,8 @@ class Peer:
         candidate.answered_at = now
         self._learn(address)
         self._book.prune(now, keep=candidate)
-        self._flush(now, self._choice.handle_answer(candidate, 0, now))
+        reason = self._choice.handle_answer(candidate, 0, now - latency_seconds, now)
+        self._flush(now, reason)
 
     def handle_peer_relay_ready(
         self, path: Path, server: object, latency_seconds: float, now: float
@@ -385,7 +401,10 @@ class Peer:
 
     def set_relay_available(self, is_available: bool, now: float) -> None:
         """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
+        has_come = is_available and not self._has_relay
         self._has_relay = is_available
+        if has_come and self.is_active and self._is_searching:
+            self._caller.repeat(now)
         self._flush(now, "the relay came" if is_available else "the relay went")
 
     def ping_all(self, now: float) -> None:
@@ -498,14 +517,18 @@ class Peer:
             self._effects.append(DiscoverPeerRelay())
 
     def _maybe_ping_back(self, candidate: Candidate, now: float) -> None:
-        if candidate is self._choice.best and self._is_settled:
-            return
+        best = self._choice.best
+        if best is not None and self._is_settled:
+            # Another port of the host that we send to is not a better path.
+            is_same_host = candidate.path.address.host == best.path.address.host
+            if is_same_host or now - self._pinged_back_at < PING_BACK_SECONDS:
+                return
         if now - candidate.pinged_back_at < PING_BACK_SECONDS:
             return
         has_answered = now - candidate.answered_at < ACTIVITY_SECONDS
         if has_answered and (self._is_settled or not self.is_active):
             return
-        candidate.pinged_back_at = now
+        candidate.pinged_back_at = self._pinged_back_at = now
         self._send_ping(candidate, Purpose.DISCOVERY, now)
 
     def _drop_removed_best(self, now: float, reason: str) -> str:

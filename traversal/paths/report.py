@@ -89,6 +89,7 @@ class NatFacts:
     hairpins: bool | None = None
     is_udp_blocked: bool = False
     has_port_mapping: bool = False
+    has_captive_portal: bool = False
 
     @property
     def is_hard(self) -> bool:
@@ -234,6 +235,7 @@ class Report:
             hairpins=self.hairpins,
             is_udp_blocked=not self.is_udp_working,
             has_port_mapping=has_port_mapping,
+            has_captive_portal=not self.is_udp_working and self.captive_portal is True,
         )
 
     def last_report(self) -> LastReport:

@@ -56,5 +56,6 @@ class PeerStatistics:
     last_sent_at: float | None
     calls_sent: int
     calls_received: int
+    relay_pongs: int
     foreign_pongs: int
     candidates: tuple[CandidateStatistics, ...]

@@ -13,7 +13,7 @@ from typing import Final
 
 from traversal.paths.effects import PathState
 from traversal.paths.punch_facts import PunchFacts, Strategy
-from traversal.paths.report import NatFacts
+from traversal.paths.report import NatFacts, PortAllocation, PortPattern
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics
 from traversal.wire.introduction import FilteringClass, MappingClass
 
@@ -30,6 +30,7 @@ class Finding(Enum):
     PATH_LOST = "path-lost"
     UDP_BLOCKED_HERE = "udp-blocked-here"
     UDP_BLOCKED_THERE = "udp-blocked-there"
+    CAPTIVE_PORTAL_HERE = "captive-portal-here"
     NO_CANDIDATES = "no-candidates"
     NO_CALL = "peer-never-called"
     BOTH_HARD = "both-nats-hard"
@@ -47,6 +48,7 @@ class Remedy(Enum):
 
     OPEN_UDP_HERE = "open-udp-here"
     OPEN_UDP_THERE = "open-udp-there"
+    SIGN_IN_HERE = "sign-in-here"
     MAP_PORT_HERE = "map-port-here"
     MAP_PORT_THERE = "map-port-there"
     PORT_SEARCH = "enable-port-search"
@@ -57,6 +59,7 @@ class Remedy(Enum):
 _REMEDY_TEXT: Final = {
     Remedy.OPEN_UDP_HERE: "Allow outgoing UDP in the firewall in front of this node.",
     Remedy.OPEN_UDP_THERE: "Allow outgoing UDP in the firewall in front of the peer.",
+    Remedy.SIGN_IN_HERE: "Open any web page in a browser on this node and sign in to the network.",
     Remedy.MAP_PORT_HERE: "Enable NAT-PMP, PCP or UPnP on this node's router, or forward a UDP "
     "port to this node.",
     Remedy.MAP_PORT_THERE: "Enable NAT-PMP, PCP or UPnP on the peer's router, or forward a UDP "
@@ -165,10 +168,26 @@ def can_punch(own: NatFacts, peer: NatFacts) -> bool | None:
 
 def describe_nat(facts: NatFacts) -> str:
     """A noun phrase: "an easy NAT (...), open only to ports that were written to"."""
+    if facts.has_captive_portal:
+        return "a captive portal"
     if facts.is_udp_blocked:
         return "a firewall that blocks UDP"
     text = _MAPPING_TEXT[facts.mapping] + _FILTERING_TEXT[facts.filtering]
+    if facts.mapping is not MappingClass.NONE:
+        text += _describe_ports(facts.ports)
     return f"{text}, with a mapped port" if facts.has_port_mapping else text
+
+
+def _describe_ports(ports: PortAllocation) -> str:
+    match ports.pattern:
+        case PortPattern.PRESERVING:
+            return ", keeping port numbers"
+        case PortPattern.SEQUENTIAL:
+            return f", counting ports in steps of {ports.step}"
+        case PortPattern.RANDOM:
+            return ", with random ports"
+        case PortPattern.UNKNOWN:
+            return ""
 
 
 def judge(
@@ -274,7 +293,14 @@ class _Builder:
                 "it has healed.",
             )
             return
-        if own.is_udp_blocked:
+        if own.has_captive_portal:
+            self._say(
+                Finding.CAPTIVE_PORTAL_HERE,
+                "A captive portal answers in place of the relays, so this network lets nothing "
+                "through before somebody signs in.",
+                Remedy.SIGN_IN_HERE,
+            )
+        elif own.is_udp_blocked:
             self._say(
                 Finding.UDP_BLOCKED_HERE,
                 "No STUN server answered this node: its firewall blocks UDP.",
@@ -312,7 +338,9 @@ class _Builder:
         self._blame_nats()
         if self._punch is not None and not self._punch.has_succeeded:
             self._tell_punch(self._punch)
-        if statistics.candidates and not statistics.calls_received and not answered:
+        # A peer that has nothing to send pings us when we call, but need not call itself.
+        is_silent = not statistics.calls_received and not statistics.relay_pongs
+        if statistics.candidates and is_silent and not answered:
             self._say(
                 Finding.NO_CALL,
                 f"{self._name} has sent no CallMeMaybe: it may be off line, or not see our own.",
@@ -399,4 +427,5 @@ def _facts_dict(facts: NatFacts) -> dict[str, object]:
         "hairpins": facts.hairpins,
         "udp_blocked": facts.is_udp_blocked,
         "port_mapping": facts.has_port_mapping,
+        "captive_portal": facts.has_captive_portal,
     }

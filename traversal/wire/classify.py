@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Final
 
 from traversal.wire.disco import MAGIC
+from traversal.wire.introduction import is_introduction
 
 
 class Kind(Enum):
@@ -20,6 +21,7 @@ class Kind(Enum):
     DISCO = "disco"
     RELAYED_DISCO = "relayed disco"
     RELAYED_DATA = "relayed data"
+    INTRODUCTION = "introduction"
     DATA = "data"
 
 
@@ -46,7 +48,7 @@ def classify(datagram: bytes) -> Kind:
             return Kind.RELAYED_DATA
     if len(datagram) >= _MIN_DISCO and head[:6] == MAGIC:
         return Kind.DISCO
-    return Kind.DATA
+    return Kind.INTRODUCTION if is_introduction(head) else Kind.DATA
 
 
 def is_plain_data(datagram: bytes) -> bool:

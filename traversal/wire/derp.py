@@ -499,3 +499,9 @@ class FrameSplitter:
                 yield frame_type, body
         finally:
             del buffer[:position]
+
+    def take_rest(self) -> bytes:
+        """The bytes of the incomplete frame, for whoever reads the stream from here on."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest

@@ -7,7 +7,7 @@ import pytest
 from netlab.addresses import plan_addresses
 from netlab.kernel.fidelity import Engine, choose_engine
 from netlab.kernel.nft import Router, flush_dynamic_sets, router_rules, router_sysctls
-from netlab.kernel.wiring import AFTER_NAT_TABLE, is_impaired, plan_wiring
+from netlab.kernel.wiring import is_impaired, plan_wiring
 from netlab.model import (
     INTERNET,
     Filtering,
@@ -263,15 +263,18 @@ def test_nat64_is_refused_with_the_way_out() -> None:
         plan_wiring(home(NatBehavior(nat64=True, ipv6=Ipv6.ROUTED)))
 
 
-def test_a_user_nat_owns_no_external_address_but_gets_its_packets() -> None:
-    """The address is routed to the engine's device; translated packets have their own table."""
+def test_a_user_nats_router_never_sees_external_addresses() -> None:
+    """What it forwards goes into the engine; the engine's uplink ends in the next network."""
     wiring = plan_wiring(home(NatBehavior()), engines={"n": Engine.USER})
     machine, external = wiring.machines["n"], wiring.addresses.nats["n"].outside.ipv4[0]
     (nat,) = wiring.user_nats
     assert all(address.ip != external for _, address in machine.addresses)
-    to_engine = [r for r in machine.routes if r.destination.network_address == external]
-    assert [route.index for route in to_engine] == [nat.outside.index]
-    assert sum(route.table == AFTER_NAT_TABLE for route in machine.routes) == 1
+    defaults = [r for r in machine.routes if r.destination.prefixlen == 0]
+    assert [route.index for route in defaults] == [nat.inside.index]
+    outside = wiring.machines[INTERNET].routes
+    to_nat = [r for r in outside if r.destination.network_address == external]
+    assert [route.index for route in to_nat] == [nat.uplink.outer.index]
+    assert nat.uplink.pumped
 
 
 def test_interface_numbers_and_names_are_unique_in_a_machine() -> None:

@@ -33,9 +33,9 @@ class Bench:
             lambda drop, packet: self.drops.append(drop),
         )
 
-    def send(self, side: Side, packet: bytes) -> tuple[Side, bytes] | None:
+    def send(self, side: Side, packet: bytes, now: float = 1.0) -> tuple[Side, bytes] | None:
         buffer = bytearray(packet)
-        leaves = self.nat.handle_packet(buffer, side, 1.0)
+        leaves = self.nat.handle_packet(buffer, side, now)
         return None if leaves is None else (leaves, bytes(buffer))
 
 
@@ -71,6 +71,44 @@ def test_a_udp_packet_goes_out_and_its_answer_comes_in() -> None:
     assert bench.send(Side.OUTSIDE, udp(SERVER, 3478, EXTERNAL, 4000)) == (
         Side.INSIDE,
         udp(SERVER, 3478, HOST, 4000),
+    )
+
+
+def test_the_packets_of_a_flow_are_translated_alike_within_a_tick() -> None:
+    """Later ones keep their own data and checksums; a TCP packet of the same numbers is not one."""
+    bench = Bench()
+    for data in (b"first", b"second", b"x" * 1400):
+        outbound = bench.send(Side.INSIDE, udp(HOST, 4000, SERVER, 443, data))
+        assert outbound == (Side.OUTSIDE, udp(EXTERNAL, 4000, SERVER, 443, data))
+        inbound = bench.send(Side.OUTSIDE, udp(SERVER, 443, EXTERNAL, 4000, data))
+        assert inbound == (Side.INSIDE, udp(SERVER, 443, HOST, 4000, data))
+    assert bench.send(Side.OUTSIDE, tcp(SERVER, 443, EXTERNAL, 4000)) is None
+
+
+def test_every_tick_renews_a_mapping_and_none_outlives_it() -> None:
+    """Mappings last 120 s from their last packet, however many went before."""
+    bench = Bench()
+    packet, answer = udp(HOST, 4000, SERVER, 3478), udp(SERVER, 3478, EXTERNAL, 4000)
+    for now in (1.0, 1.0, 100.0, 100.0):
+        assert bench.send(Side.INSIDE, packet, now) is not None
+    assert bench.send(Side.OUTSIDE, answer, 219.9) is not None
+    assert bench.send(Side.OUTSIDE, answer, 340.0) is None
+    assert bench.drops[-1].reason is DropReason.EXPIRED
+
+
+def test_a_reboot_is_felt_at_once() -> None:
+    """Also by a flow that was translated in the same tick."""
+    bench = Bench()
+    answer = udp(SERVER, 3478, EXTERNAL, 4000)
+    bench.send(Side.INSIDE, udp(HOST, 4000, SERVER, 3478))
+    assert bench.send(Side.OUTSIDE, answer) is not None
+    bench.nat.reboot(1.0)
+    assert bench.send(Side.OUTSIDE, answer) is None
+    bench.send(Side.INSIDE, udp(HOST, 4000, SERVER, 3478))
+    bench.nat.renumber([STRANGER], 1.0)
+    assert bench.send(Side.INSIDE, udp(HOST, 4000, SERVER, 3478)) == (
+        Side.OUTSIDE,
+        udp(STRANGER, 4000, SERVER, 3478),
     )
 
 

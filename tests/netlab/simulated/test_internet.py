@@ -244,7 +244,7 @@ def run(
 def test_same_seed_same_trace() -> None:
     """The same topology, seed and programs give the same timeline, byte for byte."""
     _, first = run(10, seed=1, duration_seconds=0.4)
-    assert first.count(b"\n") > 1000
+    assert first.count(b"\n") > 100
     assert run(10, seed=1, duration_seconds=0.4)[1] == first
     assert run(10, seed=2, duration_seconds=0.4)[1] != first
 

@@ -124,6 +124,24 @@ class TestPingBack:
         peer.handle_ping(b"1" * 12, Path(X), 5.1)
         assert sent_pings(peer) == [X]
 
+    def test_new_ports_of_the_host_in_use_are_not_pinged(self):
+        """With a direct path in use, a Ping from another port of that host (the peer's NAT maps by
+        destination) brings a Pong only, and other hosts are pinged once in 5 s; otherwise two such
+        NATs would keep the peers pinging for ever."""
+        peer = make_peer(X)
+        peer.handle_send(0.0)
+        (ping,) = (e for e in peer.poll_effects() if isinstance(e, SendPing))
+        peer.handle_pong(ping.transaction_id, X, Y, 0.04)
+        peer.on_time(0.04)
+        peer.poll_effects()
+        for i in range(50):
+            peer.handle_ping(bytes([i]) * 12, Path(Address(X.host, 1000 + i)), 0.05)
+        assert sent_pings(peer) == []
+        others = [Address(f"198.51.100.{i}", 9) for i in range(1, 50)]
+        for i, other in enumerate(others):
+            peer.handle_ping(bytes([i]) * 12, Path(other), 0.05)
+        assert sent_pings(peer) == others[:1]
+
     def test_duplicate_pings_are_dropped(self):
         """The same Ping twice from one address is answered once; from another it is answered."""
         peer = make_peer()
@@ -246,12 +264,31 @@ class TestLiveness:
         assert len(w.a.sent(SendPing, since=1.0)) < 2.5 * 60
         assert w.lost(log, 0.0, 59.0) == []
 
-    def test_two_way_flows_cost_no_extra_pings(self, world):
-        """With return traffic only the heartbeats are sent."""
+    @pytest.mark.parametrize(("every", "most"), [(0.02, 75), (0.1, 75), (0.4, 10)])
+    def test_two_way_flows_cost_few_pings(self, world, every, most):
+        """With return traffic some two Pings a second are sent; single datagrams that are
+        answered cost nothing beyond the heartbeats."""
         w = world().join()
-        w.talk(w.a, w.b, every=0.1, until=31.0)
+        w.talk(w.a, w.b, every=every, until=31.0)
         w.run(31.0)
-        assert len(w.a.sent(SendPing, since=1.0)) == 10
+        assert 10 <= len(w.a.sent(SendPing, since=1.0)) <= most
+
+    @pytest.mark.parametrize("delay", [0.001, 0.05, 0.15])
+    def test_path_dead_in_one_direction(self, world, delay):
+        """What we send is lost while the peer is heard well: less than a second of it is lost, and
+        the peer, whose Pings go unanswered, loses nothing that arrives."""
+        for seed in range(5):
+            w = world(seed, delay=delay).join()
+            log = w.talk(w.a, w.b, every=0.02, until=20.0)
+            start = 10.0 + seed * 0.617
+            w.run(start)
+            w.refuses = lambda source, to, deaf=w.b.address: to == deaf
+            w.run(20.0)
+            ours = {number: entry for number, entry in log.items() if entry[1] is w.a}
+            lost = w.lost(ours, start - 1.0, 19.0)
+            assert 0 < max(lost) - min(lost) < 1.0
+            assert w.a.peer.route.relay
+            assert len(w.lost(log, 0.0, 19.0)) == len(lost)
 
     @pytest.mark.parametrize("delay", [0.001, 0.05, 0.15])
     @pytest.mark.parametrize("is_one_way", [True, False])

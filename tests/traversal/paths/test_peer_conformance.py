@@ -203,6 +203,40 @@ def test_t7_call_me_maybe_rate(world) -> None:
     assert min(b - a for a, b in itertools.pairwise(times)) > 4.999
 
 
+@pytest.mark.parametrize("answers_refresh", [True, False])
+def test_t7_call_me_maybe_after_rebinds(world, answers_refresh) -> None:
+    """A rebind frees one CallMeMaybe of the spacing; a network that flaps does not make a flood."""
+    w = world().join("blocked", "easy")
+    w.talk(w.a, every=0.05, until=60.0)
+    w.run(1.0)
+    w.a.answers_refresh = answers_refresh
+    w.a.peer.handle_rebind(w.now)
+    w.a.flush()
+    w.run(2.1)
+    assert len(w.a.sent(SendCallMeMaybe)) == 1 + answers_refresh
+    for step in range(1, 75):
+        w.run(10.0 + step * 0.4)
+        w.a.peer.handle_rebind(w.now)
+        w.a.flush()
+    assert len(w.a.sent(SendCallMeMaybe, since=10.0)) <= 2 * 30 / 5
+
+
+def test_t7_fresh_call_follows_a_stale_one(world) -> None:
+    """If the net check after a rebind is slow, its result is called at once nevertheless."""
+    w = world().join("blocked", "easy")
+    w.talk(w.a, every=0.05, until=10.0)
+    w.run(1.0)
+    w.a.answers_refresh = False
+    w.a.peer.handle_rebind(w.now)
+    w.a.flush()
+    w.run(6.0)
+    w.a.peer.set_own_addresses((X,), w.now)
+    w.a.flush()
+    calls = w.a.sent(SendCallMeMaybe, since=0.5)
+    assert [t for t, _ in calls] == pytest.approx([5.0, 6.0], abs=0.1)
+    assert calls[-1][1].addresses == (X,)
+
+
 def test_t8_foreign_pong_source() -> None:
     """A Pong from another port makes the pinged address best; the other is learned, not used."""
     peer = make_peer(X)

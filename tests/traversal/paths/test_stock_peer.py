@@ -49,7 +49,7 @@ def test_a_stock_peer_that_knows_nothing(world) -> None:
 
 
 def test_undisturbed_for_minutes(world) -> None:
-    """Five minutes of traffic: nobody leaves the direct path, Pings stay at heartbeat pace."""
+    """Five minutes of traffic: nobody leaves the direct path, Pings stay few."""
     w = world().join("easy", "easy", stock_b=True)
     log = w.talk(w.a, w.b, every=0.1, until=300.0)
     w.run(1.0)
@@ -58,7 +58,7 @@ def test_undisturbed_for_minutes(world) -> None:
         assert w.a.peer.state is PathState.DIRECT
         assert w.b.peer.state is PathState.DIRECT
     assert w.lost(log, 0.0, 298.0) == []
-    assert len(w.a.sent(SendPing)) < 130
+    assert len(w.a.sent(SendPing)) < 2.5 * 300
     assert len(w.a.sent(SendCallMeMaybe)) < 8
 
 
@@ -80,22 +80,25 @@ def test_outage(world, outage) -> None:
     assert w.lost(ours, 11.0, 88.0) == []
 
 
-def test_our_rebind(world) -> None:
-    """We move; the stock node follows on our CallMeMaybe, and we lose nothing after 1 s."""
+@pytest.mark.parametrize("moves_at", [1.0, 10.0])
+def test_our_rebind(world, moves_at) -> None:
+    """We move; the stock node follows on our CallMeMaybe, however recent the last is, and we lose
+    nothing after 1 s."""
     w = world().join("easy", "easy", stock_b=True)
     log = w.talk(w.a, w.b, every=0.05, until=30.0)
-    w.run(10.0)
+    w.run(moves_at)
+    assert w.a.sent(SendCallMeMaybe, until=1.0)
     w.a.address = Address("10.0.0.77", 5555)
     w.a.nat.public_ip = "198.51.100.78"
     w.a.peer.handle_rebind(w.now)
     w.a.flush()
-    w.run(13.0)
+    w.run(moves_at + 3.0)
     assert w.a.peer.state is PathState.DIRECT
     assert w.b.peer.state is PathState.DIRECT
     assert w.b.peer.best.host == "198.51.100.78"
     w.run(30.0)
     ours = {number: entry for number, entry in log.items() if entry[1] is w.a}
-    assert w.lost(ours, 11.0, 29.0) == []
+    assert w.lost(ours, moves_at + 1.0, 29.0) == []
 
 
 def test_one_way_traffic_to_a_stock_node(world) -> None:

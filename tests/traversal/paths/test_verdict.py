@@ -80,6 +80,20 @@ def test_unknown_peer(world) -> None:
     assert Remedy.CHECK_PEER in verdict.remedies
 
 
+def test_silent_peer_is_not_off_line(world) -> None:
+    """A peer that only listens is suspected until it answers a Ping by the relay."""
+    w = world().join("easy", "hard")
+    w.talk(w.a, every=0.1, until=5.0)
+    w.run(5.0)
+    assert Finding.NO_CALL in judge("bob", w.a.peer.statistics(), EASY, HARD, "x", w.now).findings
+    w.a.peer.ping_all(w.now)
+    w.a.flush()
+    w.run(6.0)
+    verdict = judge("bob", w.a.peer.statistics(), EASY, HARD, "x", w.now)
+    assert Finding.NO_CALL not in verdict.findings
+    assert Remedy.CHECK_PEER not in verdict.remedies
+
+
 def test_lost_path(world) -> None:
     """A path that worked is said to have worked, and until when."""
     w = world().join("easy", "easy")

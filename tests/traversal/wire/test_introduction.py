@@ -13,7 +13,7 @@ from traversal.keys import Box, DiscoPublic, NodePrivate
 from traversal.paths.introduction import Introducer, new_session
 from traversal.wire import introduction as wire
 from traversal.wire.address import Address
-from traversal.wire.classify import is_plain_data
+from traversal.wire.classify import Kind, classify
 
 ALICE, BOB, EVE = (NodePrivate.generate(lambda n, x=x: bytes([x]) * n) for x in (1, 2, 3))
 SAMPLE = wire.Introduction(
@@ -56,7 +56,7 @@ def test_only_the_two_nodes_can_make_and_read_it() -> None:
 def test_stock_nodes_ignore_it() -> None:
     """It is neither disco nor STUN, and no WireGuard message (bytes 1 to 3 would be zero)."""
     packet = wire.seal_introduction(SAMPLE, Box(ALICE, BOB.public()), bytes(24))
-    assert is_plain_data(packet)
+    assert classify(packet) is Kind.INTRODUCTION
     assert packet[1:4] != bytes(3)
 
 
@@ -166,16 +166,16 @@ class TestIntroducer:
     def test_replay_of_a_former_life_that_knew_us(self) -> None:
         """A recording that echoes our present session is not believed after a restart either."""
         bob, old, new = (introducer(n) for n in (b"bob---01", b"alice-01", b"alice-02"))
-        first = bob.handle_introduction(old.announce(), 0.0)
+        first = bob.handle_introduction(old._make(wants_answer=False), 0.0)
         assert first.believed is not None
-        old.handle_introduction(bob.announce(), 0.1)
-        recording = old.announce()
+        old.handle_introduction(bob._make(wants_answer=False), 0.1)
+        recording = old._make(wants_answer=False)
         assert recording.echoed_session == b"bob---01"
-        new.handle_introduction(bob.announce(), 10.0)
-        assert bob.handle_introduction(new.announce(), 10.1).believed is not None
+        new.handle_introduction(bob._make(wants_answer=False), 10.0)
+        assert bob.handle_introduction(new._make(wants_answer=False), 10.1).believed is not None
         for _ in range(3):
             assert bob.handle_introduction(recording, 11.0).believed is None
-        assert bob.handle_introduction(new.announce(), 12.0).believed is not None
+        assert bob.handle_introduction(new._make(wants_answer=False), 12.0).believed is not None
 
     def test_floods_get_few_answers(self) -> None:
         """A thousand introductions within a second are answered at most five or six times."""

@@ -13,7 +13,7 @@ from _pytest.runner import runtestprotocol
 
 from netlab.kernel.jail import JailCallError, JailError, call_in_jail
 
-# No test here takes more than some seconds; this only ends one that hangs.
+# No such test takes more than some seconds; this only ends one that hangs.
 TIMEOUT_SECONDS = 60.0
 
 

@@ -1,0 +1,111 @@
+"""The same checks in Linux namespaces, with the real relay as a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+import trio
+
+from netlab.kernel.jail import JailError, call_in_jail
+from netlab.kernel.lab import KernelLab
+from netlab.model import Link as Wire
+from netlab.model import Topology
+from netlab.presets import class_behavior
+from tests.system.checks import (
+    check_changed_nat,
+    check_goes_direct,
+    check_roaming,
+    check_stays_on_the_relay,
+    roaming_topology,
+)
+from tests.system.world import World, topology
+from traversal import RelayMap
+
+SLACK_SECONDS: Final = 3.0
+"""What a loaded machine may add to any time."""
+START_SECONDS: Final = 20.0
+LIMIT_SECONDS: Final = 60.0
+
+EASY = class_behavior("EIM+APDF")
+HARD = class_behavior("APDM+APDF")
+PLAIN = Wire()
+
+
+@asynccontextmanager
+async def in_kernel(of: Topology) -> AsyncIterator[World]:
+    """The topology in namespaces, with `underpass-relay` on r0."""
+    async with KernelLab(of) as lab, trio.open_nursery() as nursery:
+        with tempfile.TemporaryDirectory() as directory:
+            host = lab.host("r0")
+            address = host.addresses[0]
+            map_file = Path(directory) / "map.json"
+            command = [sys.executable, "-m", "relay.cli", "serve", "--dev"]
+            command += ["--hostname", address, "--derp", f"{address}:443"]
+            command += ["--stun", f"{address}:3478", "--http", "off", "--admin", "off"]
+            await host.open_process(
+                [*command, "--dev-map", str(map_file)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            with trio.fail_after(START_SECONDS):
+                while not (map_file.exists() and map_file.read_text().endswith("\n")):  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            relay_map = RelayMap.parse(map_file.read_text())
+        yield World(lab, nursery, relay_map, random.Random(of.seed), options={})
+        nursery.cancel_scope.cancel()
+
+
+def run_in_jail(of: Topology, check: Callable[[World], Awaitable[object]]) -> None:
+    """Run a check in a jail of its own; skips where the kernel allows none."""
+
+    async def run() -> None:
+        async with in_kernel(of) as world:
+            await check(world)
+
+    def work() -> bytes:
+        trio.run(run)
+        return b""
+
+    try:
+        call_in_jail(work, timeout_seconds=LIMIT_SECONDS)
+    except JailError as error:
+        pytest.skip(f"no jail here: {error}")
+
+
+def test_easy_pair() -> None:
+    """As `check_goes_direct` says."""
+    check = functools.partial(
+        check_goes_direct, round_trip_seconds=0.0, slack_seconds=SLACK_SECONDS
+    )
+    run_in_jail(topology(EASY, EASY, wire=PLAIN), check)
+
+
+def test_hard_pair() -> None:
+    """As `check_stays_on_the_relay` says."""
+    check = functools.partial(check_stays_on_the_relay, seconds=2)
+    run_in_jail(topology(HARD, HARD, wire=PLAIN), check)
+
+
+@pytest.mark.slow
+def test_roaming() -> None:
+    """As `check_roaming` says."""
+    check = functools.partial(check_roaming, after_seconds=1, slack_seconds=SLACK_SECONDS)
+    run_in_jail(roaming_topology(EASY, PLAIN), check)
+
+
+@pytest.mark.slow
+def test_renumbered_nat() -> None:
+    """As `check_changed_nat` says."""
+    check = functools.partial(
+        check_changed_nat, what="renumber", after_seconds=1, slack_seconds=SLACK_SECONDS
+    )
+    run_in_jail(topology(EASY, EASY, wire=PLAIN), check)

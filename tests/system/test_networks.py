@@ -1,0 +1,240 @@
+"""Networks that need more than a hole punched: what a person behind them gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import ssl
+
+import pytest
+import trio
+import trustme
+from trio.testing import MockClock
+
+from netlab.model import (
+    Firewall,
+    Hairpin,
+    Host,
+    Ipv6,
+    Link,
+    Nat,
+    Server,
+    Topology,
+    Uplink,
+)
+from netlab.nat import Protocol
+from netlab.presets import class_behavior, nat_preset
+from netlab.simulated.host import SimulatedHost
+from netlab.simulated.packet import Packet
+from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
+from tests.system.sim_relay import SimRelay
+from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
+from traversal import RelayOptions
+
+EASY = class_behavior("EIM+APDF")
+ROUTED = dataclasses.replace(EASY, ipv6=Ipv6.ROUTED)
+
+
+def chain(*nats: Nat, seed: int = 1, **hosts: str) -> Topology:
+    """Hosts by the name of the network that each is in, one relay."""
+    return Topology(
+        hosts=tuple(
+            Host(name=name, uplinks=(Uplink(network=network, link=WIRE),))
+            for name, network in hosts.items()
+        ),
+        servers=(Server(name="r0"),),
+        nats=nats,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("reject", [False, True])
+async def test_blocked_udp(reject: bool, autojump_clock: MockClock) -> None:
+    """Where only TCP port 443 leads out, the relay carries everything and nothing is lost."""
+    only_443 = dataclasses.replace(
+        EASY, firewall=Firewall(udp_ports=(), tcp_ports=(443,), reject=reject)
+    )
+    async with simulate(topology(only_443, EASY)) as world:
+        a, b = await world.open_nodes("h0", "h1")
+        assert a.nat.is_udp_blocked
+        assert not b.nat.is_udp_blocked
+        assert a.home_region == 900
+        conversation = await world.introduce(a, b)
+        await trio.sleep(10)
+        assert conversation.kinds == RELAY
+        assert conversation.lost_seconds() == 0
+        assert "UDP" in conversation.left.verdict().text()
+
+
+async def test_captive_portal(autojump_clock: MockClock) -> None:
+    """A node in a hotel finds its relay as soon as the guest has logged in, and a direct path after
+    the next periodic net check, which comes within 26 s, and the next call, 5 s later."""
+    portal = dataclasses.replace(EASY, firewall=Firewall(captive_portal=True))
+    async with simulate(topology(portal, EASY)) as world:
+        a, b = await world.open_nodes("h0", "h1")
+        await trio.sleep(20)
+        world.lab.nat("n0").log_in(world.lab.host("h0"))
+        with trio.fail_after(15):
+            conversation = await world.introduce(a, b)
+        took = await conversation.until_direct(32)
+        print(f"LAB portal {took:.2f}")
+
+
+async def test_one_site(autojump_clock: MockClock) -> None:
+    """Two hosts on one LAN talk by their private addresses, whatever their router is."""
+    hard = nat_preset("cloud/aws").behavior
+    async with simulate(chain(Nat(name="n", behavior=hard), h0="n", h1="n")) as world:
+        conversation = await world.converse()
+        took = await conversation.until_direct(1)
+        print(f"LAB one site {took:.3f}")
+        await trio.sleep(6)
+        assert conversation.kinds == DIRECT
+        assert conversation.left.path.address.host.startswith("192.168.")
+        assert conversation.lost_seconds() == 0
+
+
+@pytest.mark.parametrize("hairpin", list(Hairpin))
+async def test_two_homes_behind_one_carrier(hairpin: Hairpin, autojump_clock: MockClock) -> None:
+    """Behind one carrier NAT two homes reach each other directly if it hairpins as RFC 4787 asks;
+    otherwise the relay carries the traffic."""
+    carrier = dataclasses.replace(class_behavior("EIM+APDF"), carrier=True, hairpin=hairpin)
+    of = chain(
+        Nat(name="cgn", behavior=carrier),
+        Nat(name="n0", behavior=EASY, uplink=Uplink(network="cgn")),
+        Nat(name="n1", behavior=EASY, uplink=Uplink(network="cgn")),
+        h0="n0",
+        h1="n1",
+    )
+    async with simulate(of) as world:
+        conversation = await world.converse()
+        if hairpin is Hairpin.EXTERNAL:
+            took = await conversation.until_direct(1)
+            print(f"LAB hairpin {took:.3f}")
+        await trio.sleep(8)
+        assert conversation.lost_seconds() == 0
+        assert conversation.kinds == (DIRECT if hairpin is Hairpin.EXTERNAL else RELAY)
+
+
+async def test_double_nat(autojump_clock: MockClock) -> None:
+    """A home NAT behind a carrier NAT, both easy, is as good as one."""
+    of = chain(
+        Nat(name="cgn", behavior=dataclasses.replace(EASY, carrier=True)),
+        Nat(name="n0", behavior=EASY, uplink=Uplink(network="cgn")),
+        Nat(name="n1", behavior=EASY),
+        h0="n0",
+        h1="n1",
+    )
+    async with simulate(of) as world:
+        conversation = await world.converse()
+        took = await conversation.until_direct(0.17)
+        print(f"LAB double {took:.3f}")
+        await trio.sleep(3)
+        assert conversation.lost_seconds() == 0
+
+
+async def test_ipv6_only(autojump_clock: MockClock) -> None:
+    """Two phones without IPv4 meet by IPv6 through stateful firewalls."""
+    mobile = nat_preset("mobile/nat64").behavior
+    async with simulate(topology(mobile, mobile)) as world:
+        conversation = await world.converse()
+        took = await conversation.until_direct(0.17)
+        print(f"LAB ipv6 {took:.3f}")
+        assert conversation.left.path.address.is_ipv6
+        await trio.sleep(3)
+        assert conversation.lost_seconds() == 0
+
+
+async def test_nat64(autojump_clock: MockClock) -> None:
+    """A phone without IPv4 reaches a host that has nothing else, through its carrier's NAT64."""
+    mobile = nat_preset("mobile/nat64").behavior
+    async with simulate(topology(mobile, class_behavior("EIM+EIF"))) as world:
+        conversation = await world.converse()
+        took = await conversation.until_direct(10)
+        print(f"LAB nat64 {took:.3f}")
+        await trio.sleep(3)
+        assert conversation.lost_seconds() == 0
+
+
+async def test_dual_stack_prefers_ipv6(autojump_clock: MockClock) -> None:
+    """Both families work: IPv6 is used, and stays in use."""
+    async with simulate(topology(ROUTED, ROUTED)) as world:
+        conversation = await world.converse()
+        await conversation.until_direct(0.17)
+        await trio.sleep(5)
+        assert all(link.path.address.is_ipv6 for link in conversation.links)
+        assert conversation.lost_seconds() == 0
+
+
+async def test_dual_stack_avoids_much_slower_ipv6(autojump_clock: MockClock) -> None:
+    """IPv6 by a detour, as by a tunnel: IPv4 is used."""
+    of = topology(ROUTED, ROUTED)
+    async with simulate(of) as world:
+        for name in ("h0", "h1"):
+            delay_ipv6(world.lab.host(name), 0.1)
+        conversation = await world.converse()
+        await conversation.until_direct(2)
+        await trio.sleep(5)
+        assert all(not link.path.address.is_ipv6 for link in conversation.links)
+        assert conversation.lost_seconds() == 0
+
+
+def delay_ipv6(host: SimulatedHost, seconds: float) -> None:
+    """Hold back IPv6 datagrams on their way to a host."""
+    receive = host.receive
+
+    def receive_later(packet: Packet) -> None:
+        if packet.protocol == Protocol.UDP and len(packet.destination) == 16:
+            host.world.schedule(host.world.now() + seconds, receive, packet)
+        else:
+            receive(packet)
+
+    host.receive = receive_later  # type: ignore[method-assign]  # on this host
+
+
+@pytest.mark.parametrize("mtu", [576, 600, 1280, 1400, 1492])
+@pytest.mark.parametrize("black_hole", [True, False])
+async def test_path_mtu(mtu: int, black_hole: bool, autojump_clock: MockClock) -> None:
+    """The search finds what fits through a narrow link in the middle, whether the router there
+    tells or swallows, and a datagram of just that size arrives while a longer one does not."""
+    narrow = Link(delay_seconds=DELAY_SECONDS, mtu_bytes=mtu, mtu_black_hole=black_hole)
+    of = Topology(
+        hosts=(
+            Host(name="h0", uplinks=(Uplink(network="n0", link=WIRE),)),
+            Host(name="h1", uplinks=(Uplink(network="n1", link=WIRE),)),
+        ),
+        servers=(Server(name="r0"),),
+        nats=(
+            Nat(name="n0", behavior=EASY, uplink=Uplink(link=narrow)),
+            Nat(name="n1", behavior=EASY),
+        ),
+    )
+    async with simulate(of) as world:
+        conversation = await world.converse()
+        await conversation.until_direct(1)
+        await trio.sleep(15)
+        sizes = [link.path.mtu_bytes for link in conversation.links]
+        print(f"LAB mtu {mtu} {black_hole} {sizes}")
+        assert conversation.kinds == DIRECT
+        assert all(size is not None and mtu - 28 - 8 <= size <= mtu - 28 for size in sizes)
+        assert conversation.lost_seconds() == 0
+
+
+async def test_relay_with_tls(autojump_clock: MockClock) -> None:
+    """A relay with a certificate is reached by its name, and carries hard pairs."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("r0").configure_cert(server)
+
+    def make_context() -> ssl.SSLContext:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        return context
+
+    hard = class_behavior("APDM+APDF")
+    async with simulate(
+        topology(hard, hard),
+        options={"relay_options": RelayOptions(make_context=make_context)},
+        make_relay=functools.partial(SimRelay, context=server),
+    ) as world:
+        conversation = await check_stays_on_the_relay(world, 5)
+        assert conversation.left.path.region == 900

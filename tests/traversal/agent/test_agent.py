@@ -1,0 +1,202 @@
+"""The agent: its file, its control socket, its WireGuard bridge, and the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from click.testing import CliRunner
+
+from traversal import NodePrivate, RelayMap, RelayOptions
+from traversal.agent.config import AgentConfig, ConfigError, load_config
+from traversal.agent.service import ControlError, NoAgentError, ask, run_agent
+from traversal.cli import main
+
+
+def write_config(directory: Path, text: str = "", *, peers: str = "") -> Path:
+    directory.mkdir(exist_ok=True)
+    key = directory / "node.key"
+    if not key.exists():
+        key.write_text(NodePrivate.generate(os.urandom).reveal())
+    path = directory / "underpass.toml"
+    path.write_text(f'key = "node.key"\nrelay_map = "relays.json"\n{text}\n{peers}')
+    return path
+
+
+def peer_table(name: str, key: str, **more: object) -> str:
+    extra = "".join(f"{name} = {json.dumps(value)}\n" for name, value in more.items())
+    return f'[[peers]]\nname = "{name}"\nkey = "{key}"\n{extra}'
+
+
+def a_key() -> str:
+    return str(NodePrivate.generate(os.urandom).public())
+
+
+class TestConfig:
+    def test_reads_everything(self, tmp_path: Path) -> None:
+        """A full file is read, paths are relative to it."""
+        path = write_config(
+            tmp_path,
+            'port = 41641\nwireguard = "127.0.0.1:51820"',
+            peers=peer_table("attic", a_key(), relay=900, endpoint="127.0.0.1:51901"),
+        )
+        config = load_config(path)
+        assert config.control == tmp_path / "underpass.sock"
+        assert config.peer("attic") is not None
+        assert config.peer("cellar") is None
+        assert "privkey" not in repr(config)
+
+    @pytest.mark.parametrize(
+        ("text", "complaint"),
+        [
+            ("port = 70000", "port: 70000 is no port"),
+            ('speed = "fast"', "speed"),
+            ("port = ", "Invalid value"),
+            (peer_table("a", "nodekey:12"), r"peer 1 \(a\), key"),
+            (peer_table("", a_key()), "peer 1, name"),
+            (peer_table("a", a_key()) + peer_table("a", a_key()), "two peers have the name a"),
+            (peer_table("a", a_key(), endpoint="127.0.0.1:1"), "write wireguard"),
+            (peer_table("a", a_key(), endpoint="192.0.2.1:1"), "is no loopback address"),
+            ('wireguard = "here"', "must read IP:PORT"),
+        ],
+    )
+    def test_names_what_is_wrong(self, tmp_path: Path, text: str, complaint: str) -> None:
+        """Errors name the file and the place."""
+        path = write_config(tmp_path, text)
+        with pytest.raises(ConfigError, match=complaint) as caught:
+            load_config(path)
+        assert str(path) in str(caught.value)
+
+    def test_missing_files(self, tmp_path: Path) -> None:
+        """A missing key is explained by how to make one."""
+        with pytest.raises(ConfigError, match="No such file"):
+            load_config(tmp_path / "none.toml")
+        path = write_config(tmp_path)
+        (tmp_path / "node.key").unlink()
+        with pytest.raises(ConfigError, match="underpass keygen -o"):
+            load_config(path)
+
+
+class TestAgent:
+    @pytest.fixture
+    async def relay_map(
+        self,
+        nursery: trio.Nursery,
+        tiny_relay: Callable[[], Any],
+        map_of: Callable[..., RelayMap],
+    ) -> RelayMap:
+        relay = tiny_relay()
+        await nursery.start(relay.serve)
+        return map_of(relay)
+
+    async def start(self, nursery: trio.Nursery, path: Path, relay_map: RelayMap) -> AgentConfig:
+        config = load_config(path)
+
+        async def run(*, task_status: trio.TaskStatus[Any]) -> None:
+            await run_agent(
+                config,
+                relay_map,
+                hosts={4: "127.0.0.1"},
+                relay_options=RelayOptions(plain=True),
+                map_ports=False,
+                task_status=task_status,
+            )
+
+        await nursery.start(run)
+        return config
+
+    async def test_bridges_wireguard(
+        self, nursery: trio.Nursery, relay_map: RelayMap, tmp_path: Path
+    ) -> None:
+        """What one host's WireGuard sends to its peer's endpoint reaches the other's."""
+        keys = [NodePrivate.generate(os.urandom) for _ in range(2)]
+        guards = [trio.socket.socket(type=trio.socket.SOCK_DGRAM) for _ in range(2)]
+        ports = []
+        for guard in guards:
+            await guard.bind(("127.0.0.1", 0))
+            ports.append(guard.getsockname()[1])
+        probe = trio.socket.socket(type=trio.socket.SOCK_DGRAM)
+        with guards[0], guards[1], probe:
+            endpoints = []
+            for number in range(2):
+                directory = tmp_path / str(number)
+                directory.mkdir()
+                (directory / "node.key").write_text(keys[number].reveal())
+                with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as free:
+                    await free.bind(("127.0.0.1", 0))
+                    endpoint = free.getsockname()
+                endpoints.append(endpoint)
+                path = write_config(
+                    directory,
+                    f'wireguard = "127.0.0.1:{ports[number]}"',
+                    peers=peer_table(
+                        "other",
+                        str(keys[1 - number].public()),
+                        relay=900,
+                        endpoint=f"127.0.0.1:{endpoint[1]}",
+                    ),
+                )
+                config = await self.start(nursery, path, relay_map)
+            await probe.sendto(b"\1\0\0\0 from a stranger on this host", endpoints[0])
+            for packet in (b"\1\0\0\0 handshake", b"\4\0\0\0 data"):
+                await guards[0].sendto(packet, endpoints[0])
+                with trio.fail_after(5):
+                    assert await guards[1].recvfrom(2048) == (packet, endpoints[1])
+                await guards[1].sendto(packet, endpoints[1])
+                with trio.fail_after(5):
+                    assert await guards[0].recvfrom(2048) == (packet, endpoints[0])
+            status = await ask(config.control, "status")
+            assert status["home_region"] == 900
+            assert [peer["name"] for peer in status["peers"]] == ["other"]
+            answer = await ask(config.control, "ping", peer="other")
+            assert answer["ping"]["latency_seconds"] > 0
+            with pytest.raises(ControlError, match="no peer 'nobody'"):
+                await ask(config.control, "ping", peer="nobody")
+            with pytest.raises(ControlError, match="unknown command"):
+                await ask(config.control, "dance")
+            with pytest.raises(ConfigError, match="another agent answers there"):
+                await run_agent(config, relay_map, hosts={4: "127.0.0.1"}, map_ports=False)
+
+    async def test_nobody_there(self, tmp_path: Path) -> None:
+        """Asking without an agent says what to start."""
+        with pytest.raises(NoAgentError, match="underpass up"):
+            await ask(tmp_path / "none.sock", "status")
+
+
+class TestCommands:
+    def test_keygen(self, tmp_path: Path) -> None:
+        """A key file is private, never overwritten, and its public half is printed."""
+        runner = CliRunner()
+        path = tmp_path / "node.key"
+        made = runner.invoke(main, ["keygen", "-o", str(path)])
+        assert made.exit_code == 0
+        assert str(NodePrivate.parse(path.read_text().strip()).public()) == made.output.strip()
+        assert path.stat().st_mode & 0o777 == 0o600
+        again = runner.invoke(main, ["keygen", "-o", str(path)])
+        assert again.exit_code == 2
+        assert "never overwritten" in again.output
+        printed = json.loads(runner.invoke(main, ["keygen", "--json"]).output)
+        assert str(NodePrivate.parse(printed["private"]).public()) == printed["public"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["netcheck", "-c", "none.toml"], "no relay map"),
+            (["netcheck", "--map", "none.json"], "none.json: No such file"),
+            (["netcheck", "--map", "ftp://x"], "file or an https URL"),
+            (["status", "-c", "none.toml"], "none.toml: No such file"),
+            (["up", "-c", "none.toml"], "none.toml: No such file"),
+            (["ping", "nodekey:1", "-c", "none.toml"], "no peer"),
+        ],
+    )
+    def test_wrong_input(self, arguments: list[str], complaint: str) -> None:
+        """Every mistake ends with one line and status 2."""
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 2
+        assert complaint in result.output
+        assert "Traceback" not in result.output

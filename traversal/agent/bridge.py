@@ -1,0 +1,47 @@
+"""The WireGuard bridge: an external WireGuard's encrypted packets travel over a link.
+
+Each peer has a UDP socket on loopback, which the local WireGuard has as that peer's endpoint. What
+it sends there goes over the link, what the link brings goes to WireGuard from there. WireGuard does
+all cryptography; the bridge looks at nothing.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from traversal.io.udp import Batch, UdpSockets
+from traversal.link import Link, LinkError
+from traversal.wire.address import Address
+
+
+async def run_bridge(
+    link: Link,
+    endpoint: Address,
+    wireguard: Address,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Carry packets between `link` and the WireGuard at `wireguard`, until cancelled.
+
+    Raises UdpError when `endpoint` can't be bound, LinkClosedError when the link is closed.
+    """
+    sockets = UdpSockets({6 if endpoint.is_ipv6 else 4: endpoint.host})
+    await sockets.open(endpoint.port)
+    try:
+        async with trio.open_nursery() as nursery:
+
+            def handle(batch: Batch) -> None:
+                for datagram, source in batch:
+                    # Anybody on this host can send here; only WireGuard's packets travel.
+                    if source == wireguard:
+                        try:
+                            link.send_nowait(datagram)
+                        except LinkError:
+                            pass  # no WireGuard packet, or the link has just been closed
+
+            nursery.start_soon(sockets.receive, handle)
+            task_status.started()
+            while True:
+                sockets.send_many(await link.receive_many(), wireguard)
+    finally:
+        sockets.close()

@@ -1,0 +1,158 @@
+"""The agent's file, in TOML.
+
+    key = "node.key"                    # made by `underpass keygen`
+    relay_map = "relays.json"           # a DERP map; a path or an https URL
+    port = 41641                        # UDP; 0 or absent for any
+    control = "underpass.sock"          # the control socket
+    wireguard = "127.0.0.1:51820"       # where the local WireGuard listens
+
+    [[peers]]
+    name = "attic"
+    key = "nodekey:..."
+    relay = 900
+    endpoint = "127.0.0.1:51901"        # what the local WireGuard uses as this peer's endpoint
+
+Paths are relative to the file. `wireguard` and `endpoint` belong together: without them the agent
+only keeps paths to its peers.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from traversal.keys import KeyFormatError, NodePrivate, NodePublic
+from traversal.relay_map import RelayMap, RelayMapError
+from traversal.wire.address import Address
+
+MAX_PEERS = 10_000
+
+
+class ConfigError(Exception):
+    """The agent's file, or one that it names, can't be used; the text says where and why."""
+
+
+class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `[[peers]]` table."""
+
+    name: str
+    key: str
+    relay: int = 0
+    endpoint: str = ""
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    key: str
+    relay_map: str
+    port: int = 0
+    control: str = "underpass.sock"
+    wireguard: str = ""
+    peers: list[PeerEntry] = []
+
+
+class PeerConfig(msgspec.Struct, frozen=True):
+    """A peer, checked."""
+
+    name: str
+    key: NodePublic
+    relay: int
+    endpoint: Address | None
+
+
+class AgentConfig(msgspec.Struct, frozen=True):
+    """Everything that the agent needs, checked; `repr` shows no secret."""
+
+    private_key: NodePrivate
+    relay_map: str
+    port: int
+    control: Path
+    wireguard: Address | None
+    peers: tuple[PeerConfig, ...]
+
+    def peer(self, name: str) -> PeerConfig | None:
+        """The peer of this name."""
+        return next((peer for peer in self.peers if peer.name == name), None)
+
+
+def load_config(path: Path) -> AgentConfig:
+    """Read the file and the key it names. Raises ConfigError."""
+    try:
+        file = msgspec.convert(tomllib.loads(path.read_text()), _File)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if len(file.peers) > MAX_PEERS:
+        raise ConfigError(f"{path}: at most {MAX_PEERS} peers, not {len(file.peers)}")
+    if not 0 <= file.port <= 65535:
+        raise ConfigError(f"{path}, port: {file.port} is no port; write 0 to 65535")
+    peers = tuple(_check_peer(path, number, entry) for number, entry in enumerate(file.peers, 1))
+    for what in ("name", "key", "endpoint"):
+        values = [getattr(peer, what) for peer in peers if getattr(peer, what) is not None]
+        for value in values:
+            if values.count(value) > 1:
+                raise ConfigError(f"{path}: two peers have the {what} {value}")
+    wireguard = _address(path, "wireguard", file.wireguard)
+    if wireguard is None and any(peer.endpoint for peer in peers):
+        raise ConfigError(f'{path}: peers have an endpoint, so write wireguard = "IP:PORT" too')
+    return AgentConfig(
+        private_key=load_key(path.parent / file.key),
+        relay_map=file.relay_map if "://" in file.relay_map else str(path.parent / file.relay_map),
+        port=file.port,
+        control=path.parent / file.control,
+        wireguard=wireguard,
+        peers=peers,
+    )
+
+
+def load_key(path: Path) -> NodePrivate:
+    """Read a key file. Raises ConfigError."""
+    try:
+        return NodePrivate.parse(path.read_text().strip())
+    except OSError as error:
+        raise ConfigError(
+            f'{path}: {error.strerror}. Make a key with "underpass keygen -o {path}".'
+        ) from None
+    except (KeyFormatError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def load_map(source: str) -> RelayMap:
+    """Read a relay map from a file or an http(s) URL; blocks. Raises ConfigError."""
+    try:
+        if "://" not in source:
+            return RelayMap.parse(Path(source).read_bytes())
+        if not source.startswith(("https://", "http://")):
+            raise ConfigError(f"{source}: a relay map comes from a file or an https URL")
+        # Imported late: it is slow to import and most maps are files.
+        import urllib.request
+
+        with urllib.request.urlopen(source, timeout=10) as answer:
+            return RelayMap.parse(answer.read(1 << 20))
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror or error}") from None
+    except RelayMapError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
+    where = f"{path}, peer {number}"
+    if not entry.name or not entry.name.isprintable():
+        raise ConfigError(f"{where}, name: must be printable text")
+    try:
+        key = NodePublic.parse(entry.key)
+    except KeyFormatError as error:
+        raise ConfigError(f"{where} ({entry.name}), key: {error}") from None
+    endpoint = _address(path, f"peer {number} ({entry.name}), endpoint", entry.endpoint)
+    if endpoint is not None and not endpoint.ip.is_loopback:
+        raise ConfigError(f"{where} ({entry.name}), endpoint: {endpoint} is no loopback address")
+    return PeerConfig(entry.name, key, entry.relay, endpoint)
+
+
+def _address(path: Path, what: str, text: str) -> Address | None:
+    try:
+        return Address.parse(text) if text else None
+    except ValueError as error:
+        raise ConfigError(f"{path}, {what}: {error}") from None

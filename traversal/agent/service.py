@@ -1,0 +1,182 @@
+"""The agent's task tree: the node, links to all peers, their bridges, the control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from traversal.agent.bridge import run_bridge
+from traversal.agent.config import AgentConfig, ConfigError
+from traversal.agent.status import link_status, node_status, path_status
+from traversal.io.relay_client import RelayOptions
+from traversal.link import Link
+from traversal.node import Node, open_node
+from traversal.relay_map import Family, RelayMap
+
+ASK_SECONDS: Final = 5.0
+PING_SECONDS: Final = 2.0
+MAX_QUESTION_BYTES: Final = 4096
+MAX_ANSWER_BYTES: Final = 64 << 20
+
+
+class ControlError(Exception):
+    """The agent can't be asked; the text says why."""
+
+
+class NoAgentError(ControlError):
+    """No agent is running."""
+
+
+async def run_agent(
+    config: AgentConfig,
+    relay_map: RelayMap,
+    *,
+    hosts: dict[Family, str] | None = None,
+    relay_options: RelayOptions | None = None,
+    map_ports: bool = True,
+    task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until cancelled.
+
+    Raises UdpError, NodeError and ConfigError when it can't begin.
+    """
+    known = {peer.key.raw for peer in config.peers}
+    names = {peer.key.raw: peer.name for peer in config.peers}
+    with _listening(config.control) as listener:
+        async with (
+            open_node(
+                config.private_key,
+                relay_map,
+                port=config.port,
+                hosts=hosts,
+                admit=lambda key: key.raw in known,
+                relay_options=relay_options,
+                map_ports=map_ports,
+            ) as node,
+            trio.open_nursery() as nursery,
+        ):
+            for peer in config.peers:
+                link = await node.connect(peer.key, relay=peer.relay)
+                if peer.endpoint is not None and config.wireguard is not None:
+                    await nursery.start(run_bridge, link, peer.endpoint, config.wireguard)
+            task_status.started(node)
+            while True:
+                sock, _ = await listener.accept()
+                nursery.start_soon(_serve, sock, node, names)
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[trio.socket.SocketType]:
+    with _listen(path) as listener:
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> trio.socket.SocketType:
+    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    inner = socket.socket(fileno=sock.detach())
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == 0:
+                    raise ConfigError(f"{path}: another agent answers there; stop it first")
+            path.unlink()
+        before = os.umask(0o177)
+        try:
+            inner.bind(str(path))
+        finally:
+            os.umask(before)
+        inner.listen(16)
+    except OSError as error:
+        inner.close()
+        raise ConfigError(f"{path}: {error.strerror or error}") from None
+    except BaseException:
+        inner.close()
+        raise
+    return trio.socket.from_stdlib_socket(inner)
+
+
+async def _serve(sock: trio.socket.SocketType, node: Node, names: dict[bytes, str]) -> None:
+    """One question, one answer, both a line of JSON."""
+    stream = trio.SocketStream(sock)
+    try:
+        async with stream:
+            with trio.move_on_after(ASK_SECONDS):
+                question = b""
+                while not question.endswith(b"\n") and len(question) < MAX_QUESTION_BYTES:
+                    data = await stream.receive_some()
+                    if not data:
+                        return
+                    question += data
+                answer = await _answer(question, node, names)
+                await stream.send_all(json.dumps(answer).encode() + b"\n")
+    except trio.BrokenResourceError:
+        pass
+
+
+async def _answer(question: bytes, node: Node, names: dict[bytes, str]) -> dict[str, Any]:
+    try:
+        asked = json.loads(question)
+        command, peer = asked["command"], asked.get("peer")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {"error": 'a question is a line of JSON with a "command"'}
+    if command == "status":
+        return node_status(node, names)
+    if command == "ping":
+        for link in node.links:
+            name = names.get(link.peer_key.raw, "")
+            if peer in (name, str(link.peer_key)):
+                return {"ping": await ping_once(link), **link_status(link, name)}
+        return {"error": f"the agent has no peer {peer!r}"}
+    return {"error": f"unknown command {command!r}; there are status and ping"}
+
+
+async def ping_once(link: Link) -> dict[str, Any]:
+    """Ping a peer: how long it took, by which way, and the path that datagrams take."""
+    answer = await link.ping(PING_SECONDS)
+    path = link.path
+    way = None
+    if answer is not None:
+        way = str(answer.address) if answer.address is not None else f"relay {path.region}"
+    return {
+        "latency_seconds": answer.latency_seconds if answer is not None else None,
+        "way": way,
+        "path": path_status(path),
+    }
+
+
+async def ask(path: Path, command: str, **more: str) -> dict[str, Any]:
+    """Ask the agent at a control socket. Raises ControlError; NoAgentError if none is there."""
+    data = b""
+    try:
+        with trio.fail_after(ASK_SECONDS):
+            try:
+                stream = await trio.open_unix_socket(str(path))
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise NoAgentError(
+                    f'{path}: no agent answers ({reason}); is "underpass up" running?'
+                ) from None
+            async with stream:
+                await stream.send_all(json.dumps({"command": command, **more}).encode() + b"\n")
+                async for chunk in stream:
+                    data += chunk
+                    if len(data) > MAX_ANSWER_BYTES:
+                        raise ControlError(f"{path}: the answer has no end")
+        answer = json.loads(data)
+    except trio.TooSlowError:
+        raise ControlError(f"{path}: the agent did not answer within 5 s") from None
+    except (ValueError, trio.BrokenResourceError):
+        raise ControlError(f"{path}: what answers there is no agent of Underpass") from None
+    if not isinstance(answer, dict) or "error" in answer:
+        raise ControlError(str(answer["error"] if isinstance(answer, dict) else answer))
+    return answer

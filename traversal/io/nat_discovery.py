@@ -1,0 +1,115 @@
+"""RFC 5780: what the NAT in front of us does, asked of a STUN server with two addresses.
+
+Netcheck specification 10. Filtering is asked before mapping, because the mapping tests send to the
+server's other address and so open a filter that depends on addresses. All requests leave by the
+peers' socket: it is its mapping that counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from traversal.io.udp import Source, UdpSockets
+from traversal.keys import Entropy
+from traversal.paths.report import classify_filtering, classify_mapping
+from traversal.wire.address import Address
+from traversal.wire.introduction import FilteringClass, MappingClass
+from traversal.wire.stun import (
+    TRANSACTION_ID_LENGTH,
+    BindingResponse,
+    StunError,
+    TransactionId,
+    encode_discovery_request,
+    parse_binding_response,
+)
+
+SEND_AT_SECONDS: Final = (0.0, 0.5, 1.5)
+WAIT_SECONDS: Final = 2.5
+"""A positive answer takes one packet, a negative one all of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class NatBehavior:
+    """What was found."""
+
+    mapping: MappingClass
+    filtering: FilteringClass
+
+
+class NatDiscovery:
+    """Runs one discovery at a time; feed it the STUN messages that come in."""
+
+    def __init__(self, udp: UdpSockets, entropy: Entropy) -> None:
+        self._udp = udp
+        self._entropy = entropy
+        self._waiting: dict[bytes, trio.Event] = {}
+        self._answers: dict[bytes, BindingResponse] = {}
+
+    def handle_stun(self, datagram: bytes) -> bool:
+        """Whether a datagram was the answer to a request of ours. Anything may be in it."""
+        try:
+            response = parse_binding_response(datagram)
+        except StunError:
+            return False
+        waiting = self._waiting.get(response.transaction_id)
+        if waiting is None:
+            return False
+        self._answers[response.transaction_id] = response
+        waiting.set()
+        return True
+
+    async def run(self, server: Address, local: Address | None) -> NatBehavior | None:
+        """Ask `server`; None if it does not answer or has one address only.
+
+        `local` is our socket's own address, where it is known: seeing it means that there is no
+        NAT. Takes up to 10 s.
+        """
+        first = await self._ask(server)
+        if first is None or first.other_address is None:
+            return None
+        reflexive = Address(*first.mapped_address)
+        other = Address(*first.other_address)
+        is_natted = reflexive != local
+        from_elsewhere = await self._ask(server, change_ip=True, change_port=True) is not None
+        from_other_port = None
+        if not from_elsewhere:
+            from_other_port = await self._ask(server, change_port=True) is not None
+        second = third = None
+        if is_natted:
+            second = await self._reflexive(Address(other.host, server.port))
+            if second is not None and second != reflexive:
+                third = await self._reflexive(other)
+        return NatBehavior(
+            mapping=classify_mapping(local or Address("0.0.0.0", 0), reflexive, second, third),
+            filtering=classify_filtering(
+                is_natted=is_natted,
+                from_other_ip_and_port=from_elsewhere,
+                from_other_port=from_other_port,
+            ),
+        )
+
+    async def _reflexive(self, server: Address) -> Address | None:
+        answer = await self._ask(server)
+        return Address(*answer.mapped_address) if answer is not None else None
+
+    async def _ask(
+        self, server: Source, *, change_ip: bool = False, change_port: bool = False
+    ) -> BindingResponse | None:
+        transaction_id = TransactionId(self._entropy(TRANSACTION_ID_LENGTH))
+        request = encode_discovery_request(
+            transaction_id, change_ip=change_ip, change_port=change_port
+        )
+        answered = self._waiting[transaction_id] = trio.Event()
+        began = trio.current_time()
+        try:
+            for pause in (*SEND_AT_SECONDS[1:], WAIT_SECONDS):
+                self._udp.send(request, server)
+                with trio.move_on_at(began + pause):
+                    await answered.wait()
+                    break
+            return self._answers.pop(transaction_id, None)
+        finally:
+            del self._waiting[transaction_id]

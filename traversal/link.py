@@ -1,0 +1,400 @@
+"""A link: datagrams to and from one peer, by whatever path is best at the moment."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Self
+
+import trio
+
+from traversal.io.relays import Relays
+from traversal.io.udp import UdpSockets
+from traversal.keys import NodePublic
+from traversal.paths.effects import PathChanged, PathState, PingAnswered, Route
+from traversal.paths.report import NatFacts
+from traversal.paths.statistics import PeerStatistics
+from traversal.paths.verdict import Verdict, judge
+from traversal.session import Session
+from traversal.wire.address import Address
+from traversal.wire.classify import is_plain_data
+from traversal.wire.derp import MAX_PACKET_LENGTH
+from traversal.wire.geneve import PROTOCOL_WIREGUARD, Header
+
+MAX_DATAGRAM_BYTES: Final = 65507
+"""What UDP over IPv4 can carry. Path MTU is another matter: see `LinkPath.mtu_bytes`."""
+MAX_WAITING_DATAGRAMS: Final = 4096
+MAX_WAITING_BYTES: Final = 4 << 20
+"""What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
+SENDS_PER_CHECKPOINT: Final = 16
+"""Half a relay queue: its writer gets a turn before the queue overflows."""
+MAX_EXTRA_CHECKPOINTS: Final = 8
+MAX_WAITING_CHANGES: Final = 64
+
+
+class LinkError(Exception):
+    """A datagram can't be sent; the text says why and what to do."""
+
+
+class LinkClosedError(LinkError):
+    """The link was closed."""
+
+
+class PathKind(Enum):
+    """How datagrams reach the peer."""
+
+    DIRECT = "direct"
+    RELAY = "relay"
+    EDGE = "edge"
+    PEER_RELAY = "peer-relay"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkPath:
+    """The path that datagrams take now.
+
+    Attributes:
+        address: of the peer, or of the peer relay; None when only a relay carries datagrams.
+        region: whose relay carries datagrams when none other does; 0 when none is known.
+        latency_seconds: round trip; None when it was not measured.
+        loss_ratio: of the last heartbeats, 0 to 1.
+        mtu_bytes: the largest datagram proven to pass; None when that was not searched.
+    """
+
+    kind: PathKind
+    address: Address | None
+    region: int
+    latency_seconds: float | None
+    loss_ratio: float
+    mtu_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PathChange:
+    """At the monotonic time `at` the path changed; `reason` is a short sentence."""
+
+    at: float
+    old: LinkPath
+    new: LinkPath
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PingAnswer:
+    """An answer to `Link.ping`; `address` is None for the one that came by relay."""
+
+    address: Address | None
+    latency_seconds: float
+    seen_as: Address
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """Counters since the link was made."""
+
+    sent: int
+    received: int
+    dropped_for_slow_reader: int
+    peer: PeerStatistics
+
+
+class Link:
+    """Made by `Node.connect` and `Node.accept`. Closing it forgets the peer.
+
+    Datagrams are not encrypted, ordered, or repeated here: that is for what runs on top (WireGuard,
+    for example). While a path is in doubt they are sent both ways, so the peer may get one twice.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        udp: UdpSockets,
+        relays: Relays,
+        own_nat: Callable[[], NatFacts],
+        forget: Callable[[Link], None],
+    ) -> None:
+        self._session = session
+        self._machine = session.machine
+        self._udp = udp
+        self._relays = relays
+        self._own_nat = own_nat
+        self._forget = forget
+        self._is_closed = False
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._readers = trio.lowlevel.ParkingLot()
+        self._sent = 0
+        self._received = 0
+        self._dropped = 0
+        self._last_path = self.path
+        self._watchers: set[PathChanges] = set()
+        self._pingers: set[trio.MemorySendChannel[PingAnswer]] = set()
+        session.receive_data = self._deliver
+        session.note_change = self._note_change
+        session.note_ping = self._note_ping
+
+    def __repr__(self) -> str:
+        return f"<Link to {self.peer_key.short()}, {self.path.kind.value}>"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def peer_key(self) -> NodePublic:
+        """Who is at the other end."""
+        return self._session.key
+
+    @property
+    def path(self) -> LinkPath:
+        """The path in use at the moment."""
+        machine = self._machine
+        route = machine.route
+        kind = PathKind.RELAY
+        if route.path is not None and not route.relay:
+            kind = PathKind.PEER_RELAY if route.path.vni else PathKind.DIRECT
+        is_relayed = kind is PathKind.RELAY
+        best = None if is_relayed else machine.statistics().best
+        return LinkPath(
+            kind=kind,
+            address=None if is_relayed or route.path is None else route.path.address,
+            region=self._session.relay_region,
+            latency_seconds=best.latency_seconds or None if best is not None else None,
+            loss_ratio=best.loss_ratio if best is not None else 0.0,
+            mtu_bytes=MAX_PACKET_LENGTH if is_relayed else machine.max_payload_bytes,
+        )
+
+    @property
+    def state(self) -> PathState:
+        """The state of path selection, with more nuances than `path.kind`."""
+        return self._machine.state
+
+    def statistics(self) -> LinkStatistics:
+        """A snapshot."""
+        return LinkStatistics(self._sent, self._received, self._dropped, self._machine.statistics())
+
+    def verdict(self) -> Verdict:
+        """Why this path: what is known, what was tried, what would help."""
+        session = self._session
+        return judge(
+            session.key.short(),
+            self._machine.statistics(),
+            self._own_nat(),
+            session.nat,
+            f"of region {session.relay_region}" if session.relay_region else "(none known)",
+            trio.current_time(),
+        )
+
+    def path_changes(self) -> PathChanges:
+        """`async for change in link.path_changes()`: changes from now on, until the link closes.
+
+        A reader that falls 64 behind misses the oldest.
+        """
+        watcher = PathChanges(self._watchers)
+        if self._is_closed:
+            watcher.end()
+        return watcher
+
+    # ---- sending
+
+    async def send(self, datagram: bytes) -> None:
+        """Send one datagram; that it arrives is not promised. A checkpoint.
+
+        Raises LinkClosedError, and LinkError for a datagram that can't be sent at all.
+        """
+        self.send_nowait(datagram)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._sent % SENDS_PER_CHECKPOINT == 0:
+            await self._let_others_run()
+
+    async def send_many(self, datagrams: Sequence[bytes]) -> None:
+        """Send several; on a direct path, runs of one size leave in one system call.
+
+        Raises as `send`; then none was sent.
+        """
+        for datagram in datagrams:
+            self._check(datagram)
+        route = self._machine.route
+        if route.path is None or route.relay or route.path.vni:
+            for datagram in datagrams:
+                await self.send(datagram)
+            return
+        if datagrams:
+            self._machine.sent += len(datagrams)
+            self._sent += len(datagrams)
+            fault = self._udp.send_many(datagrams, route.path.address)
+            self._follow_up(route, fault)
+        await trio.lowlevel.checkpoint()
+
+    async def _let_others_run(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._machine.route.relay:
+            # The relay's writer needs a few turns for what it queued; more than these means that
+            # the network is slower than we are, and then datagrams are dropped, not held up.
+            for _ in range(MAX_EXTRA_CHECKPOINTS):
+                if self._relays.backlog(self._session.relay_region) < SENDS_PER_CHECKPOINT:
+                    return
+                await trio.lowlevel.checkpoint()
+
+    def send_nowait(self, datagram: bytes) -> None:
+        """`send` without a checkpoint, for those who make their own."""
+        self._check(datagram)
+        route = self._machine.route
+        self._machine.sent += 1
+        self._sent += 1
+        fault = 0
+        if route.path is not None:
+            address, vni = route.path
+            fault = self._udp.send(_wrap(datagram, vni) if vni else datagram, address)
+        if route.relay:
+            self._session.send_by_relay(datagram)
+        if fault or route.wake:
+            self._follow_up(route, fault)
+
+    def _check(self, datagram: bytes) -> None:
+        if self._is_closed:
+            raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
+        if len(datagram) > MAX_DATAGRAM_BYTES:
+            raise LinkError(
+                f"a datagram has at most {MAX_DATAGRAM_BYTES} bytes, not {len(datagram)}"
+            )
+        if not is_plain_data(datagram):
+            raise LinkError(
+                "a datagram that begins like STUN, disco, Geneve or an introduction would be "
+                "taken for one by the peer; put a header of your own in front"
+            )
+
+    def _follow_up(self, route: Route, fault: int) -> None:
+        now = trio.current_time()
+        if fault and route.path is not None:
+            self._session.handle_send_fault(fault, route.path, now)
+        if route.wake:
+            self._session.wake(now)
+
+    # ---- receiving
+
+    async def receive(self) -> bytes:
+        """The next datagram. A checkpoint. Raises LinkClosedError.
+
+        Cancelling loses nothing.
+        """
+        await self._wait()
+        datagram = self._queue.popleft()
+        self._queued_bytes -= len(datagram)
+        return datagram
+
+    async def receive_many(self) -> list[bytes]:
+        """Everything that waits, at least one datagram. Otherwise like `receive`."""
+        await self._wait()
+        datagrams = list(self._queue)
+        self._queue.clear()
+        self._queued_bytes = 0
+        return datagrams
+
+    async def _wait(self) -> None:
+        # A reader that never sleeps while there is something to read is harmless: what fills the
+        # queue is another task, which runs only when this one sleeps.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._queue:
+            if self._is_closed:
+                raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
+            await self._readers.park()
+
+    def _deliver(self, datagrams: list[bytes]) -> None:
+        queue = self._queue
+        queue += datagrams
+        self._received += len(datagrams)
+        self._queued_bytes += sum(map(len, datagrams))
+        while len(queue) > MAX_WAITING_DATAGRAMS or self._queued_bytes > MAX_WAITING_BYTES:
+            self._queued_bytes -= len(queue.popleft())
+            self._dropped += 1
+        if self._readers:
+            self._readers.unpark()
+
+    # ---- watching and pinging
+
+    async def ping(self, timeout_seconds: float = 5.0) -> PingAnswer | None:
+        """Ping the peer by its relay and every address at once; the first answer, or None.
+
+        Counts as traffic: it starts the search for a direct path.
+        """
+        sender, receiver = trio.open_memory_channel[PingAnswer](1)
+        self._pingers.add(sender)
+        try:
+            with trio.move_on_after(timeout_seconds):
+                await self._session.wait_for_keys()
+                self._session.ping(trio.current_time())
+                return await receiver.receive()
+            return None
+        finally:
+            self._pingers.discard(sender)
+
+    def _note_ping(self, effect: PingAnswered) -> None:
+        address = effect.path.address if effect.path is not None else None
+        answer = PingAnswer(address, effect.latency_seconds, effect.seen_as)
+        for pinger in self._pingers:
+            try:
+                pinger.send_nowait(answer)
+            except trio.WouldBlock:
+                pass
+
+    def _note_change(self, effect: PathChanged) -> None:
+        old, self._last_path = self._last_path, self.path
+        if (old.kind, old.address) == (self._last_path.kind, self._last_path.address):
+            return
+        change = PathChange(effect.at, old, self._last_path, effect.reason)
+        for watcher in self._watchers:
+            watcher.push(change)
+
+    def close(self) -> None:
+        """Forget the peer; harmless when repeated. Waiting readers get LinkClosedError."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._session.close()
+        self._forget(self)
+        for watcher in list(self._watchers):
+            watcher.end()
+        self._readers.unpark_all()
+
+
+class PathChanges:
+    """An asynchronous iterator of `PathChange`; see `Link.path_changes`."""
+
+    def __init__(self, registry: set[PathChanges]) -> None:
+        self._registry = registry
+        self._changes: deque[PathChange] = deque(maxlen=MAX_WAITING_CHANGES)
+        self._is_ended = False
+        self._news = trio.Event()
+        registry.add(self)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> PathChange:
+        await trio.lowlevel.checkpoint()
+        while not self._changes:
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._news = trio.Event()
+            await self._news.wait()
+        return self._changes.popleft()
+
+    def push(self, change: PathChange) -> None:
+        """The link's side."""
+        self._changes.append(change)
+        self._news.set()
+
+    def end(self) -> None:
+        """No more changes will come."""
+        self._is_ended = True
+        self._registry.discard(self)
+        self._news.set()
+
+
+def _wrap(datagram: bytes, vni: int) -> bytes:
+    return Header(vni, PROTOCOL_WIREGUARD).encode() + datagram

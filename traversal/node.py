@@ -1,0 +1,559 @@
+"""A node: the task tree that joins the decisions in `traversal.paths` to sockets and relays.
+
+`open_node` starts it, `Node.connect` and `Node.accept` give links. One task receives by UDP per
+family, one serves the timers of all peers, one runs net checks, one watches interfaces, and each
+relay connection has its own two; peers have none.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from traversal.endpoints import Endpoints
+from traversal.io.deadlines import Deadlines
+from traversal.io.ice import IceRouter, IceSession
+from traversal.io.interfaces import InterfaceFilter
+from traversal.io.relay_client import RelayOptions, RelayStatistics
+from traversal.io.relays import Relays
+from traversal.io.udp import Batch, Source, UdpSockets, UdpStatistics
+from traversal.keys import (
+    Box,
+    DiscoPrivate,
+    DiscoPublic,
+    Entropy,
+    KeyFormatError,
+    NodePrivate,
+    NodePublic,
+)
+from traversal.link import Link
+from traversal.paths.home import HomePolicy
+from traversal.paths.ice_candidates import make_candidates
+from traversal.paths.introduction import Introducer, new_session
+from traversal.paths.own_addresses import OwnAddress
+from traversal.paths.peer import Peer
+from traversal.paths.report import NatFacts, Report
+from traversal.relay_map import Family, RelayMap
+from traversal.session import Session, Wiring
+from traversal.wire.address import Address
+from traversal.wire.classify import Kind, classify
+from traversal.wire.disco import MAGIC, DiscoError, Message, Ping, is_disco
+from traversal.wire.introduction import (
+    Introduction,
+    IntroductionError,
+    is_introduction,
+    open_introduction,
+)
+
+MAX_WAITING_LINKS: Final = 64
+"""Links that peers opened and nobody has accepted yet; further peers must try again."""
+STRANGERS_PER_SECOND: Final = 50.0
+STRANGERS_BURST: Final = 200.0
+"""Introductions of unknown keys that are opened: each costs a key agreement of 30 us."""
+HOME_PATIENCE_SECONDS: Final = 2.0
+"""How long opening a node waits for its home relay, so that peers can reach it at once."""
+ANNOUNCE_AT_ONCE: Final = 16
+ANNOUNCE_PAUSE_SECONDS: Final = 0.05
+"""A relay queue holds 32 packets: announcements to a thousand peers must not overrun it."""
+
+_WIREGUARD: Final = b"\0\0\0"
+"""Bytes 1 to 3 of every WireGuard packet, and of nothing else that comes by UDP here."""
+
+Admit = Callable[[NodePublic], bool]
+"""Whether a peer that is not connected yet may open a link to us."""
+HandleStranger = Callable[[int, NodePublic, bytes], None]
+"""Region, node key and payload of a relay packet from a node that is no peer of ours."""
+
+
+class NodeError(Exception):
+    """A node can't do what was asked; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatistics:
+    """A snapshot for status pages and metrics."""
+
+    peers: int
+    home_region: int
+    udp: UdpStatistics
+    relays: tuple[RelayStatistics, ...]
+    unknown_datagrams: int
+    rejected_disco: int
+    rejected_introductions: int
+
+
+@asynccontextmanager
+async def open_node(
+    private_key: NodePrivate,
+    relay_map: RelayMap,
+    *,
+    port: int = 0,
+    hosts: dict[Family, str] | None = None,
+    disco_key: DiscoPrivate | None = None,
+    admit: Admit | None = None,
+    handle_stranger: HandleStranger | None = None,
+    static_addresses: Iterable[Address] = (),
+    interfaces: InterfaceFilter | None = None,
+    home: HomePolicy | None = None,
+    relay_options: RelayOptions | None = None,
+    map_ports: bool = True,
+    entropy: Entropy = os.urandom,
+    rng: random.Random | None = None,
+) -> AsyncIterator[Node]:
+    """Open a node for the length of the block; leaving it closes every socket and link.
+
+    On entry the first net check is over (0.1 to 5 s), a home relay is chosen and, unless that takes
+    more than 2 s, connected.
+
+    Args:
+        port: local UDP port for both families; 0 lets the kernel choose.
+        hosts: local address to bind by family, for example `{4: "127.0.0.1"}`; by default all.
+        disco_key: by default a fresh one, which is best: peers can't be tracked by it.
+        admit: which peers may open links to us; by default none but those that we connect to.
+        handle_stranger: gets relay packets from nodes that are no peers, for a control plane that
+            speaks over the relay. Must neither await nor raise.
+        static_addresses: advertised besides what is found, for forwarded ports.
+        interfaces: which interfaces and ranges to use.
+        home: pinned and banned home regions.
+        map_ports: whether to ask the router for a port mapping.
+        entropy: random bytes, `os.urandom` or a seeded source for tests.
+        rng: spreads periodic work; by default seeded from `entropy`.
+
+    Raises UdpError when no UDP socket can be opened.
+    """
+    rng = rng or random.Random(entropy(8))
+    node = Node(
+        private_key,
+        relay_map,
+        hosts=hosts,
+        disco_key=disco_key or DiscoPrivate.generate(entropy),
+        admit=admit,
+        handle_stranger=handle_stranger,
+        static_addresses=tuple(static_addresses),
+        interfaces=interfaces or InterfaceFilter(),
+        home=home or HomePolicy(),
+        relay_options=relay_options or RelayOptions(),
+        map_ports=map_ports,
+        entropy=entropy,
+        rng=rng,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(node._run, port)
+        try:
+            yield node
+        finally:
+            node._close()
+            nursery.cancel_scope.cancel()
+
+
+class Node:
+    """See `open_node`, which makes it."""
+
+    def __init__(
+        self,
+        private_key: NodePrivate,
+        relay_map: RelayMap,
+        *,
+        hosts: dict[Family, str] | None,
+        disco_key: DiscoPrivate,
+        admit: Admit | None,
+        handle_stranger: HandleStranger | None,
+        static_addresses: tuple[Address, ...],
+        interfaces: InterfaceFilter,
+        home: HomePolicy,
+        relay_options: RelayOptions,
+        map_ports: bool,
+        entropy: Entropy,
+        rng: random.Random,
+    ) -> None:
+        self.public_key = private_key.public()
+        self.disco_key = disco_key.public()
+        self._admit = admit
+        self._handle_stranger = handle_stranger
+        self._entropy = entropy
+        self._introduction_session = new_session(entropy)
+        self._udp = UdpSockets(hosts)
+        self._relays = Relays(relay_map, private_key, self, options=relay_options, rng=rng)
+        self._deadlines = Deadlines()
+        self._ice = IceRouter(self._udp, self._deadlines, entropy)
+        self._endpoints = Endpoints(
+            relay_map,
+            self._udp,
+            self._relays,
+            is_busy=lambda: any(s.machine.is_active for s in self._sessions.values()),
+            handle_refresh=self._handle_refresh,
+            handle_rebind=self._handle_rebind,
+            interfaces=interfaces,
+            static_addresses=static_addresses,
+            home=home,
+            relay_options=relay_options,
+            map_ports=map_ports,
+            entropy=entropy,
+            rng=rng,
+        )
+        self._wiring = Wiring(
+            private_key=private_key,
+            public_key=self.public_key,
+            disco_private=disco_key,
+            disco_public=self.disco_key,
+            entropy=entropy,
+            udp=self._udp,
+            relays=self._relays,
+            deadlines=self._deadlines,
+            refresh=self._endpoints.refresh,
+            want_rebind=self._endpoints.want_rebind,
+        )
+        self._sessions: dict[bytes, Session] = {}
+        self._links: dict[bytes, Link] = {}
+        self._opened_links, self._links_to_accept = trio.open_memory_channel[Link](
+            MAX_WAITING_LINKS
+        )
+        self._announce_wanted = trio.Event()
+        self._stranger_budget = STRANGERS_BURST
+        self._stranger_budget_at = trio.current_time()
+        self._unknown_datagrams = 0
+        self._rejected_disco = 0
+        self._rejected_introductions = 0
+
+    # ---- look
+
+    @property
+    def home_region(self) -> int:
+        """The region whose relay reaches us always; 0 while none is chosen."""
+        return self._relays.home
+
+    @property
+    def report(self) -> Report:
+        """The last net check."""
+        return self._endpoints.report
+
+    @property
+    def nat(self) -> NatFacts:
+        """What is known about the NAT in front of us."""
+        return self._endpoints.nat
+
+    @property
+    def own_addresses(self) -> tuple[OwnAddress, ...]:
+        """What we tell peers, best first."""
+        return self._endpoints.own_addresses
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All links that are open."""
+        return tuple(self._links.values())
+
+    def statistics(self) -> NodeStatistics:
+        """A snapshot."""
+        return NodeStatistics(
+            peers=len(self._sessions),
+            home_region=self.home_region,
+            udp=self._udp.statistics(),
+            relays=self._relays.statistics(),
+            unknown_datagrams=self._unknown_datagrams,
+            rejected_disco=self._rejected_disco,
+            rejected_introductions=self._rejected_introductions,
+        )
+
+    # ---- commands
+
+    async def connect(
+        self,
+        peer_key: NodePublic,
+        *,
+        relay: int = 0,
+        disco_key: DiscoPublic | None = None,
+        candidates: Iterable[Address] = (),
+    ) -> Link:
+        """A link to a peer. Returns at once: the first datagrams go by relay.
+
+        Args:
+            relay: the peer's home region.
+            disco_key: from a control plane; without it we introduce ourselves over the relay.
+            candidates: addresses that a control plane knows.
+
+        A link that exists already, because the peer opened it, is returned as it is. Raises
+        NodeError for our own key and for a region that the relay map lacks, KeyFormatError for a
+        key that no honest peer has.
+        """
+        await trio.lowlevel.checkpoint()
+        if peer_key == self.public_key:
+            raise NodeError("this is our own key: a node can't connect to itself")
+        if relay and not self._relays.is_known(relay):
+            raise NodeError(
+                f"region {relay} has no relay in our relay map: use the peer's home region, "
+                "and the map that the peer uses"
+            )
+        existing = self._links.get(peer_key.raw)
+        if existing is not None:
+            return existing
+        Box(self._wiring.private_key, peer_key)
+        now = trio.current_time()
+        session, link = self._add_peer(peer_key, relay, is_introduced=disco_key is None)
+        session.machine.set_configured_addresses(tuple(candidates), now)
+        if disco_key is not None:
+            session.set_disco_key(disco_key, now)
+        session.start(now)
+        return link
+
+    async def accept(self) -> Link:
+        """The next link that an admitted peer opened towards us."""
+        return await self._links_to_accept.receive()
+
+    def open_ice(self, *, is_controlling: bool) -> IceSession:
+        """A session with a peer that speaks ICE, as WebRTC does, over our sockets.
+
+        Use it in `async with`. The side that makes the first offer is usually controlling; if both
+        claim it, they settle it. A peer that is linked by `connect` can't be an ICE peer from the
+        same address at the same time.
+        """
+        candidates = make_candidates(self.own_addresses, self._endpoints.local_addresses())
+        return self._ice.open(
+            candidates, self._endpoints.local_networks, is_controlling=is_controlling
+        )
+
+    async def refresh(self) -> Report:
+        """Run a full net check now and wait for it."""
+        return await self._endpoints.refresh_now()
+
+    async def rebind(self) -> None:
+        """Replace our sockets, as after a change of network."""
+        await self._endpoints.rebind()
+
+    # ---- the task tree
+
+    async def _run(
+        self, port: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        await self._udp.open(port)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._udp.receive, self._handle_batch)
+                nursery.start_soon(self._deadlines.run)
+                nursery.start_soon(self._announce_forever)
+                await nursery.start(self._relays.run)
+                await nursery.start(self._endpoints.run)
+                with trio.move_on_after(HOME_PATIENCE_SECONDS):
+                    await self._relays.wait_for_home()
+                task_status.started()
+        finally:
+            self._udp.close()
+
+    def _close(self) -> None:
+        self._admit = None
+        for link in self.links:
+            link.close()
+        self._ice.close()
+        self._opened_links.close()
+
+    async def _announce_forever(self) -> None:
+        while True:
+            await self._announce_wanted.wait()
+            self._announce_wanted = trio.Event()
+            for number, session in enumerate(list(self._sessions.values()), 1):
+                session.announce(trio.current_time())
+                if number % ANNOUNCE_AT_ONCE == 0:
+                    await trio.sleep(ANNOUNCE_PAUSE_SECONDS)
+
+    # ---- peers
+
+    def _add_peer(
+        self, key: NodePublic, region: int, *, is_introduced: bool
+    ) -> tuple[Session, Link]:
+        machine = Peer(
+            self._entropy,
+            self._endpoints.local_networks,
+            ceiling_bytes=self._endpoints.mtu_ceiling_bytes,
+        )
+        introducer = None
+        if is_introduced:
+            introducer = Introducer(self._introduction_session, self._describe)
+        session = Session(self._wiring, key, region, machine, introducer)
+        link = Link(session, self._udp, self._relays, lambda: self.nat, self._forget)
+        self._sessions[key.raw] = session
+        self._links[key.raw] = link
+        machine.set_own_addresses(self._own_bare_addresses(), trio.current_time())
+        return session, link
+
+    def _forget(self, link: Link) -> None:
+        self._sessions.pop(link.peer_key.raw, None)
+        self._links.pop(link.peer_key.raw, None)
+
+    def _describe(self) -> Introduction:
+        nat = self.nat
+        return Introduction(
+            session=self._introduction_session,
+            echoed_session=None,
+            serial=0,
+            disco_key=self.disco_key,
+            home_region=self.home_region,
+            addresses=self.own_addresses,
+            mapping=nat.mapping,
+            filtering=nat.filtering,
+        )
+
+    def _own_bare_addresses(self) -> tuple[Address, ...]:
+        return tuple(address for _, address in self.own_addresses)
+
+    # ---- from the network check
+
+    def _handle_refresh(self, *, has_home_changed: bool) -> None:
+        now = trio.current_time()
+        addresses = self._own_bare_addresses()
+        local = self._endpoints.local_networks
+        for session in list(self._sessions.values()):
+            session.machine.set_local_networks(local)
+            session.machine.set_own_addresses(addresses, now)
+            session.carry_out()
+        self._ice.set_local_networks(local)
+        if has_home_changed:
+            self._announce_wanted.set()
+
+    def _handle_rebind(self) -> None:
+        now = trio.current_time()
+        for session in list(self._sessions.values()):
+            session.machine.set_local_networks(self._endpoints.local_networks)
+            session.machine.handle_rebind(now)
+            session.carry_out()
+        self._ice.set_local_networks(self._endpoints.local_networks)
+        self._ice.handle_rebind()
+
+    # ---- from UDP
+
+    def _handle_batch(self, batch: Batch) -> None:
+        # Data is nearly everything, so it is sorted by source and looked up and delivered once per
+        # source; most of it is told by the zero bytes of WireGuard, without a call.
+        data: dict[Source, list[bytes]] = {}
+        for datagram, source in batch:
+            kind = Kind.DATA if datagram[1:4] == _WIREGUARD else classify(datagram)
+            if kind is Kind.DATA:
+                if source in data:
+                    data[source].append(datagram)
+                else:
+                    data[source] = [datagram]
+            elif kind is Kind.DISCO:
+                self._handle_disco(datagram, source)
+            elif kind is Kind.STUN:
+                if not self._ice.handle_datagram(datagram, source):
+                    self._endpoints.handle_stun(datagram, source, trio.current_time())
+            elif kind is Kind.INTRODUCTION:
+                self._handle_direct_introduction(datagram, source)
+            else:
+                self._unknown_datagrams += 1
+        for source, datagrams in data.items():
+            session = self._wiring.by_address.get(source)
+            if session is not None:
+                session.machine.received += len(datagrams)
+                session.receive_data(datagrams)
+                continue
+            for datagram in datagrams:
+                if not self._ice.handle_datagram(datagram, source):
+                    self._unknown_datagrams += 1
+
+    def _handle_disco(self, datagram: bytes, source: Source) -> None:
+        sessions = self._wiring.by_disco.get(datagram[6:38])
+        if sessions is None or not is_disco(datagram):
+            self._rejected_disco += 1
+            return
+        try:
+            message = sessions[0].open_disco(datagram)
+        except DiscoError:
+            self._rejected_disco += 1
+            return
+        now = trio.current_time()
+        for session in _order_by_claim(sessions, message):
+            if session.handle_disco(message, Address(*source), now):
+                return
+        self._rejected_disco += 1
+
+    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
+        session = self._wiring.by_address.get(source)
+        try:
+            if session is None:
+                raise IntroductionError("it comes from no address of a peer")
+            session.handle_introduction(datagram, 0, trio.current_time())
+        except IntroductionError:
+            self._rejected_introductions += 1
+
+    # ---- from relays
+
+    def handle_relay_packet(self, region: int, source: bytes, payload: bytes) -> None:
+        """A packet came by relay from the node key `source`."""
+        session = self._sessions.get(source)
+        if session is None:
+            self._handle_unknown(region, source, payload)
+        elif payload.startswith(MAGIC):
+            try:
+                session.handle_relay_disco(payload, region, trio.current_time())
+            except DiscoError:
+                self._rejected_disco += 1
+        elif is_introduction(payload):
+            try:
+                session.handle_introduction(payload, region, trio.current_time())
+            except IntroductionError:
+                self._rejected_introductions += 1
+        else:
+            session.handle_relay_data(payload, region)
+
+    def handle_peer_gone(self, region: int, key: bytes) -> None:
+        """A relay does not know a peer of ours."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.handle_peer_gone(region)
+
+    def handle_relay_change(self, region: int, *, is_up: bool) -> None:
+        """A relay connection came up or went down."""
+        now = trio.current_time()
+        for session in list(self._sessions.values()):
+            if session.home_region == region:
+                session.machine.set_relay_available(is_up, now)
+                session.carry_out()
+        if not is_up and region == self.home_region:
+            self._endpoints.refresh()
+
+    def _handle_unknown(self, region: int, source: bytes, payload: bytes) -> None:
+        key = NodePublic(source)
+        if not is_introduction(payload):
+            if self._handle_stranger is not None:
+                self._handle_stranger(region, key, payload)
+            return
+        if self._admit is None or not key or not self._admit(key):
+            self._rejected_introductions += 1
+            return
+        now = trio.current_time()
+        elapsed = now - self._stranger_budget_at
+        self._stranger_budget_at = now
+        self._stranger_budget = min(
+            STRANGERS_BURST, self._stranger_budget + elapsed * STRANGERS_PER_SECOND
+        )
+        waiting = self._links_to_accept.statistics().current_buffer_used
+        if self._stranger_budget < 1 or waiting >= MAX_WAITING_LINKS:
+            self._rejected_introductions += 1
+            return
+        self._stranger_budget -= 1
+        try:
+            # Opened here for the proof, so that a forgery costs no state.
+            open_introduction(payload, Box(self._wiring.private_key, key))
+        except (IntroductionError, KeyFormatError):
+            self._rejected_introductions += 1
+            return
+        session, link = self._add_peer(key, 0, is_introduced=True)
+        try:
+            session.handle_introduction(payload, region, now)
+        except IntroductionError:
+            link.close()
+            self._rejected_introductions += 1
+            return
+        self._opened_links.send_nowait(link)
+
+
+def _order_by_claim(sessions: list[Session], message: Message) -> list[Session]:
+    """Of several nodes with one disco key, the one that a Ping names first (disco 8.2)."""
+    if len(sessions) == 1 or not isinstance(message, Ping):
+        return list(sessions)
+    return sorted(sessions, key=lambda session: session.key != message.node_key)

@@ -1,0 +1,413 @@
+"""One peer inside a node: its state machine, its keys, and the carrying out of its effects.
+
+The shell around `traversal.paths.peer`: bytes come in, are opened with the peer's key and fed to
+the machine; what it wants done is sealed and sent. Before the peer's disco key is known, by
+introduction, everything travels by the relay and the machine sleeps.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from traversal.io.deadlines import Deadlines
+from traversal.io.relays import Relays
+from traversal.io.udp import Source, UdpSockets
+from traversal.keys import (
+    NONCE_LENGTH,
+    Box,
+    DiscoPrivate,
+    DiscoPublic,
+    Entropy,
+    KeyFormatError,
+    NodePrivate,
+    NodePublic,
+)
+from traversal.paths.effects import (
+    AddressForgotten,
+    AddressLearned,
+    DiscoverPeerRelay,
+    Effect,
+    PathChanged,
+    PingAnswered,
+    RefreshEndpoints,
+    SendCallMeMaybe,
+    SendPing,
+    SendPong,
+    SendRelayPing,
+)
+from traversal.paths.introduction import Introducer
+from traversal.paths.peer import ACTIVITY_SECONDS, Peer
+from traversal.paths.report import NatFacts
+from traversal.paths.scoring import Path
+from traversal.wire.address import Address
+from traversal.wire.disco import (
+    CallMeMaybe,
+    DiscoError,
+    Message,
+    Ping,
+    Pong,
+    open_envelope,
+    seal_envelope,
+)
+from traversal.wire.geneve import PROTOCOL_DISCO, Header
+from traversal.wire.introduction import (
+    Introduction,
+    IntroductionError,
+    open_introduction,
+    seal_introduction,
+)
+
+NO_ROUTE: Final = frozenset(
+    {
+        errno.ENETUNREACH,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.EHOSTDOWN,
+        errno.EADDRNOTAVAIL,
+        errno.EAFNOSUPPORT,
+        errno.EINVAL,
+    }
+)
+"""Send errors that say: this address can't be reached from here."""
+NEEDS_FRESH_SOCKET: Final = frozenset({errno.EPIPE, errno.ENOTCONN, errno.EPERM})
+"""Send errors that a rebind may heal (path selection specification 15)."""
+
+
+@dataclass(slots=True)
+class Wiring:
+    """What all sessions of a node share."""
+
+    private_key: NodePrivate
+    public_key: NodePublic
+    disco_private: DiscoPrivate
+    disco_public: DiscoPublic
+    entropy: Entropy
+    udp: UdpSockets
+    relays: Relays
+    deadlines: Deadlines
+    refresh: Callable[[], None]
+    """Ask for a net check; coalesced."""
+    want_rebind: Callable[[], None]
+    """Ask for fresh sockets; throttled."""
+    by_address: dict[Source, Session] = field(default_factory=dict)
+    by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
+
+
+class Session:
+    """See the module's text. `receive_data` takes the datagrams that are the application's,
+    `note_change` the changes of path, `note_ping` the answers to pings a person asked for."""
+
+    def __init__(
+        self,
+        wiring: Wiring,
+        key: NodePublic,
+        region: int,
+        machine: Peer,
+        introducer: Introducer | None,
+    ) -> None:
+        self.armed_at = math.inf
+        self.key = key
+        self.machine = machine
+        self.home_region = region
+        self.disco_key: DiscoPublic | None = None
+        self.nat = NatFacts()
+        self.receive_data: Callable[[list[bytes]], None] = _ignore
+        self.note_change: Callable[[PathChanged], None] = _ignore
+        self.note_ping: Callable[[PingAnswered], None] = _ignore
+        self._wiring = wiring
+        self._introducer = introducer
+        self._disco_box: Box | None = None
+        self._node_box: Box | None = None
+        self._heard_region = 0
+        self._wanted_at = -math.inf
+        self._has_keys = trio.Event()
+
+    # ---- commands
+
+    def start(self, now: float) -> None:
+        """Introduce ourselves, if that is how keys are exchanged with this peer."""
+        if self._introducer is not None:
+            self._introducer.start(now)
+            self._introduce(now)
+        self.carry_out()
+
+    def close(self) -> None:
+        """Leave no trace in what sessions share."""
+        wiring = self._wiring
+        wiring.deadlines.disarm(self)
+        for address in [a for a, s in wiring.by_address.items() if s is self]:
+            del wiring.by_address[address]
+        self._set_disco_index(None)
+
+    def set_disco_key(self, key: DiscoPublic, now: float) -> None:
+        """The peer's disco key, from its introduction or a control plane.
+
+        Raises KeyFormatError for a key that no honest peer has.
+        """
+        if key == self.disco_key:
+            return
+        self._disco_box = Box(self._wiring.disco_private, key)
+        self._set_disco_index(key)
+        self._has_keys.set()
+        self.machine.handle_new_disco_key(now)
+        if now - self._wanted_at < ACTIVITY_SECONDS:
+            self.machine.handle_send(now)
+        self.carry_out()
+
+    def announce(self, now: float) -> None:
+        """Tell the peer of our new home until it answers, if it knows us at all."""
+        if self._introducer is not None and self._introducer.is_introduced:
+            self._introducer.start(now)
+            self._introduce(now)
+            self.carry_out()
+
+    async def wait_for_keys(self) -> None:
+        """Until the peer's disco key is known and pings make sense."""
+        await self._has_keys.wait()
+
+    def ping(self, now: float) -> None:
+        """Ping by all ways at once; without the peer's disco key this does nothing."""
+        if self._disco_box is not None:
+            self.machine.ping_all(now)
+            self.carry_out()
+
+    # ---- data
+
+    def wake(self, now: float) -> None:
+        """A datagram was sent while the machine slept."""
+        self._wanted_at = now
+        if self._disco_box is not None:
+            self.machine.handle_send(now)
+            self.carry_out()
+
+    @property
+    def relay_region(self) -> int:
+        """By which region's relay the peer is sent to; 0 for none (path selection 10)."""
+        relays, home, heard = self._wiring.relays, self.home_region, self._heard_region
+        if heard and heard != home and not relays.is_connected(home) and relays.is_connected(heard):
+            return heard
+        return home or heard
+
+    def send_by_relay(self, payload: bytes) -> bool:
+        """Queue a packet for the peer; False when no relay is known for it."""
+        return self._wiring.relays.send(self.relay_region, self.key.raw, payload)
+
+    def handle_send_fault(self, fault: int, path: Path, now: float) -> None:
+        """Sending to `path` failed with this errno."""
+        if fault in NEEDS_FRESH_SOCKET:
+            self._wiring.want_rebind()
+        elif fault in NO_ROUTE:
+            self.machine.handle_send_error(path, now)
+            self.carry_out()
+
+    # ---- feed
+
+    def handle_disco(self, message: Message, source: Address, now: float) -> bool:
+        """An opened message that came by UDP; False when it is none of this peer's business."""
+        if isinstance(message, Ping):
+            self.machine.handle_ping(message.transaction_id, Path(source), now)
+        elif isinstance(message, Pong):
+            if not self.machine.handle_pong(message.transaction_id, source, message.source, now):
+                return False
+        else:
+            # A CallMeMaybe counts only by relay (disco specification D5).
+            return False
+        self.carry_out()
+        return True
+
+    def open_disco(self, datagram: bytes) -> Message:
+        """Open an envelope from this peer. Raises DiscoError."""
+        if self._disco_box is None:
+            raise DiscoError("the peer's disco key is not known")
+        return open_envelope(datagram, self._disco_box)
+
+    def handle_relay_disco(self, datagram: bytes, region: int, now: float) -> None:
+        """A disco envelope by relay, from this peer's node key. Raises DiscoError."""
+        self._heard_region = region
+        if self.disco_key is None or datagram[6:38] != self.disco_key.raw:
+            raise DiscoError("a disco message by relay that is not sealed by its source")
+        message = self.open_disco(datagram)
+        if isinstance(message, Ping):
+            self.machine.handle_relay_ping(message.transaction_id, region)
+        elif isinstance(message, Pong):
+            self.machine.handle_relay_pong(message.transaction_id, message.source, now)
+        elif isinstance(message, CallMeMaybe):
+            self.machine.handle_call_me_maybe(message.addresses, now)
+        self.carry_out()
+
+    def handle_introduction(self, packet: bytes, region: int, now: float) -> None:
+        """An introduction from this peer's node key, by the relay of `region` or, with 0, by UDP
+        from an address of the peer. Raises IntroductionError."""
+        self._heard_region = region or self._heard_region
+        if self._introducer is None:
+            raise IntroductionError("this peer's keys come from a control plane")
+        outcome = self._introducer.handle_introduction(
+            open_introduction(packet, self._box_of_nodes()), now
+        )
+        if outcome.answer is not None:
+            self._send_introduction(outcome.answer)
+        if outcome.believed is not None:
+            self._believe(outcome.believed, now)
+        self.carry_out()
+
+    def handle_relay_data(self, payload: bytes, region: int) -> None:
+        """The application's datagram, by relay."""
+        self._heard_region = region
+        self.receive_data([payload])
+
+    def handle_peer_gone(self, region: int) -> None:
+        """The relay of a region does not know the peer."""
+        if self._heard_region == region:
+            self._heard_region = 0
+
+    # ---- timers
+
+    def next_deadline(self) -> float:
+        deadline = self.machine.next_deadline() if self._disco_box is not None else math.inf
+        if self._introducer is not None:
+            deadline = min(deadline, self._introducer.next_deadline())
+        return deadline
+
+    def on_time(self, now: float) -> None:
+        if self._introducer is not None and now >= self._introducer.next_deadline():
+            self._introduce(now)
+        if self._disco_box is not None:
+            self.machine.on_time(now)
+        self.carry_out()
+
+    # ---- effects
+
+    def carry_out(self) -> None:
+        """Do what the machine wants done; call this after every call of the machine."""
+        while effects := self.machine.poll_effects():
+            for effect in effects:
+                self._carry_out(effect)
+        self._wiring.deadlines.arm(self)
+
+    def _carry_out(self, effect: Effect) -> None:
+        match effect:
+            case SendPing():
+                self._send_ping(effect)
+            case SendPong(path=None):
+                self._send_disco_by_relay(Pong(effect.transaction_id, effect.source))
+            case SendPong(path=Path() as path):
+                self._send_disco(Pong(effect.transaction_id, effect.source), path)
+            case SendCallMeMaybe():
+                self._send_disco_by_relay(CallMeMaybe(effect.addresses))
+            case SendRelayPing():
+                self._send_disco_by_relay(Ping(effect.transaction_id, self._wiring.public_key))
+            case RefreshEndpoints():
+                self._wiring.refresh()
+            case AddressLearned():
+                self._wiring.by_address[effect.address] = self
+            case AddressForgotten():
+                if self._wiring.by_address.get(effect.address) is self:
+                    del self._wiring.by_address[effect.address]
+            case PathChanged():
+                self.note_change(effect)
+            case PingAnswered():
+                self.note_ping(effect)
+            case DiscoverPeerRelay():
+                pass  # only asked for when `has_peer_relays` was set
+
+    def _send_ping(self, effect: SendPing) -> None:
+        ping = Ping(effect.transaction_id, self._wiring.public_key, effect.padding_bytes)
+        envelope = self._seal(ping, effect.path)
+        if envelope is None:
+            return
+        udp = self._wiring.udp
+        if not effect.padding_bytes:
+            fault = udp.send(envelope, effect.path.address)
+        else:
+            fault = udp.send_unfragmented(envelope, effect.path.address)
+        if fault == errno.EMSGSIZE and effect.padding_bytes:
+            self.machine.handle_too_big(effect.padding_bytes, trio.current_time())
+        elif fault:
+            self._handle_disco_fault(fault, effect.path)
+
+    def _send_disco(self, message: Message, path: Path) -> None:
+        envelope = self._seal(message, path)
+        if envelope is not None:
+            fault = self._wiring.udp.send(envelope, path.address)
+            if fault:
+                self._handle_disco_fault(fault, path)
+
+    def _handle_disco_fault(self, fault: int, path: Path) -> None:
+        if fault in NEEDS_FRESH_SOCKET:
+            self._wiring.want_rebind()
+        elif fault in NO_ROUTE:
+            self.machine.handle_send_error(path, trio.current_time())
+
+    def _send_disco_by_relay(self, message: Message) -> None:
+        envelope = self._seal(message, None)
+        if envelope is not None:
+            self.send_by_relay(envelope)
+
+    def _seal(self, message: Message, path: Path | None) -> bytes | None:
+        if self._disco_box is None:
+            return None
+        wiring = self._wiring
+        nonce = wiring.entropy(NONCE_LENGTH)
+        envelope = seal_envelope(message, wiring.disco_public, self._disco_box, nonce)
+        if path is not None and path.vni:
+            return Header(path.vni, PROTOCOL_DISCO).encode() + envelope
+        return envelope
+
+    # ---- introductions
+
+    def _introduce(self, now: float) -> None:
+        assert self._introducer is not None
+        introduction = self._introducer.poll_introduction(now)
+        if introduction is not None:
+            self._send_introduction(introduction)
+
+    def _send_introduction(self, introduction: Introduction) -> None:
+        nonce = self._wiring.entropy(NONCE_LENGTH)
+        packet = seal_introduction(introduction, self._box_of_nodes(), nonce)
+        self.send_by_relay(packet)
+        # The peer's home may be dead, and this be the news of where we went: then a direct path
+        # still leads to the peer, and perhaps it went where we are.
+        relays, path = self._wiring.relays, self.machine.route.path
+        if path is not None and not path.vni:
+            self._wiring.udp.send(packet, path.address)
+        if relays.home != self.relay_region and not relays.is_connected(self.relay_region):
+            relays.send(relays.home, self.key.raw, packet)
+
+    def _believe(self, introduction: Introduction, now: float) -> None:
+        region = introduction.home_region
+        if region != self.home_region and self._wiring.relays.is_known(region):
+            self.home_region = region
+            self.machine.set_relay_available(True, now)
+        self.nat = NatFacts(mapping=introduction.mapping, filtering=introduction.filtering)
+        addresses = tuple(address for _, address in introduction.addresses)
+        self.machine.set_configured_addresses(addresses, now)
+        try:
+            self.set_disco_key(introduction.disco_key, now)
+        except KeyFormatError as error:
+            raise IntroductionError(f"the disco key of an introduction: {error}") from None
+
+    def _box_of_nodes(self) -> Box:
+        if self._node_box is None:
+            self._node_box = Box(self._wiring.private_key, self.key)
+        return self._node_box
+
+    def _set_disco_index(self, key: DiscoPublic | None) -> None:
+        index = self._wiring.by_disco
+        if self.disco_key is not None:
+            sessions = index[self.disco_key.raw]
+            sessions.remove(self)
+            if not sessions:
+                del index[self.disco_key.raw]
+        self.disco_key = key
+        if key is not None:
+            index.setdefault(key.raw, []).append(self)
+
+
+def _ignore(_: object) -> None:
+    pass
