@@ -32,6 +32,7 @@ from traversal import (
     RelayOptions,
     open_node,
 )
+from traversal.agent.status import nat_status, report_status
 from traversal.paths.report import PortAllocation as PortSeries
 from traversal.paths.report import PortPattern
 from traversal.paths.verdict import describe_nat
@@ -241,6 +242,10 @@ class TestDirectPath:
             assert node.nat.ports == report.ports == PortSeries(PortPattern.SEQUENTIAL, 2)
             assert node.nat.hairpins is True
             assert "steps of 2" in describe_nat(node.nat)
+            status = nat_status(node.nat)
+            assert status["port_pattern"] == "sequential"
+            assert status["port_step"] == 2
+            assert status["hairpins"] is True
             world.relays[0].mutes_stun = True
             await node.rebind()
             report = await node.refresh()
@@ -301,6 +306,8 @@ class TestBlockedUdp:
             link, _ = await world.pair()
             report = world.nodes[0].report
             assert report.captive_portal is has_portal
+            status = report_status(report, world.relay_map, 900)
+            assert status["captive_portal"] is has_portal
             findings = [finding.value for finding in link.verdict().findings]
             assert ("captive-portal-here" in findings) is has_portal
             assert ("udp-blocked-here" in findings) is not has_portal
