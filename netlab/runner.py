@@ -139,6 +139,7 @@ class _Run:
     async def _start_programs(self, nursery: trio.Nursery) -> None:
         for program in self._scenario.programs:
             ready = trio.Event()
+            self._running += 1  # here, as the run is over when all have started and none runs
             nursery.start_soon(self._run_program, program, ready)
             if program.ready is None:
                 continue
@@ -153,7 +154,6 @@ class _Run:
         self._wake.set()
 
     async def _run_program(self, program: Program, ready: trio.Event) -> None:
-        self._running += 1
         status = _CRASHED
         try:
             status = await self._lab.run_program(

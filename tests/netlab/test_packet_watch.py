@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,3 +87,8 @@ def test_hosts_file() -> None:
     text = hosts_text({"relay": ["2.0.0.5", "2a0f:1::5"]})
     assert text.splitlines()[-2:] == ["2.0.0.5 relay", "2a0f:1::5 relay"]
     assert text.startswith("127.0.0.1 localhost\n")
+
+
+def test_hosts_file_has_the_own_name() -> None:
+    """Programs that look their machine's name up must not wait for a name server."""
+    assert socket.gethostname() in hosts_text({}).split()

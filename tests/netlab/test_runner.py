@@ -248,3 +248,18 @@ def test_the_examples_come_out_as_they_say(name: str) -> None:
     first = once()
     assert first[0]
     assert first == once()
+
+
+async def test_programs_share_a_directory(autojump_clock: MockClock) -> None:
+    """It is the same for all programs of a run, and gone when the run is over."""
+    result = await run(
+        """
+[[run]]
+on = "a"
+python = "t:talk"
+args = ["at ${directory}", "at ${directory}"]
+"""
+    )
+    first, second = (e.line for e in result.timeline if isinstance(e, ProgramOutput))
+    assert first == second
+    assert not await trio.Path(first.removeprefix("at ")).exists()
