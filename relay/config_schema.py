@@ -183,7 +183,7 @@ class LimitsConfig(Section, frozen=True):
     connections: Count = 50_000
     connections_per_ip: Count | None = None
     handshakes: Count = 1000
-    """Connections that may be between accept and registration at one time."""
+    """Connections between accept and registration at one time; one source may hold a quarter."""
     client_bytes_per_second: Count | None = None
     client_burst_bytes: Count | None = None
     """Raised to 65568 if lower; default: two seconds of `client_bytes_per_second`."""

@@ -25,7 +25,7 @@ from relay.certificates import Certificates
 from relay.config import BootstrapDnsConfig, Config
 from relay.endpoints import public_responder
 from relay.http import Request, serve_http, wanted_protocol
-from relay.limits import AcceptLimiter, ConnectionCounter
+from relay.limits import AcceptLimiter, ConnectionCounter, source_of
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
@@ -43,6 +43,9 @@ logger = logging.getLogger("underpass.relay.service")
 
 TLS_TIMEOUT_SECONDS: Final = 10.0
 PROXY_TIMEOUT_SECONDS: Final = 5.0
+HANDSHAKES_SHARE: Final = 4
+"""One source may hold this part (a quarter) of `limits.handshakes`: silent connections of one
+attacker leave room for everybody else's. Trusted proxies speak for many and are exempt."""
 RESTARTING_TRY_MS: Final = 5000
 """How long clients should keep trying before they treat it as a failure; "no more than a few
 seconds" (DERP specification 6.15)."""
@@ -69,6 +72,8 @@ class _Arrival:
     """A connection on its way to the pump, and what was counted for it so far."""
 
     peer: _Peer
+    origin: str
+    """What its handshake is counted as."""
     stage: Stage = Stage.PROXY
     in_handshake: bool = True
     counted_as: str | None = None
@@ -117,7 +122,8 @@ class Service:
         )
         self._sessions: dict[Connection, Session] = {}
         self._counted: dict[Connection, str] = {}
-        self._handshakes = 0
+        # Under way, by source (an IPv4 address or an IPv6 /64).
+        self._handshakes: Counter[str] = Counter()
         limits = config.limits
         self.accepts = AcceptLimiter(limits.accept_rate_per_second, limits.accept_burst, now)
         self._counter = ConnectionCounter(limits.connections, limits.connections_per_ip)
@@ -294,14 +300,14 @@ class Service:
             self._refuse(Stage.ACCEPT_RATE, peer.source, "more connections per second than allowed")
             sock.close()
             return
-        if self._handshakes >= self.config.limits.handshakes:
-            reason = f"{self._handshakes} handshakes are under way, which is limits.handshakes"
-            self._refuse(Stage.HANDSHAKES, peer.source, reason)
+        origin = source_of(peer.source)
+        if problem := self._handshake_problem(origin, peer.source in self._proxies):
+            self._refuse(Stage.HANDSHAKES, peer.source, problem)
             sock.close()
             return
         stream = HandshakeStream(sock)
-        self._handshakes += 1
-        arrival = _Arrival(peer)
+        self._handshakes[origin] += 1
+        arrival = _Arrival(peer, origin)
         try:
             await self._handle_stream(stream, arrival)
         except (StreamEndedError, ProxyProtocolError, DerpError) as error:
@@ -309,11 +315,30 @@ class Service:
         except RefusedError as error:
             self._refuse(Stage.ADMISSION, arrival.peer.source, str(error))
         finally:
-            if arrival.in_handshake:
-                self._handshakes -= 1
+            self._end_handshake(arrival)
             if arrival.counted_as is not None:
                 self._counter.remove(arrival.counted_as)
             stream.close()
+
+    def _handshake_problem(self, origin: str, is_proxy: bool) -> str:
+        """Why there is no room for one more handshake, empty if there is."""
+        limit = self.config.limits.handshakes
+        under_way = self._handshakes.total()
+        if under_way >= limit:
+            return f"{under_way} handshakes are under way, which is limits.handshakes"
+        share = max(1, limit // HANDSHAKES_SHARE)
+        if not is_proxy and self._handshakes[origin] >= share:
+            return f"{origin} has {share} handshakes under way, its share of limits.handshakes"
+        return ""
+
+    def _end_handshake(self, arrival: _Arrival) -> None:
+        """Give back the arrival's place among the handshakes; harmless when repeated."""
+        if not arrival.in_handshake:
+            return
+        arrival.in_handshake = False
+        self._handshakes[arrival.origin] -= 1
+        if not self._handshakes[arrival.origin]:
+            del self._handshakes[arrival.origin]
 
     async def _handle_stream(self, stream: HandshakeStream, arrival: _Arrival) -> None:
         """Everything from the first byte on. Raises what ends it; `arrival.stage` says where."""
@@ -372,8 +397,7 @@ class Service:
         session = await self._upgrader.upgrade(
             stream, request, port=arrival.peer.port, with_response=with_response
         )
-        self._handshakes -= 1
-        arrival.in_handshake = False
+        self._end_handshake(arrival)
         if session.connection.closed:
             return  # by what it sent with its handshake
         self._sessions[session.connection] = session

@@ -46,12 +46,13 @@ def _raw_from_text(text: str, prefix: str, what: str) -> bytes:
     if not text.startswith(prefix):
         raise KeyFormatError(f"a {what} starts with {prefix!r}")
     digits = text[len(prefix) :]
+    where = f" after {prefix!r}" if prefix else ""
     if len(digits) != 2 * KEY_LENGTH:
-        raise KeyFormatError(f"a {what} has 64 hex digits after {prefix!r}, this has {len(digits)}")
+        raise KeyFormatError(f"a {what} has 64 hex digits{where}, this has {len(digits)}")
     try:
         return bytes.fromhex(digits)
     except ValueError:
-        raise KeyFormatError(f"a {what} has only hex digits after {prefix!r}") from None
+        raise KeyFormatError(f"a {what} has only hex digits{where}") from None
 
 
 def _check_raw(raw: bytes, what: str) -> None:

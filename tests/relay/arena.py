@@ -37,8 +37,9 @@ class Arena:
         self.clients.append(client)
         return client
 
-    async def tcp(self) -> trio.socket.SocketType:
+    async def tcp(self, source: str = "127.0.0.1") -> trio.socket.SocketType:
         sock = trio.socket.socket()
+        await sock.bind((source, 0))
         await sock.connect(("127.0.0.1", self.port))
         return sock
 

@@ -25,13 +25,27 @@ def open_descriptors() -> int:
 
 
 async def test_connections_that_never_speak_leave_room_for_others() -> None:
-    """Beyond `limits.handshakes` silent connections are turned away; when they go, room is back."""
+    """One source may hold a quarter of `limits.handshakes`; others get in meanwhile, and when the
+    silent ones go, their room is back."""
     async with arena(limits__handshakes=20) as stage:
-        silent = [await stage.tcp() for _ in range(30)]
-        await stage.until_refused(Stage.HANDSHAKES, 10)
+        silent = [await stage.tcp("127.0.0.9") for _ in range(30)]
+        await stage.until_refused(Stage.HANDSHAKES, 25)
+        await stage.converse()
         for sock in silent:
             sock.close()
-        await stage.until_refused(Stage.TLS, 20)
+        await stage.until_refused(Stage.TLS, 5)
+        assert not stage.service._handshakes
+
+
+async def test_handshakes_of_all_sources_together_are_bounded() -> None:
+    """Beyond `limits.handshakes` in all, whoever comes is turned away."""
+    async with arena(limits__handshakes=8) as stage:
+        silent = [await stage.tcp(f"127.0.0.{10 + number // 2}") for number in range(12)]
+        await stage.until_refused(Stage.HANDSHAKES, 4)
+        assert stage.service._handshakes.total() == 8
+        for sock in silent:
+            sock.close()
+        await stage.until_refused(Stage.TLS, 8)
         await stage.converse()
 
 
