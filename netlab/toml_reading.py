@@ -219,10 +219,6 @@ class Table:
         except ValueError as error:
             raise self.error(key, str(error)) from None
 
-    def take_choice(self, key: str, kind: type[_Choice], default: _Choice) -> _Choice:
-        value = self.pop(key)
-        return default if value is None else self.choose(key, value, kind)
-
     def choose(self, key: str, value: _Value, kind: type[_Choice]) -> _Choice:
         """Return the member of an enumeration that a value names, in any case of letters."""
         if not isinstance(value, str):

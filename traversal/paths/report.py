@@ -149,7 +149,6 @@ class Report:
     nat_pmp: bool | None = None
     pcp: bool | None = None
     captive_portal: bool | None = None
-    icmp_v4: bool | None = None
     preferred_region: int = 0
     mapping: MappingClass = MappingClass.UNKNOWN
     filtering: FilteringClass = FilteringClass.UNKNOWN
