@@ -24,14 +24,15 @@ class StreamEndedError(Exception):
 class HandshakeStream:
     """Receive and send bytes; TLS once `start_tls` has run.
 
+    `read_bytes` is the most that one `receive` returns: more is faster, and costs that much memory.
     One task may receive while another sends. Cancelling a method leaves the stream only good for
     closing.
     """
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, *, read_bytes: int = READ_BYTES) -> None:
         self._sock = sock
         self._tls: TlsEngine | None = None
-        self._buffer = memoryview(bytearray(READ_BYTES))
+        self._buffer = memoryview(bytearray(read_bytes))
         self._ahead = b""
         # Reading may make TLS answer (a key update), which must not land inside a record that
         # another task is writing.
@@ -134,7 +135,7 @@ class HandshakeStream:
 
     async def _receive_raw(self) -> bytes:
         try:
-            return await self._sock.recv(READ_BYTES)
+            return await self._sock.recv(len(self._buffer))
         except OSError as error:
             raise StreamEndedError(error.strerror or type(error).__name__) from None
 

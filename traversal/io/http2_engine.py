@@ -1,0 +1,135 @@
+"""h2's connection, with the two things that it lacks for long-lived servers.
+
+* A graceful GOAWAY: h2 ends a connection with the first GOAWAY in either direction; RFC 9113 6.8
+  lets the streams that are open finish.
+* A budget for frames that cost us more than the sender (RFC 9113 10.5): pings and settings that
+  want an answer, streams that are opened and reset at once, empty frames.
+
+Pure: bytes and `now` in, events and bytes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    PingReceived,
+    PriorityUpdated,
+    RemoteSettingsChanged,
+    StreamReset,
+)
+from h2.exceptions import H2Error
+from h2.settings import SettingCodes, Settings
+from hyperframe.frame import Frame, GoAwayFrame
+
+NUISANCES_PER_SECOND: Final = 100.0
+NUISANCES_BURST: Final = 2000.0
+"""A browser that leaves a page resets a few hundred streams at once; a rapid reset attack sends
+tens of thousands a second."""
+MAX_HEADER_BYTES: Final = 64 << 10
+
+
+class Http2Error(Exception):
+    """The HTTP/2 connection failed or was closed; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Http2Limits:
+    """What we let the other side do.
+
+    Attributes:
+        streams: that it may open at one time.
+        stream_window: bytes it may send on a stream ahead of the reader.
+        connection_window: bytes it may send on all streams together before we take note.
+        buffered_bytes: for all streams together. Beyond it the stream whose reader is furthest
+            behind is reset, so that readers that stall never stall others.
+        frame_bytes: largest frame, 16384 to 16777215.
+        header_bytes: a header block, uncompressed.
+    """
+
+    streams: int = 250
+    stream_window: int = 6 << 20
+    connection_window: int = 16 << 20
+    buffered_bytes: int = 64 << 20
+    frame_bytes: int = 1 << 20
+    header_bytes: int = MAX_HEADER_BYTES
+
+
+class Http2Engine(H2Connection):
+    """See the module's text. Feed with `receive`; send what `data_to_send` returns."""
+
+    def __init__(self, limits: Http2Limits, *, client_side: bool, now: float) -> None:
+        super().__init__(H2Configuration(client_side=client_side, header_encoding=None))
+        self.is_leaving = False
+        """Whether the other side will serve no further streams of ours."""
+        self._limits = limits
+        self._budget = NUISANCES_BURST
+        self._budget_at = now
+
+    def start(self, *, connect_protocol: bool = False) -> None:
+        """Queue the preface and our settings."""
+        limits = self._limits
+        values = {
+            SettingCodes.MAX_CONCURRENT_STREAMS: limits.streams,
+            SettingCodes.INITIAL_WINDOW_SIZE: limits.stream_window,
+            SettingCodes.MAX_FRAME_SIZE: limits.frame_bytes,
+            SettingCodes.MAX_HEADER_LIST_SIZE: limits.header_bytes,
+        }
+        if self.config.client_side:
+            values[SettingCodes.ENABLE_PUSH] = 0
+        elif connect_protocol:
+            values[SettingCodes.ENABLE_CONNECT_PROTOCOL] = 1
+        # As initial values these count at once. The other side uses them only when it has seen
+        # them, and what it sends before is smaller: no need to wait for its acknowledgment.
+        self.local_settings = Settings(client=bool(self.config.client_side), initial_values=values)
+        self.max_inbound_frame_size = limits.frame_bytes
+        self.decoder.max_header_list_size = limits.header_bytes
+        self.initiate_connection()
+        self.increment_flow_control_window(limits.connection_window - 65535)
+
+    def receive(self, data: bytes, now: float) -> list[Event]:
+        """Bytes from the network. Raises Http2Error; then `data_to_send` says so to the other
+        side."""
+        try:
+            events = self.receive_data(data)
+        except (H2Error, ValueError, KeyError, AssertionError) as error:
+            raise Http2Error(f"HTTP/2: {str(error) or type(error).__name__}") from None
+        nuisances = sum(map(_is_nuisance, events))
+        if nuisances:
+            elapsed = now - self._budget_at
+            self._budget_at = now
+            refilled = self._budget + elapsed * NUISANCES_PER_SECOND
+            self._budget = min(NUISANCES_BURST, refilled) - nuisances
+            if self._budget < 0:
+                self.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
+                raise Http2Error("HTTP/2: more pings, resets and empty frames than are useful")
+        return events
+
+    def announce_leaving(self) -> bytes:
+        """A GOAWAY that lets open streams finish, to be sent after `data_to_send`."""
+        frame = GoAwayFrame(0)
+        frame.last_stream_id = self.highest_inbound_stream_id
+        frame.error_code = ErrorCodes.NO_ERROR
+        return frame.serialize()
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        if frame.error_code != ErrorCodes.NO_ERROR:
+            return super()._receive_goaway_frame(frame)
+        self.is_leaving = True
+        event = ConnectionTerminated()
+        event.error_code = ErrorCodes.NO_ERROR
+        event.last_stream_id = frame.last_stream_id
+        return [], [event]
+
+
+def _is_nuisance(event: Event) -> bool:
+    if isinstance(event, DataReceived):
+        return not event.data and event.stream_ended is None
+    return isinstance(event, PingReceived | PriorityUpdated | RemoteSettingsChanged | StreamReset)
