@@ -417,7 +417,7 @@ async def test_curl_as_client(tmp_path: Path) -> None:
             async with trio.open_nursery() as inner:
                 await inner.start(connection.run)
                 await echo(connection)
-                inner.cancel_scope.cancel()
+                connection.close()
 
         upload = tmp_path / "upload"
         upload.write_bytes(os.urandom(size))
