@@ -6,6 +6,7 @@ datagrams; everything a program needs is exported here.
 
 from traversal.io.ice import IceSession, IceStatistics
 from traversal.io.interfaces import InterfaceFilter
+from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.udp import UdpError, UdpStatistics
 from traversal.keys import DiscoPrivate, DiscoPublic, KeyFormatError, NodePrivate, NodePublic
@@ -23,6 +24,7 @@ from traversal.node import Node, NodeError, NodeStatistics, open_node
 from traversal.paths.effects import PathState
 from traversal.paths.home import HomePolicy
 from traversal.paths.ice_effects import IceError, IceState, SelectedPair
+from traversal.paths.peer_relay_server import PeerRelayLimits, PeerRelayStatistics
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.verdict import Verdict
 from traversal.relay_map import RelayMap, RelayMapError
@@ -59,6 +61,8 @@ __all__ = [
     "RelayOptions",
     "HomePolicy",
     "InterfaceFilter",
+    "PeerRelayOptions",
+    "PeerRelayLimits",
     "Address",
     "NodePrivate",
     "NodePublic",
@@ -68,6 +72,7 @@ __all__ = [
     "NodeStatistics",
     "LinkStatistics",
     "RelayStatistics",
+    "PeerRelayStatistics",
     "UdpStatistics",
     "IceStatistics",
     # Errors

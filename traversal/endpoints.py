@@ -372,6 +372,10 @@ class Endpoints:
             found += [Address(ip, port) for ip in ([bound] if bound else self._ips(family))]
         return tuple(found)
 
+    def local_hosts(self) -> tuple[str, ...]:
+        """The hosts of `local_addresses`."""
+        return tuple(dict.fromkeys(address.host for address in self.local_addresses()))
+
     def _local_ipv4(self) -> Address | None:
         return next((a for a in self.local_addresses() if not a.is_ipv6), None)
 

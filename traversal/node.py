@@ -20,6 +20,7 @@ from traversal.endpoints import Endpoints
 from traversal.io.deadlines import Deadlines
 from traversal.io.ice import IceRouter, IceSession
 from traversal.io.interfaces import InterfaceFilter
+from traversal.io.peer_relay_server import PeerRelayOptions, PeerRelayService
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
 from traversal.io.udp import Batch, Source, UdpSockets, UdpStatistics
@@ -38,13 +39,17 @@ from traversal.paths.ice_candidates import make_candidates
 from traversal.paths.introduction import Introducer, new_session
 from traversal.paths.own_addresses import OwnAddress
 from traversal.paths.peer import Peer
+from traversal.paths.peer_relay_server import PeerRelayStatistics
 from traversal.paths.report import NatFacts, Report
+from traversal.paths.scoring import Path
+from traversal.peer_relays import PeerRelays
 from traversal.relay_map import Family, RelayMap
 from traversal.session import Session, Wiring
 from traversal.wire.address import Address
 from traversal.wire.classify import Kind, classify
 from traversal.wire.disco import MAGIC, DiscoError, Message, Ping, is_disco
 from traversal.wire.introduction import (
+    Capability,
     Introduction,
     IntroductionError,
     is_introduction,
@@ -86,6 +91,8 @@ class NodeStatistics:
     unknown_datagrams: int
     rejected_disco: int
     rejected_introductions: int
+    peer_relay: PeerRelayStatistics | None
+    """Of the peer relay that this node is for others, if it is one."""
 
 
 @asynccontextmanager
@@ -103,6 +110,7 @@ async def open_node(
     home: HomePolicy | None = None,
     relay_options: RelayOptions | None = None,
     map_ports: bool = True,
+    peer_relay: PeerRelayOptions | None = None,
     entropy: Entropy = os.urandom,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Node]:
@@ -122,6 +130,7 @@ async def open_node(
         interfaces: which interfaces and ranges to use.
         home: pinned and banned home regions.
         map_ports: whether to ask the router for a port mapping.
+        peer_relay: serve as a UDP peer relay for our peers; by default not.
         entropy: random bytes, `os.urandom` or a seeded source for tests.
         rng: spreads periodic work; by default seeded from `entropy`.
 
@@ -140,6 +149,7 @@ async def open_node(
         home=home or HomePolicy(),
         relay_options=relay_options or RelayOptions(),
         map_ports=map_ports,
+        peer_relay=peer_relay,
         entropy=entropy,
         rng=rng,
     )
@@ -169,6 +179,7 @@ class Node:
         home: HomePolicy,
         relay_options: RelayOptions,
         map_ports: bool,
+        peer_relay: PeerRelayOptions | None,
         entropy: Entropy,
         rng: random.Random,
     ) -> None:
@@ -209,7 +220,20 @@ class Node:
             refresh=self._endpoints.refresh,
             want_rebind=self._endpoints.want_rebind,
         )
+        self._relay_service: PeerRelayService | None = None
+        if peer_relay is not None:
+            self._relay_service = PeerRelayService(
+                peer_relay,
+                relay_map,
+                hosts=hosts,
+                find_local_hosts=self._endpoints.local_hosts,
+                relay_options=relay_options,
+                entropy=entropy,
+                rng=rng,
+            )
         self._sessions: dict[bytes, Session] = {}
+        self._peer_relays = PeerRelays(self._wiring, self._sessions.get, self._relay_service)
+        self._wiring.peer_relays = self._peer_relays
         self._links: dict[bytes, Link] = {}
         self._opened_links, self._links_to_accept = trio.open_memory_channel[Link](
             MAX_WAITING_LINKS
@@ -258,6 +282,7 @@ class Node:
             unknown_datagrams=self._unknown_datagrams,
             rejected_disco=self._rejected_disco,
             rejected_introductions=self._rejected_introductions,
+            peer_relay=self._relay_service.statistics() if self._relay_service else None,
         )
 
     # ---- commands
@@ -269,6 +294,7 @@ class Node:
         relay: int = 0,
         disco_key: DiscoPublic | None = None,
         candidates: Iterable[Address] = (),
+        can_use_peer_relays: bool = False,
     ) -> Link:
         """A link to a peer. Returns at once: the first datagrams go by relay.
 
@@ -276,6 +302,8 @@ class Node:
             relay: the peer's home region.
             disco_key: from a control plane; without it we introduce ourselves over the relay.
             candidates: addresses that a control plane knows.
+            can_use_peer_relays: a control plane says so (capability version 121 and later); what
+                is not said by one is learned from the peer's introduction.
 
         A link that exists already, because the peer opened it, is returned as it is. Raises
         NodeError for our own key and for a region that the relay map lacks, KeyFormatError for a
@@ -296,6 +324,8 @@ class Node:
         now = trio.current_time()
         session, link = self._add_peer(peer_key, relay, is_introduced=disco_key is None)
         session.machine.set_configured_addresses(tuple(candidates), now)
+        session.can_use_peer_relays = can_use_peer_relays
+        self._peer_relays.update(session)
         if disco_key is not None:
             session.set_disco_key(disco_key, now)
         session.start(now)
@@ -304,6 +334,16 @@ class Node:
     async def accept(self) -> Link:
         """The next link that an admitted peer opened towards us."""
         return await self._links_to_accept.receive()
+
+    def set_peer_relays(self, keys: Iterable[NodePublic]) -> None:
+        """Say which peers serve as UDP peer relays: they may carry traffic between us and others.
+
+        Replaces the last list. A relay is asked once its disco key is known, so connect to it. Like
+        any relay it sees who talks to whom, and what is not encrypted by what runs on top.
+        """
+        self._peer_relays.set_keys(keys)
+        for session in self._sessions.values():
+            self._peer_relays.update(session)
 
     def open_ice(self, *, is_controlling: bool) -> IceSession:
         """A session with a peer that speaks ICE, as WebRTC does, over our sockets.
@@ -338,6 +378,8 @@ class Node:
                 nursery.start_soon(self._announce_forever)
                 await nursery.start(self._relays.run)
                 await nursery.start(self._endpoints.run)
+                if self._relay_service is not None:
+                    await nursery.start(self._relay_service.run)
                 with trio.move_on_after(HOME_PATIENCE_SECONDS):
                     await self._relays.wait_for_home()
                 task_status.started()
@@ -395,6 +437,7 @@ class Node:
             addresses=self.own_addresses,
             mapping=nat.mapping,
             filtering=nat.filtering,
+            capabilities=Capability.PEER_RELAY,
         )
 
     def _own_bare_addresses(self) -> tuple[Address, ...]:
@@ -443,7 +486,9 @@ class Node:
                     self._endpoints.handle_stun(datagram, source, trio.current_time())
             elif kind is Kind.INTRODUCTION:
                 self._handle_direct_introduction(datagram, source)
-            else:
+            elif kind is Kind.RELAYED_DISCO:
+                self._handle_relayed_disco(datagram, source)
+            elif not self._peer_relays.handle_data(datagram, source):
                 self._unknown_datagrams += 1
         for source, datagrams in data.items():
             session = self._wiring.by_address.get(source)
@@ -467,9 +512,15 @@ class Node:
             return
         now = trio.current_time()
         for session in _order_by_claim(sessions, message):
-            if session.handle_disco(message, Address(*source), now):
+            if session.handle_disco(message, Path(Address(*source)), now):
                 return
         self._rejected_disco += 1
+
+    def _handle_relayed_disco(self, datagram: bytes, source: Source) -> None:
+        try:
+            self._peer_relays.handle_disco(datagram, source, trio.current_time())
+        except DiscoError:
+            self._rejected_disco += 1
 
     def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
         session = self._wiring.by_address.get(source)

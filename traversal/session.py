@@ -11,7 +11,7 @@ import errno
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -45,7 +45,6 @@ from traversal.paths.introduction import Introducer
 from traversal.paths.peer import ACTIVITY_SECONDS, Peer
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import Path
-from traversal.wire.address import Address
 from traversal.wire.disco import (
     CallMeMaybe,
     DiscoError,
@@ -57,11 +56,15 @@ from traversal.wire.disco import (
 )
 from traversal.wire.geneve import PROTOCOL_DISCO, Header
 from traversal.wire.introduction import (
+    Capability,
     Introduction,
     IntroductionError,
     open_introduction,
     seal_introduction,
 )
+
+if TYPE_CHECKING:
+    from traversal.peer_relays import PeerRelays
 
 NO_ROUTE: Final = frozenset(
     {
@@ -97,6 +100,7 @@ class Wiring:
     """Ask for fresh sockets; throttled."""
     by_address: dict[Source, Session] = field(default_factory=dict)
     by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
+    peer_relays: PeerRelays = field(init=False)
 
 
 class Session:
@@ -117,6 +121,8 @@ class Session:
         self.home_region = region
         self.disco_key: DiscoPublic | None = None
         self.nat = NatFacts()
+        self.can_use_peer_relays = False
+        """Whether the peer understands disco's messages about UDP peer relays."""
         self.receive_data: Callable[[list[bytes]], None] = _ignore
         self.note_change: Callable[[PathChanged], None] = _ignore
         self.note_ping: Callable[[PingAnswered], None] = _ignore
@@ -143,6 +149,7 @@ class Session:
         wiring.deadlines.disarm(self)
         for address in [a for a, s in wiring.by_address.items() if s is self]:
             del wiring.by_address[address]
+        wiring.peer_relays.forget(self)
         self._set_disco_index(None)
 
     def set_disco_key(self, key: DiscoPublic, now: float) -> None:
@@ -153,6 +160,7 @@ class Session:
         if key == self.disco_key:
             return
         self._disco_box = Box(self._wiring.disco_private, key)
+        self._wiring.peer_relays.forget(self)
         self._set_disco_index(key)
         self._has_keys.set()
         self.machine.handle_new_disco_key(now)
@@ -208,18 +216,21 @@ class Session:
 
     # ---- feed
 
-    def handle_disco(self, message: Message, source: Address, now: float) -> bool:
-        """An opened message that came by UDP; False when it is none of this peer's business."""
+    def handle_disco(self, message: Message, path: Path, now: float) -> bool:
+        """An opened message that came by UDP, perhaps by a peer relay; False when it is none of
+        this peer's business."""
+        is_known = isinstance(message, Ping)
         if isinstance(message, Ping):
-            self.machine.handle_ping(message.transaction_id, Path(source), now)
+            self.machine.handle_ping(message.transaction_id, path, now)
         elif isinstance(message, Pong):
-            if not self.machine.handle_pong(message.transaction_id, source, message.source, now):
-                return False
-        else:
-            # A CallMeMaybe counts only by relay (disco specification D5).
-            return False
+            is_known = self.machine.handle_pong(
+                message.transaction_id, path.address, message.source, now
+            )
+        # A CallMeMaybe counts only by relay (disco specification D5).
         self.carry_out()
-        return True
+        if path.vni and (isinstance(message, Ping) or not is_known):
+            return self._wiring.peer_relays.handle_relayed(self, message, path, now)
+        return is_known
 
     def open_disco(self, datagram: bytes) -> Message:
         """Open an envelope from this peer. Raises DiscoError."""
@@ -239,6 +250,8 @@ class Session:
             self.machine.handle_relay_pong(message.transaction_id, message.source, now)
         elif isinstance(message, CallMeMaybe):
             self.machine.handle_call_me_maybe(message.addresses, now)
+        else:
+            self._wiring.peer_relays.handle_message(self, message, now)
         self.carry_out()
 
     def handle_introduction(self, packet: bytes, region: int, now: float) -> None:
@@ -295,13 +308,13 @@ class Session:
             case SendPing():
                 self._send_ping(effect)
             case SendPong(path=None):
-                self._send_disco_by_relay(Pong(effect.transaction_id, effect.source))
+                self.send_disco_by_relay(Pong(effect.transaction_id, effect.source))
             case SendPong(path=Path() as path):
-                self._send_disco(Pong(effect.transaction_id, effect.source), path)
+                self.send_disco(Pong(effect.transaction_id, effect.source), path)
             case SendCallMeMaybe():
-                self._send_disco_by_relay(CallMeMaybe(effect.addresses))
+                self.send_disco_by_relay(CallMeMaybe(effect.addresses))
             case SendRelayPing():
-                self._send_disco_by_relay(Ping(effect.transaction_id, self._wiring.public_key))
+                self.send_disco_by_relay(Ping(effect.transaction_id, self._wiring.public_key))
             case RefreshEndpoints():
                 self._wiring.refresh()
             case AddressLearned():
@@ -314,7 +327,7 @@ class Session:
             case PingAnswered():
                 self.note_ping(effect)
             case DiscoverPeerRelay():
-                pass  # only asked for when `has_peer_relays` was set
+                self._wiring.peer_relays.discover(self, trio.current_time())
 
     def _send_ping(self, effect: SendPing) -> None:
         ping = Ping(effect.transaction_id, self._wiring.public_key, effect.padding_bytes)
@@ -331,7 +344,8 @@ class Session:
         elif fault:
             self._handle_disco_fault(fault, effect.path)
 
-    def _send_disco(self, message: Message, path: Path) -> None:
+    def send_disco(self, message: Message, path: Path) -> None:
+        """Send a message to the peer by UDP, behind Geneve if the path has a VNI."""
         envelope = self._seal(message, path)
         if envelope is not None:
             fault = self._wiring.udp.send(envelope, path.address)
@@ -344,7 +358,8 @@ class Session:
         elif fault in NO_ROUTE:
             self.machine.handle_send_error(path, trio.current_time())
 
-    def _send_disco_by_relay(self, message: Message) -> None:
+    def send_disco_by_relay(self, message: Message) -> None:
+        """Send a message to the peer by its relay; nothing while its disco key is unknown."""
         envelope = self._seal(message, None)
         if envelope is not None:
             self.send_by_relay(envelope)
@@ -385,6 +400,8 @@ class Session:
             self.home_region = region
             self.machine.set_relay_available(True, now)
         self.nat = NatFacts(mapping=introduction.mapping, filtering=introduction.filtering)
+        self.can_use_peer_relays = Capability.PEER_RELAY in introduction.capabilities
+        self._wiring.peer_relays.update(self)
         addresses = tuple(address for _, address in introduction.addresses)
         self.machine.set_configured_addresses(addresses, now)
         try:

@@ -5,12 +5,14 @@
     port = 41641                        # UDP; 0 or absent for any
     control = "underpass.sock"          # the control socket
     wireguard = "127.0.0.1:51820"       # where the local WireGuard listens
+    peer_relay_port = 41642             # serve as a UDP peer relay there; absent for not
 
     [[peers]]
     name = "attic"
     key = "nodekey:..."
     relay = 900
     endpoint = "127.0.0.1:51901"        # what the local WireGuard uses as this peer's endpoint
+    peer_relay = true                   # this peer may carry our traffic with the others
 
 Paths are relative to the file. `wireguard` and `endpoint` belong together: without them the agent
 only keeps paths to its peers.
@@ -41,6 +43,7 @@ class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     relay: int = 0
     endpoint: str = ""
+    peer_relay: bool = False
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +52,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 0
     control: str = "underpass.sock"
     wireguard: str = ""
+    peer_relay_port: int | None = None
     peers: list[PeerEntry] = []
 
 
@@ -59,6 +63,7 @@ class PeerConfig(msgspec.Struct, frozen=True):
     key: NodePublic
     relay: int
     endpoint: Address | None
+    is_peer_relay: bool
 
 
 class AgentConfig(msgspec.Struct, frozen=True):
@@ -69,6 +74,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     port: int
     control: Path
     wireguard: Address | None
+    peer_relay_port: int | None
     peers: tuple[PeerConfig, ...]
 
     def peer(self, name: str) -> PeerConfig | None:
@@ -86,8 +92,9 @@ def load_config(path: Path) -> AgentConfig:
         raise ConfigError(f"{path}: {error}") from None
     if len(file.peers) > MAX_PEERS:
         raise ConfigError(f"{path}: at most {MAX_PEERS} peers, not {len(file.peers)}")
-    if not 0 <= file.port <= 65535:
-        raise ConfigError(f"{path}, port: {file.port} is no port; write 0 to 65535")
+    for name, port in (("port", file.port), ("peer_relay_port", file.peer_relay_port or 0)):
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"{path}, {name}: {port} is no port; write 0 to 65535")
     peers = tuple(_check_peer(path, number, entry) for number, entry in enumerate(file.peers, 1))
     for what in ("name", "key", "endpoint"):
         values = [getattr(peer, what) for peer in peers if getattr(peer, what) is not None]
@@ -103,6 +110,7 @@ def load_config(path: Path) -> AgentConfig:
         port=file.port,
         control=path.parent / file.control,
         wireguard=wireguard,
+        peer_relay_port=file.peer_relay_port,
         peers=peers,
     )
 
@@ -148,7 +156,7 @@ def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
     endpoint = _address(path, f"peer {number} ({entry.name}), endpoint", entry.endpoint)
     if endpoint is not None and not endpoint.ip.is_loopback:
         raise ConfigError(f"{where} ({entry.name}), endpoint: {endpoint} is no loopback address")
-    return PeerConfig(entry.name, key, entry.relay, endpoint)
+    return PeerConfig(entry.name, key, entry.relay, endpoint, entry.peer_relay)
 
 
 def _address(path: Path, what: str, text: str) -> Address | None:

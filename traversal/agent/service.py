@@ -15,6 +15,7 @@ import trio
 from traversal.agent.bridge import run_bridge
 from traversal.agent.config import AgentConfig, ConfigError
 from traversal.agent.status import link_status, node_status, path_status
+from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
 from traversal.link import Link
 from traversal.node import Node, open_node
@@ -49,6 +50,9 @@ async def run_agent(
     """
     known = {peer.key.raw for peer in config.peers}
     names = {peer.key.raw: peer.name for peer in config.peers}
+    peer_relay = None
+    if config.peer_relay_port is not None:
+        peer_relay = PeerRelayOptions(port=config.peer_relay_port)
     with _listening(config.control) as listener:
         async with (
             open_node(
@@ -59,9 +63,11 @@ async def run_agent(
                 admit=lambda key: key.raw in known,
                 relay_options=relay_options,
                 map_ports=map_ports,
+                peer_relay=peer_relay,
             ) as node,
             trio.open_nursery() as nursery,
         ):
+            node.set_peer_relays(peer.key for peer in config.peers if peer.is_peer_relay)
             for peer in config.peers:
                 link = await node.connect(peer.key, relay=peer.relay)
                 if peer.endpoint is not None and config.wireguard is not None:

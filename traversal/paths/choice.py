@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+from traversal.keys import DiscoPublic
 from traversal.paths.candidates import Candidate
 from traversal.paths.liveness import TICK_SECONDS, Liveness
 from traversal.paths.mtu import MtuSearch
@@ -35,7 +36,7 @@ class PathChoice:
         self.liveness = Liveness()
         self.mtu: MtuSearch | None = None
         self._ceiling_bytes = ceiling_bytes
-        self._server: object = None
+        self.server: DiscoPublic | None = None
         self._vouched_at = -math.inf
         self._lost: Candidate | None = None
         self._lost_at = -math.inf
@@ -68,10 +69,10 @@ class PathChoice:
             return self.best
         return self._lost if now - self._lost_at < RECOVERY_FOR_SECONDS else None
 
-    def take(self, candidate: Candidate, now: float, server: object = None) -> None:
+    def take(self, candidate: Candidate, now: float, server: DiscoPublic | None = None) -> None:
         """Make `candidate`, which just answered, the best path."""
         self.clear()
-        self.best, self._server = candidate, server
+        self.best, self.server = candidate, server
         self._lost = None
         self.trusted_until = now + TRUST_SECONDS
         if self._ceiling_bytes is not None:
@@ -86,7 +87,7 @@ class PathChoice:
         """Have no best path."""
         if self.best is not None and not self.best.is_shelved:
             self.best.loss.clear()
-        self.best = self._server = self.mtu = None
+        self.best = self.server = self.mtu = None
         self.trusted_until = self._vouched_at = -math.inf
         self.liveness.handle_answer()
 
@@ -143,9 +144,9 @@ class PathChoice:
             return f"{candidate.path} has healed"
         return f"{candidate.path} answers"
 
-    def handle_relay_ready(self, candidate: Candidate, server: object, now: float) -> bool:
+    def handle_relay_ready(self, candidate: Candidate, server: DiscoPublic, now: float) -> bool:
         """A peer relay is ready; whether it became the best path."""
-        is_same_server = self.best is not None and server == self._server is not None
+        is_same_server = self.best is not None and server == self.server is not None
         if not is_same_server and not self._is_preferable(candidate, now):
             return False
         self.take(candidate, now, server)

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from traversal.keys import Entropy
+from traversal.keys import DiscoPublic, Entropy
 from traversal.paths.calling import Call, Caller
 from traversal.paths.candidates import Candidate, CandidateBook, LocalNetworks, is_usable
 from traversal.paths.choice import PathChoice
@@ -142,6 +142,13 @@ class Peer:
         """The largest datagram proven to fit the current path; None when it was not searched."""
         mtu = self._choice.mtu
         return mtu.max_payload_bytes if mtu is not None else None
+
+    def peer_relay_in_use(self, now: float) -> tuple[DiscoPublic, int] | None:
+        """Server and VNI of the path in use, if it is a trusted one by a peer relay."""
+        best, server = self._choice.best, self._choice.server
+        if best is None or server is None or not self._choice.is_trusted(now):
+            return None
+        return server, best.path.vni
 
     def statistics(self) -> PeerStatistics:
         """A snapshot for status pages, metrics and the verdict."""
@@ -276,9 +283,10 @@ class Peer:
         if not ping.padding_bytes:
             candidate.note_latency(latency)
         candidate.answered_at = now
-        self._learn(candidate.path.address)
-        if source != candidate.path.address:
-            self._note_foreign(source)
+        if not candidate.path.vni:
+            self._learn(candidate.path.address)
+            if source != candidate.path.address:
+                self._note_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
         reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
@@ -347,6 +355,7 @@ class Peer:
         self._recovery_at = math.inf
         self._caller.handle_rebind(now)
         self._schedule.restart(now)
+        self._peer_relay_wanted_at = -math.inf
         if self.is_active:
             self._search(now)
         self._flush(now, "our network changed")
@@ -367,9 +376,9 @@ class Peer:
         self._flush(now, reason)
 
     def handle_peer_relay_ready(
-        self, path: Path, server: object, latency_seconds: float, now: float
+        self, path: Path, server: DiscoPublic, latency_seconds: float, now: float
     ) -> None:
-        """A handshake with a UDP peer relay is complete; `server` names the relay."""
+        """A handshake with a UDP peer relay is complete; `server` is the relay's own key."""
         candidate = Candidate(path)
         candidate.note_latency(latency_seconds)
         candidate.answered_at = now
@@ -510,7 +519,8 @@ class Peer:
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
         self._caller.want(now)
-        pause = PEER_RELAY_UPGRADE_SECONDS if self._is_settled else PEER_RELAY_MIN_SECONDS
+        is_trusted = self._choice.is_trusted(now)
+        pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS
         is_due = now - self._peer_relay_wanted_at >= pause
         if self.has_peer_relays and self._is_searching and is_due:
             self._peer_relay_wanted_at = now

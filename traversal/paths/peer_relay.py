@@ -4,8 +4,10 @@ Peer relay specification 8 and 9. For each relay server one handshake at most is
 
     allocating -> bind sent -> answer sent -> ready
 
-Better than a stock client in two points: Bind is repeated at 250 ms and 1 s, since a single lost
-datagram costs a stock client 30 s (R3), and a Challenge must carry our generation (R4).
+Better than a stock client in three points: Bind, and after it Answer and Ping, are repeated at
+250 ms and 1 s, since a single lost datagram costs a stock client 30 s (R3); a Challenge must carry
+our generation (R4); and a path that failed is bound anew by UDP, without waiting for an allocation:
+when our NAT forgot us, the relay does not know our address any more, and DERP is gone as well.
 
 Feed `handle_*`, carry out `poll_effects()` in order, call `on_time(now)` by `next_deadline()`.
 `RelayReady` goes to `Peer.handle_peer_relay_ready`.
@@ -35,10 +37,12 @@ from traversal.wire.disco import (
 ALLOCATE_RETRY_SECONDS: Final = 3.0
 ALLOCATE_LIMIT_SECONDS: Final = 10.0
 HANDSHAKE_LIMIT_SECONDS: Final = 30.0
-BIND_AT: Final = (0.0, 0.25, 1.0)
+REPEAT_AFTER: Final = (0.25, 1.0)
 MAX_PINGS: Final = 10
 MAX_HANDSHAKES: Final = 8
 """Servers tried at once: the peer can invite us to any, each invitation costs us three Binds."""
+MAX_BOUND: Final = 8
+"""Paths by which the peer's data is taken for its own; beyond these the oldest is released."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,20 @@ class SendRelayedPing:
 
 
 @dataclass(frozen=True, slots=True)
+class PathBound:
+    """From now on the peer's data may come by `path`: we proved our address to the server."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PathReleased:
+    """`path` is not the peer's any more."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class RelayReady:
     """The path works in both directions."""
 
@@ -82,7 +100,9 @@ class RelayReady:
     latency_seconds: float
 
 
-Effect = SendAllocate | SendVia | SendControl | SendRelayedPing | RelayReady
+Effect = (
+    SendAllocate | SendVia | SendControl | SendRelayedPing | PathBound | PathReleased | RelayReady
+)
 
 
 @dataclass(slots=True)
@@ -97,8 +117,9 @@ class _Handshake:
     endpoint: RelayEndpoint
     generation: int
     ends_at: float
-    bind_times: list[float]
+    repeat_times: list[float]
     address: Address | None = None
+    answer: Answer | None = None
     pings: dict[bytes, float] = field(default_factory=dict)
 
 
@@ -112,6 +133,8 @@ class PeerRelayClient:
         self._generation = 0
         self._allocations: dict[NodePublic, _Allocation] = {}
         self._handshakes: dict[DiscoPublic, _Handshake] = {}
+        self._bound: dict[Path, None] = {}
+        self._last: RelayEndpoint | None = None
         self._effects: list[Effect] = []
 
     @property
@@ -127,8 +150,7 @@ class PeerRelayClient:
     def next_deadline(self) -> float:
         """When to call `on_time` at the latest; infinity for never."""
         times = [min(a.ends_at, a.retry_at) for a in self._allocations.values()]
-        times += [min(h.ends_at, *h.bind_times) for h in self._handshakes.values() if h.bind_times]
-        times += [h.ends_at for h in self._handshakes.values() if not h.bind_times]
+        times += [min([h.ends_at, *h.repeat_times]) for h in self._handshakes.values()]
         return min(times, default=math.inf)
 
     def on_time(self, now: float) -> None:
@@ -142,12 +164,22 @@ class PeerRelayClient:
         for server, handshake in list(self._handshakes.items()):
             if now >= handshake.ends_at:
                 del self._handshakes[server]
-            elif handshake.bind_times and now >= handshake.bind_times[0]:
-                handshake.bind_times.pop(0)
-                self._bind(handshake)
+            elif handshake.repeat_times and now >= handshake.repeat_times[0]:
+                handshake.repeat_times.pop(0)
+                if handshake.answer is None:
+                    self._bind(handshake)
+                else:
+                    self._answer(handshake, now)
 
-    def discover(self, relays: list[NodePublic], now: float) -> None:
-        """Ask relay nodes for an endpoint; those that were asked already are not asked again."""
+    def discover(
+        self, relays: list[NodePublic], best: tuple[DiscoPublic, int] | None, now: float
+    ) -> None:
+        """Ask relay nodes for an endpoint; those that were asked already are not asked again.
+
+        `best` is as for `handle_response`.
+        """
+        if self._last is not None and best != (self._last.server_key, self._last.vni):
+            self._start(self._last, now)
         for relay in relays[:MAX_HANDSHAKES]:
             if relay in self._allocations or len(self._allocations) >= MAX_HANDSHAKES:
                 continue
@@ -203,10 +235,12 @@ class PeerRelayClient:
         ):
             return
         handshake.address = path.address
-        handshake.bind_times = []
-        answer = Answer(challenge.vni, challenge.generation, self._peer, challenge.challenge)
-        self._effects.append(SendControl(server, path, answer))
-        self._ping(handshake, now)
+        handshake.repeat_times = _repeats(now)
+        handshake.answer = Answer(
+            challenge.vni, challenge.generation, self._peer, challenge.challenge
+        )
+        self._note_bound(path)
+        self._answer(handshake, now)
 
     def handle_ping(self, path: Path, now: float) -> None:
         """The peer's Ping came through a relay; its Pong is sent elsewhere, always.
@@ -223,6 +257,7 @@ class PeerRelayClient:
             sent_at = handshake.pings.get(transaction_id)
             if sent_at is not None and handshake.address is not None:
                 del self._handshakes[server]
+                self._last = handshake.endpoint
                 path = Path(handshake.address, handshake.endpoint.vni)
                 self._effects.append(RelayReady(path, server, now - sent_at))
                 return True
@@ -231,6 +266,15 @@ class PeerRelayClient:
     def servers(self) -> set[DiscoPublic]:
         """Disco keys from which a Challenge may come: other control packets are dropped unread."""
         return set(self._handshakes)
+
+    def _note_bound(self, path: Path) -> None:
+        self._bound.pop(path, None)
+        if len(self._bound) == MAX_BOUND:
+            oldest = next(iter(self._bound))
+            del self._bound[oldest]
+            self._effects.append(PathReleased(oldest))
+        self._bound[path] = None
+        self._effects.append(PathBound(path))
 
     def _next_generation(self) -> int:
         # 0 means "none" on the wire.
@@ -248,7 +292,7 @@ class PeerRelayClient:
             endpoint,
             self._next_generation(),
             now + lifetime,
-            [now + delay for delay in BIND_AT[1:]],
+            _repeats(now),
         )
         self._handshakes[endpoint.server_key] = handshake
         self._bind(handshake)
@@ -260,6 +304,13 @@ class PeerRelayClient:
             path = Path(address, endpoint.vni)
             self._effects.append(SendControl(endpoint.server_key, path, bind))
 
+    def _answer(self, handshake: _Handshake, now: float) -> None:
+        if handshake.address is not None and handshake.answer is not None:
+            endpoint = handshake.endpoint
+            path = Path(handshake.address, endpoint.vni)
+            self._effects.append(SendControl(endpoint.server_key, path, handshake.answer))
+            self._ping(handshake, now)
+
     def _ping(self, handshake: _Handshake, now: float) -> None:
         if handshake.address is None or len(handshake.pings) >= MAX_PINGS:
             return
@@ -267,3 +318,7 @@ class PeerRelayClient:
         handshake.pings[transaction_id] = now
         path = Path(handshake.address, handshake.endpoint.vni)
         self._effects.append(SendRelayedPing(path, transaction_id))
+
+
+def _repeats(now: float) -> list[float]:
+    return [now + delay for delay in REPEAT_AFTER]

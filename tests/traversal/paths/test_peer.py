@@ -445,6 +445,7 @@ def test_peer_relays_are_looked_for_while_no_direct_path_is_trusted():
         while peer.next_deadline() <= now + 0.5:
             peer.on_time(peer.next_deadline())
         if now >= 95.0:
+            peer.received += 1
             peer.handle_peer_relay_ready(Path(Y, 9), "server", 0.01, now)
         times += [now for e in peer.poll_effects() if isinstance(e, DiscoverPeerRelay)]
         now += 0.5

@@ -9,6 +9,8 @@ import pytest
 
 from traversal.keys import DiscoPublic, NodePublic
 from traversal.paths.peer_relay import (
+    PathBound,
+    PathReleased,
     PeerRelayClient,
     RelayReady,
     SendAllocate,
@@ -91,7 +93,7 @@ class Server:
 def test_both_sides_get_ready() -> None:
     """One allocation, an invitation, two handshakes: both end up with the same relay path."""
     server = Server()
-    server.clients[A].discover([RELAY], 0.0)
+    server.clients[A].discover([RELAY], None, 0.0)
     server.pump()
     assert set(server.ready) == {A, B}
     assert {r.path for r in server.ready.values()} == {Path(FAST, 0xABC)}
@@ -120,7 +122,7 @@ def test_lost_binds_are_repeated(lost) -> None:
 def test_allocation_is_repeated_once_and_given_up() -> None:
     """A relay that does not answer is asked at 0 and 3 s and forgotten at 10 s."""
     client = PeerRelayClient(A, B, random.Random(1).randbytes)
-    client.discover([RELAY, RELAY], 0.0)
+    client.discover([RELAY, RELAY], None, 0.0)
     times = [0.0] * len(client.poll_effects())
     while client.is_busy:
         now = client.next_deadline()
@@ -134,6 +136,39 @@ def begin() -> PeerRelayClient:
     client = PeerRelayClient(A, B, random.Random(1).randbytes)
     client.handle_via(CallMeMaybeVia(ENDPOINT), None, 0.0)
     return client
+
+
+def test_a_lost_answer_is_repeated() -> None:
+    """Answer and Ping leave again after 250 ms and 1 s while nothing came through the relay."""
+    client = begin()
+    bind = client.poll_effects()[0].message
+    path = Path(FAST, 0xABC)
+    client.handle_challenge(S, path, Challenge(0xABC, bind.generation, B, b"c" * 32), 0.0)
+    first = client.poll_effects()
+    assert [type(e) for e in first] == [PathBound, SendControl, SendRelayedPing]
+    for at in (0.25, 1.0):
+        assert client.next_deadline() == at
+        client.on_time(at)
+        answer, ping = client.poll_effects()
+        assert answer == first[1]
+        assert ping.path == path
+    client.handle_pong(ping.transaction_id, 1.1)
+    assert [type(e) for e in client.poll_effects()] == [RelayReady]
+
+
+def test_bound_paths_are_bounded() -> None:
+    """Data of the peer is expected by the last eight paths that were bound."""
+    client = PeerRelayClient(A, B, random.Random(1).randbytes)
+    effects = []
+    for vni in range(1, 11):
+        endpoint = replace(ENDPOINT, vni=vni, lamport_id=vni)
+        client.handle_via(CallMeMaybeVia(endpoint), None, float(vni))
+        bind = client.poll_effects()[0].message
+        challenge = Challenge(vni, bind.generation, B, b"c" * 32)
+        client.handle_challenge(S, Path(FAST, vni), challenge, float(vni))
+        effects += client.poll_effects()
+    assert [e.path.vni for e in effects if isinstance(e, PathBound)] == list(range(1, 11))
+    assert [e.path.vni for e in effects if isinstance(e, PathReleased)] == [1, 2]
 
 
 def test_unfit_challenges_are_ignored() -> None:
@@ -152,7 +187,7 @@ def test_unfit_challenges_are_ignored() -> None:
         client.handle_challenge(S, path, bad, 0.1)
     assert client.poll_effects() == []
     client.handle_challenge(S, path, good, 0.1)
-    assert [type(e) for e in client.poll_effects()] == [SendControl, SendRelayedPing]
+    assert [type(e) for e in client.poll_effects()] == [PathBound, SendControl, SendRelayedPing]
     client.handle_challenge(S, Path(SLOW, 0xABC), good, 0.1)
     assert client.poll_effects() == []
 
@@ -168,10 +203,24 @@ def test_races() -> None:
     assert {e.path.vni for e in client.poll_effects()} == {7}
 
 
+def test_a_failed_path_is_bound_anew() -> None:
+    """What worked last is tried again by UDP beside asking for a new endpoint, unless it works."""
+    server = Server()
+    server.clients[A].discover([RELAY], None, 0.0)
+    server.pump()
+    client = server.clients[A]
+    client.discover([], (S, 0xABC), 60.0)
+    assert client.poll_effects() == []
+    client.discover([], None, 60.0)
+    effects = client.poll_effects()
+    assert {e.path for e in effects} == {Path(FAST, 0xABC), Path(SLOW, 0xABC)}
+    assert all(isinstance(e.message, Bind) for e in effects)
+
+
 def test_the_path_in_use_is_left_alone() -> None:
     """No handshake for the endpoint that carries traffic; the peer is invited all the same."""
     client = PeerRelayClient(A, B, random.Random(1).randbytes)
-    client.discover([RELAY], 0.0)
+    client.discover([RELAY], None, 0.0)
     (sent,) = client.poll_effects()
     response = AllocateResponse(sent.request.generation, ENDPOINT)
     client.handle_response(RELAY, response, (S, 0xABC), 0.1)
@@ -203,7 +252,7 @@ def test_other_pairs_are_refused() -> None:
     client = PeerRelayClient(A, B, random.Random(1).randbytes)
     foreign = replace(ENDPOINT, clients=sorted_pair(A, S))
     client.handle_via(CallMeMaybeVia(foreign), None, 0.0)
-    client.discover([RELAY], 0.0)
+    client.discover([RELAY], None, 0.0)
     (sent,) = client.poll_effects()
     client.handle_response(RELAY, AllocateResponse(sent.request.generation, foreign), None, 0.0)
     client.handle_response(RELAY, AllocateResponse(99, ENDPOINT), None, 0.0)
