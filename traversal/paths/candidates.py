@@ -25,8 +25,9 @@ from typing import Final
 
 from traversal.paths.loss import LossWindow
 from traversal.paths.nat64 import WELL_KNOWN_PREFIX, translate
-from traversal.paths.scoring import Measured, Path
+from traversal.paths.scoring import EDGE_HOST, Measured, Path
 from traversal.wire.address import Address, IPAddress, is_private, is_shared
+from traversal.wire.disco import RELAY_REGION_HOST
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -69,7 +70,8 @@ def is_usable(address: Address, local: LocalNetworks) -> bool:
         return False
     if ip.version == 4:
         # 240/4 counts as reserved above and holds the broadcast address; 0/8 is "this network".
-        if not local.has_ipv4 or ip.packed[0] == 0 or address.host == "127.3.3.40":
+        is_fictitious = address.host in (RELAY_REGION_HOST, EDGE_HOST)
+        if not local.has_ipv4 or ip.packed[0] == 0 or is_fictitious:
             return False
     elif not local.has_ipv6 or ip.is_link_local:
         return False

@@ -30,16 +30,25 @@ class PathChoice:
     and `mtu` belong to `best` and begin anew with it.
     """
 
-    def __init__(self, ceiling_bytes: int | None) -> None:
+    def __init__(self, ceiling_bytes: int | None, *, is_edge_first: bool = False) -> None:
         self.best: Candidate | None = None
         self.trusted_until = -math.inf
         self.liveness = Liveness()
         self.mtu: MtuSearch | None = None
         self._ceiling_bytes = ceiling_bytes
+        self.is_edge_first = is_edge_first
         self.server: DiscoPublic | None = None
         self._vouched_at = -math.inf
         self._lost: Candidate | None = None
         self._lost_at = -math.inf
+
+    @property
+    def is_final(self) -> bool:
+        """Whether `best` is of the kind that is wanted most: no other kind is looked for then."""
+        best = self.best
+        if best is None:
+            return False
+        return self.is_edge_first if best.path.is_edge else not best.path.vni
 
     def is_trusted(self, now: float) -> bool:
         """Whether `best` is set and has been answering."""
@@ -75,7 +84,7 @@ class PathChoice:
         self.best, self.server = candidate, server
         self._lost = None
         self.trusted_until = now + TRUST_SECONDS
-        if self._ceiling_bytes is not None:
+        if self._ceiling_bytes is not None and not candidate.path.is_edge:
             self.mtu = MtuSearch(
                 is_ipv6=candidate.path.address.is_ipv6,
                 ceiling_bytes=self._ceiling_bytes,
@@ -177,4 +186,6 @@ class PathChoice:
         best = self.best
         if best is None or best.is_shelved or not self.is_trusted(now):
             return True
+        if self.is_edge_first and candidate.path.is_edge != best.path.is_edge:
+            return candidate.path.is_edge
         return is_better(candidate.measured(), best.measured())

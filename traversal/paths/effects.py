@@ -16,6 +16,7 @@ class PathState(Enum):
     RELAY = "relay"
     DIRECT = "direct"
     PEER_RELAY = "peer relay"
+    EDGE = "edge"
     DOUBT = "doubt"
 
 

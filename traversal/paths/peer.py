@@ -34,6 +34,7 @@ from traversal.keys import DiscoPublic, Entropy
 from traversal.paths.calling import Call, Caller
 from traversal.paths.candidates import Candidate, CandidateBook, LocalNetworks, is_usable
 from traversal.paths.choice import PathChoice
+from traversal.paths.edge import EdgePolicy, EdgeUse
 from traversal.paths.effects import (
     AddressForgotten,
     AddressLearned,
@@ -91,6 +92,7 @@ class Peer:
         local: LocalNetworks | None = None,
         *,
         ceiling_bytes: int | None = None,
+        edge_policy: EdgePolicy = EdgePolicy.LAST,
     ) -> None:
         self.route = Route(None, relay=True, wake=True)
         self.sent = 0
@@ -98,7 +100,8 @@ class Peer:
         self.has_peer_relays = False
         """Whether UDP peer relays are known and the peer can use them."""
         self._local = local or LocalNetworks()
-        self._choice = PathChoice(ceiling_bytes)
+        self._edge = EdgeUse(edge_policy)
+        self._choice = PathChoice(ceiling_bytes, is_edge_first=edge_policy is EdgePolicy.FIRST)
         self._has_relay = True
         self._book = CandidateBook()
         self._pinger = Pinger(entropy)
@@ -132,6 +135,8 @@ class Peer:
         """The state's name, path selection specification 3."""
         path = self.route.path
         if path is not None and not self.route.relay:
+            if path.is_edge:
+                return PathState.EDGE
             return PathState.PEER_RELAY if path.vni else PathState.DIRECT
         if not self.is_active:
             return PathState.IDLE
@@ -275,7 +280,8 @@ class Peer:
         self._pinger.take(transaction_id)
         candidate = ping.candidate
         is_listed = self._book.get(candidate.path.address) is candidate
-        if candidate is not self._choice.best and not is_listed:
+        is_edge = candidate is self._edge.candidate
+        if candidate is not self._choice.best and not is_listed and not is_edge:
             return True
         latency = now - ping.sent_at
         if ping.purpose is Purpose.USER:
@@ -289,7 +295,9 @@ class Peer:
                 self._note_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
-        reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
+        reason = ""
+        if not is_edge or self._wants_edge:
+            reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
         self._flush(now, reason)
         return True
 
@@ -300,7 +308,9 @@ class Peer:
             return False
         self._pinger.take(transaction_id)
         self._relay_pongs += 1
-        self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
+        if ping.purpose is Purpose.USER:
+            self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
+        self.set_relay_available(True, now)
         return True
 
     def handle_call_me_maybe(self, addresses: tuple[Address, ...], now: float) -> None:
@@ -414,7 +424,14 @@ class Peer:
         self._has_relay = is_available
         if has_come and self.is_active and self._is_searching:
             self._caller.repeat(now)
+        self._review_edge(now)
         self._flush(now, "the relay came" if is_available else "the relay went")
+
+    def set_edge_available(self, is_available: bool, now: float) -> None:
+        """Whether our tunnel to the edge is up, so that the peer may be reached by it."""
+        self._edge.is_available = is_available
+        self._review_edge(now)
+        self._flush(now, "the edge tunnel came" if is_available else "the edge tunnel went")
 
     def ping_all(self, now: float) -> None:
         """Ping by the relay and by every candidate, or only by a trusted direct path, at once.
@@ -428,6 +445,8 @@ class Peer:
         else:
             for candidate in self._book:
                 self._send_ping(candidate, Purpose.USER, now)
+            if self._edge.is_available:
+                self._send_ping(self._edge.candidate, Purpose.USER, now)
         self.handle_send(now)
 
     # ---- sending
@@ -442,7 +461,10 @@ class Peer:
     def _flush(self, now: float, reason: str = "") -> None:
         """Let out what may leave, Pings before the CallMeMaybe, and bring `route` up to date."""
         for candidate in self._pinger.poll_queue(now):
-            is_known = self._book.get(candidate.path.address) is candidate
+            is_known = (
+                self._book.get(candidate.path.address) is candidate
+                or candidate is self._edge.candidate
+            )
             if is_known and now - candidate.pinged_at >= RECOVERY_SECONDS:
                 self._send_ping(candidate, Purpose.DISCOVERY, now)
         call = self._caller.poll(now)
@@ -472,7 +494,7 @@ class Peer:
             if is_trusted and self._tick_at != math.inf:
                 # From the relay's slow tick to the one that finds a dead path in time.
                 self._tick_at = min(self._tick_at, now + TICK_SECONDS)
-        if is_trusted and not (path and path.vni):
+        if is_trusted and self._choice.is_final:
             self._schedule.handle_success()
         else:
             self._schedule.handle_failing(now)
@@ -497,9 +519,26 @@ class Peer:
 
     @property
     def _is_searching(self) -> bool:
-        """Whether a trusted, direct and good path is wanting."""
+        """Whether a trusted and good path of the kind that is wanted most is wanting."""
         best = self._choice.best
-        return best is None or bool(best.path.vni) or best.is_shelved or self.route.relay
+        is_final = best is not None and self._choice.is_final and not best.is_shelved
+        return not is_final or self.route.relay
+
+    @property
+    def _wants_edge(self) -> bool:
+        return self._edge.is_wanted(has_relay=self._has_relay)
+
+    def _review_edge(self, now: float) -> None:
+        """The edge or the relay came or went: try the edge at once, or leave it."""
+        best = self._choice.best
+        if self._wants_edge:
+            is_needed = self._is_searching or self._edge.policy is EdgePolicy.FIRST
+            if self.is_active and is_needed and (best is None or not best.path.is_edge):
+                self._pinger.enqueue(self._edge.candidate)
+        elif best is not None and best.path.is_edge:
+            self._choice.clear()
+            if self.is_active:
+                self._search(now, is_forced=True)
 
     @property
     def _is_settled(self) -> bool:
@@ -518,6 +557,11 @@ class Peer:
             return
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
+        if self._wants_edge:
+            self._pinger.enqueue(self._edge.candidate)
+        if not self._has_relay:
+            # The peer, or the relay, may be back without our being told.
+            self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.RECOVERY, now)))
         self._caller.want(now)
         is_trusted = self._choice.is_trusted(now)
         pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS

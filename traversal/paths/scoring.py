@@ -20,14 +20,37 @@ MIN_LEAD_POINTS: Final = 2
 """A lead of 1 over 0 (1 % of latency) is noise."""
 
 
+EDGE_HOST: Final = "127.3.3.41"
+"""The fictitious host that stands for "by the edge", as 127.3.3.40 does for DERP."""
+_EDGE_VNI: Final = -1
+
+
 class Path(NamedTuple):
-    """A way to a peer by UDP: straight to an address, or by a peer relay there (VNI not 0)."""
+    """A way to a peer: by UDP straight to an address (VNI 0), by UDP through a peer relay there
+    (VNI above 0), or by the edge tunnel (`EDGE_PATH`)."""
 
     address: Address
     vni: int = 0
 
+    @property
+    def is_edge(self) -> bool:
+        """Whether it is the edge tunnel and no UDP address."""
+        return self.vni == _EDGE_VNI
+
+    @property
+    def rank(self) -> int:
+        """Of a kind: direct beats a peer relay, and that the edge, whatever their latencies."""
+        if self.is_edge:
+            return 0
+        return 1 if self.vni else 2
+
     def __str__(self) -> str:
+        if self.is_edge:
+            return "the edge"
         return f"{self.address} VNI {self.vni}" if self.vni else str(self.address)
+
+
+EDGE_PATH: Final = Path(Address(EDGE_HOST, 0), _EDGE_VNI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +96,8 @@ def is_better(one: Measured | None, other: Measured | None) -> bool:
         return True
     if one is None:
         return False
-    if bool(one.path.vni) != bool(other.path.vni):
-        return not one.path.vni
+    if one.path.rank != other.path.rank:
+        return one.path.rank > other.path.rank
     one_latency, other_latency = latency_points(one.latency_seconds, other.latency_seconds)
     one_points = one_latency + address_points(one.path.address.ip)
     other_points = other_latency + address_points(other.path.address.ip)

@@ -24,7 +24,7 @@ from traversal.paths.effects import (
     SendRelayPing,
 )
 from traversal.paths.peer import Peer
-from traversal.paths.scoring import Measured, Path, is_better
+from traversal.paths.scoring import EDGE_PATH, Measured, Path, is_better
 from traversal.wire.address import Address
 
 PING_PAYLOAD = 124
@@ -221,6 +221,10 @@ class Node:
         for effect in self.peer.poll_effects():
             self.effects.append((world.now, effect))
             match effect:
+                case SendPing(path, transaction_id, _) if path.is_edge:
+                    world.send_edge(self, ("ping", transaction_id))
+                case SendPong(path, transaction_id, source) if path is not None and path.is_edge:
+                    world.send_edge(self, ("pong", transaction_id, source))
                 case SendPing(path, transaction_id, padding):
                     world.send_udp(self, path.address, ("ping", transaction_id), padding)
                 case SendPong(None, transaction_id, source):
@@ -246,7 +250,9 @@ class Node:
     def send_data(self, number: int) -> None:
         """What the data path of a shell does."""
         route = self.peer.route
-        if route.path is not None:
+        if route.path is not None and route.path.is_edge:
+            self.world.send_edge(self, ("data", number))
+        elif route.path is not None:
             self.world.send_udp(self, route.path.address, ("data", number))
         if route.relay:
             self.world.send_relay(self, ("data", number))
@@ -259,7 +265,9 @@ class Node:
         now = self.world.now
         match message:
             case ("ping", transaction_id):
-                if source is None:
+                if source == EDGE_PATH.address:
+                    self.peer.handle_ping(transaction_id, EDGE_PATH, now)
+                elif source is None:
                     self.peer.handle_relay_ping(transaction_id, 900)
                 else:
                     self.peer.handle_ping(transaction_id, Path(source), now)
@@ -272,7 +280,7 @@ class Node:
                 self.peer.handle_call_me_maybe(addresses, now)
             case ("data", number):
                 self.arrived.setdefault(number, now)
-                if source in self.mapped:
+                if source in self.mapped or source == EDGE_PATH.address:
                     self.peer.received += 1
         self.flush()
 
@@ -293,6 +301,8 @@ class World:
         self.loss = 0.0
         self.jitter = 0.0
         self.is_down = False
+        self.is_relay_up = self.is_edge_up = True
+        self.edge_delay = 0.05
         self.max_payload = 10_000
         self.refuses = lambda source, to: False
         self.queue = []
@@ -344,7 +354,14 @@ class World:
 
         self.later(delay, arrive)
 
+    def send_edge(self, node, message):
+        if self.is_edge_up:
+            other = node.other
+            self.later(self.edge_delay, lambda: other.receive(message, EDGE_PATH.address))
+
     def send_relay(self, node, message):
+        if not self.is_relay_up:
+            return
         self.later(self.relay_delay, lambda: node.other.receive(message, None))
 
     def talk(self, *nodes, every=0.05, until=10.0):
