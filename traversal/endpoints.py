@@ -34,6 +34,7 @@ from traversal.paths.candidates import LocalNetworks
 from traversal.paths.home import HomeChooser, HomePolicy
 from traversal.paths.own_addresses import Findings, OwnAddress, OwnAddresses, choose_local_ips
 from traversal.paths.probe_plan import make_initial_plan, make_plan
+from traversal.paths.punch_strategy import OwnSide, public_ipv4
 from traversal.paths.report import NatFacts, Report, classify_ports, wants_full_report
 from traversal.relay_map import Family, RelayMap
 from traversal.wire.address import Address
@@ -123,6 +124,33 @@ class Endpoints:
         """The largest packet that path MTU search should try."""
         return min(self.state.mtu_bytes, MAX_PROBED_MTU_BYTES)
 
+    def own_side(self) -> OwnSide:
+        """What port searches know of us."""
+        listed = tuple(address for _, address in self.own_addresses)
+        reflexive = tuple(self.report.reflexive_addresses())
+        offers_mapping = False
+        if self._port_mapping is not None and self._external_address() is None:
+            offers_mapping = True in self._port_mapping.seen(trio.current_time())
+        samples = self._samples.ports if self._samples is not None else ()
+        return OwnSide(
+            nat=self.nat,
+            addresses=reflexive,
+            listed=listed,
+            port_samples=tuple(mapped for _, mapped in samples),
+            fingerprint=self._fingerprint(),
+            offers_mapping=offers_mapping,
+        )
+
+    def stun_server(self) -> Address | None:
+        """The nearest STUN server for IPv4."""
+        servers = self._check.answering_servers()
+        return servers[0] if servers else None
+
+    def ask_router(self) -> None:
+        """Ask the router for a port mapping now, if it refused before."""
+        if self._port_mapping is not None:
+            self._port_mapping.ask_now()
+
     def handle_stun(self, datagram: bytes, source: Source, now: float) -> None:
         """A STUN message came in on the peers' sockets."""
         if not self._discovery.handle_stun(datagram):
@@ -204,6 +232,7 @@ class Endpoints:
                 behavior = await self._discovery.run(server, local)
                 if behavior is not None:
                     self._behavior = behavior
+                    self._note_nat_tests()
                     self.refresh()
                     break
             self._discovered.set()
@@ -214,7 +243,12 @@ class Endpoints:
         own_hosts = frozenset(address.host for address in self.local_addresses())
         host = self._udp.bound_host(4) or "0.0.0.0"
         self._samples = await sample_ports(server, host, own_hosts, self._entropy)
+        self._note_nat_tests()
+
+    def _note_nat_tests(self) -> None:
+        """Peers that wait for it to plan a search should not wait for the next check."""
         self._take_nat_tests(self.report)
+        self._handle_refresh(has_home_changed=False)
 
     async def _rebind_forever(self) -> None:
         while True:
@@ -316,6 +350,13 @@ class Endpoints:
             report.hairpins = self._samples.hairpins
         has_port_mapping = self._external_address() is not None
         self.nat = report.nat_facts(self._local_ipv4(), has_port_mapping=has_port_mapping)
+
+    def _fingerprint(self) -> str:
+        """Names the network that we are in: gateway, our address in it, public IP."""
+        own = self._addresses_of(self.state.default_ipv4, 4)
+        public = public_ipv4(address for _, address in self.own_addresses)
+        parts = self.state.gateway_ipv4, own[0] if own else None, public and public.host
+        return " ".join(part or "-" for part in parts)
 
     def _external_address(self) -> Address | None:
         return self._port_mapping.external if self._port_mapping is not None else None

@@ -11,7 +11,6 @@ from typing import Final, Self
 import trio
 
 from traversal.io.relays import Relays
-from traversal.io.udp import UdpSockets
 from traversal.keys import NodePublic
 from traversal.paths.effects import PathChanged, PathState, PingAnswered, Route
 from traversal.paths.report import NatFacts
@@ -110,14 +109,12 @@ class Link:
     def __init__(
         self,
         session: Session,
-        udp: UdpSockets,
         relays: Relays,
         own_nat: Callable[[], NatFacts],
         forget: Callable[[Link], None],
     ) -> None:
         self._session = session
         self._machine = session.machine
-        self._udp = udp
         self._relays = relays
         self._own_nat = own_nat
         self._forget = forget
@@ -187,6 +184,7 @@ class Link:
             session.nat,
             f"of region {session.relay_region}" if session.relay_region else "(none known)",
             trio.current_time(),
+            session.search.facts if session.search is not None else None,
         )
 
     def path_changes(self) -> PathChanges:
@@ -226,7 +224,7 @@ class Link:
         if datagrams:
             self._machine.sent += len(datagrams)
             self._sent += len(datagrams)
-            fault = self._udp.send_many(datagrams, route.path.address)
+            fault = self._session.udp.send_many(datagrams, route.path.address)
             self._follow_up(route, fault)
         await trio.lowlevel.checkpoint()
 
@@ -249,7 +247,7 @@ class Link:
         fault = 0
         if route.path is not None:
             address, vni = route.path
-            fault = self._udp.send(_wrap(datagram, vni) if vni else datagram, address)
+            fault = self._session.udp.send(_wrap(datagram, vni) if vni else datagram, address)
         if route.relay:
             self._session.send_by_relay(datagram)
         if fault or route.wake:

@@ -21,6 +21,7 @@ from traversal.io.deadlines import Deadlines
 from traversal.io.ice import IceRouter, IceSession
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions, PeerRelayService
+from traversal.io.punch_sockets import PunchSockets
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
 from traversal.io.udp import Batch, Source, UdpSockets, UdpStatistics
@@ -40,9 +41,12 @@ from traversal.paths.introduction import Introducer, new_session
 from traversal.paths.own_addresses import OwnAddress
 from traversal.paths.peer import Peer
 from traversal.paths.peer_relay_server import PeerRelayStatistics
+from traversal.paths.punch_memory import PunchMemory
+from traversal.paths.punch_strategy import PunchPolicy
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.scoring import Path
 from traversal.peer_relays import PeerRelays
+from traversal.port_search import SearchSupport
 from traversal.relay_map import Family, RelayMap
 from traversal.session import Session, Wiring
 from traversal.wire.address import Address
@@ -55,6 +59,7 @@ from traversal.wire.introduction import (
     is_introduction,
     open_introduction,
 )
+from traversal.wire.punching import PunchMessageError, is_punch_message
 
 MAX_WAITING_LINKS: Final = 64
 """Links that peers opened and nobody has accepted yet; further peers must try again."""
@@ -93,6 +98,7 @@ class NodeStatistics:
     rejected_introductions: int
     peer_relay: PeerRelayStatistics | None
     """Of the peer relay that this node is for others, if it is one."""
+    rejected_punch_messages: int
 
 
 @asynccontextmanager
@@ -111,6 +117,8 @@ async def open_node(
     relay_options: RelayOptions | None = None,
     map_ports: bool = True,
     peer_relay: PeerRelayOptions | None = None,
+    port_search: PunchPolicy | None = None,
+    punch_memory: PunchMemory | None = None,
     entropy: Entropy = os.urandom,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Node]:
@@ -131,6 +139,9 @@ async def open_node(
         home: pinned and banned home regions.
         map_ports: whether to ask the router for a port mapping.
         peer_relay: serve as a UDP peer relay for our peers; by default not.
+        port_search: whether and how hard the ports of hard NATs are guessed; see
+            `docs/port-search.md`.
+        punch_memory: what port searches learned in an earlier life.
         entropy: random bytes, `os.urandom` or a seeded source for tests.
         rng: spreads periodic work; by default seeded from `entropy`.
 
@@ -150,6 +161,8 @@ async def open_node(
         relay_options=relay_options or RelayOptions(),
         map_ports=map_ports,
         peer_relay=peer_relay,
+        port_search=port_search or PunchPolicy(),
+        punch_memory=punch_memory or PunchMemory(),
         entropy=entropy,
         rng=rng,
     )
@@ -180,6 +193,8 @@ class Node:
         relay_options: RelayOptions,
         map_ports: bool,
         peer_relay: PeerRelayOptions | None,
+        port_search: PunchPolicy,
+        punch_memory: PunchMemory,
         entropy: Entropy,
         rng: random.Random,
     ) -> None:
@@ -189,6 +204,9 @@ class Node:
         self._handle_stranger = handle_stranger
         self._entropy = entropy
         self._introduction_session = new_session(entropy)
+        self._capabilities = Capability.PEER_RELAY
+        if port_search.is_enabled:
+            self._capabilities |= Capability.PORT_SEARCH
         self._udp = UdpSockets(hosts)
         self._relays = Relays(relay_map, private_key, self, options=relay_options, rng=rng)
         self._deadlines = Deadlines()
@@ -208,6 +226,21 @@ class Node:
             entropy=entropy,
             rng=rng,
         )
+        self._punch_sockets = PunchSockets(self._udp)
+        self._search_support = SearchSupport(
+            session=self._introduction_session,
+            public_key=self.public_key,
+            memory=punch_memory,
+            sockets=self._punch_sockets,
+            udp=self._udp,
+            deadlines=self._deadlines,
+            policy=port_search,
+            entropy=entropy,
+            own_side=self._endpoints.own_side,
+            stun_server=self._endpoints.stun_server,
+            map_port=self._endpoints.ask_router,
+            handle_batch=self._handle_batch,
+        )
         self._wiring = Wiring(
             private_key=private_key,
             public_key=self.public_key,
@@ -219,6 +252,7 @@ class Node:
             deadlines=self._deadlines,
             refresh=self._endpoints.refresh,
             want_rebind=self._endpoints.want_rebind,
+            search_support=self._search_support,
         )
         self._relay_service: PeerRelayService | None = None
         if peer_relay is not None:
@@ -244,6 +278,7 @@ class Node:
         self._unknown_datagrams = 0
         self._rejected_disco = 0
         self._rejected_introductions = 0
+        self._rejected_punch_messages = 0
 
     # ---- look
 
@@ -283,6 +318,7 @@ class Node:
             rejected_disco=self._rejected_disco,
             rejected_introductions=self._rejected_introductions,
             peer_relay=self._relay_service.statistics() if self._relay_service else None,
+            rejected_punch_messages=self._rejected_punch_messages,
         )
 
     # ---- commands
@@ -295,6 +331,7 @@ class Node:
         disco_key: DiscoPublic | None = None,
         candidates: Iterable[Address] = (),
         can_use_peer_relays: bool = False,
+        port_search: PunchPolicy | None = None,
     ) -> Link:
         """A link to a peer. Returns at once: the first datagrams go by relay.
 
@@ -304,6 +341,7 @@ class Node:
             candidates: addresses that a control plane knows.
             can_use_peer_relays: a control plane says so (capability version 121 and later); what
                 is not said by one is learned from the peer's introduction.
+            port_search: as for `open_node`, for this peer.
 
         A link that exists already, because the peer opened it, is returned as it is. Raises
         NodeError for our own key and for a region that the relay map lacks, KeyFormatError for a
@@ -322,7 +360,9 @@ class Node:
             return existing
         Box(self._wiring.private_key, peer_key)
         now = trio.current_time()
-        session, link = self._add_peer(peer_key, relay, is_introduced=disco_key is None)
+        session, link = self._add_peer(
+            peer_key, relay, is_introduced=disco_key is None, port_search=port_search
+        )
         session.machine.set_configured_addresses(tuple(candidates), now)
         session.can_use_peer_relays = can_use_peer_relays
         self._peer_relays.update(session)
@@ -376,6 +416,7 @@ class Node:
                 nursery.start_soon(self._udp.receive, self._handle_batch)
                 nursery.start_soon(self._deadlines.run)
                 nursery.start_soon(self._announce_forever)
+                nursery.start_soon(self._punch_sockets.run)
                 await nursery.start(self._relays.run)
                 await nursery.start(self._endpoints.run)
                 if self._relay_service is not None:
@@ -405,7 +446,12 @@ class Node:
     # ---- peers
 
     def _add_peer(
-        self, key: NodePublic, region: int, *, is_introduced: bool
+        self,
+        key: NodePublic,
+        region: int,
+        *,
+        is_introduced: bool,
+        port_search: PunchPolicy | None = None,
     ) -> tuple[Session, Link]:
         machine = Peer(
             self._entropy,
@@ -415,11 +461,12 @@ class Node:
         introducer = None
         if is_introduced:
             introducer = Introducer(self._introduction_session, self._describe)
-        session = Session(self._wiring, key, region, machine, introducer)
-        link = Link(session, self._udp, self._relays, lambda: self.nat, self._forget)
+        policy = port_search or self._search_support.policy
+        session = Session(self._wiring, key, region, machine, introducer, policy)
+        link = Link(session, self._relays, lambda: self.nat, self._forget)
         self._sessions[key.raw] = session
         self._links[key.raw] = link
-        machine.set_own_addresses(self._own_bare_addresses(), trio.current_time())
+        session.set_own_addresses(self._own_bare_addresses(), trio.current_time())
         return session, link
 
     def _forget(self, link: Link) -> None:
@@ -437,7 +484,7 @@ class Node:
             addresses=self.own_addresses,
             mapping=nat.mapping,
             filtering=nat.filtering,
-            capabilities=Capability.PEER_RELAY,
+            capabilities=self._capabilities,
         )
 
     def _own_bare_addresses(self) -> tuple[Address, ...]:
@@ -449,10 +496,12 @@ class Node:
         now = trio.current_time()
         addresses = self._own_bare_addresses()
         local = self._endpoints.local_networks
+        own_side = self._endpoints.own_side()
         for session in list(self._sessions.values()):
             session.machine.set_local_networks(local)
-            session.machine.set_own_addresses(addresses, now)
-            session.carry_out()
+            session.set_own_addresses(addresses, now)
+            if session.search is not None:
+                session.search.set_own_side(own_side, now)
         self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
@@ -548,6 +597,11 @@ class Node:
                 session.handle_introduction(payload, region, trio.current_time())
             except IntroductionError:
                 self._rejected_introductions += 1
+        elif is_punch_message(payload):
+            try:
+                session.handle_punch_message(payload, region, trio.current_time())
+            except PunchMessageError:
+                self._rejected_punch_messages += 1
         else:
             session.handle_relay_data(payload, region)
 

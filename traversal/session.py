@@ -10,14 +10,14 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from traversal.io.deadlines import Deadlines
 from traversal.io.relays import Relays
-from traversal.io.udp import Source, UdpSockets
+from traversal.io.udp import Sender, Source, UdpSockets
 from traversal.keys import (
     NONCE_LENGTH,
     Box,
@@ -34,6 +34,7 @@ from traversal.paths.effects import (
     DiscoverPeerRelay,
     Effect,
     PathChanged,
+    PathState,
     PingAnswered,
     RefreshEndpoints,
     SendCallMeMaybe,
@@ -43,8 +44,11 @@ from traversal.paths.effects import (
 )
 from traversal.paths.introduction import Introducer
 from traversal.paths.peer import ACTIVITY_SECONDS, Peer
+from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import Path
+from traversal.port_search import PortSearch, SearchSupport
+from traversal.wire.address import Address
 from traversal.wire.disco import (
     CallMeMaybe,
     DiscoError,
@@ -98,6 +102,7 @@ class Wiring:
     """Ask for a net check; coalesced."""
     want_rebind: Callable[[], None]
     """Ask for fresh sockets; throttled."""
+    search_support: SearchSupport
     by_address: dict[Source, Session] = field(default_factory=dict)
     by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
     peer_relays: PeerRelays = field(init=False)
@@ -114,25 +119,36 @@ class Session:
         region: int,
         machine: Peer,
         introducer: Introducer | None,
+        search_policy: PunchPolicy,
     ) -> None:
         self.armed_at = math.inf
         self.key = key
         self.machine = machine
         self.home_region = region
         self.disco_key: DiscoPublic | None = None
-        self.nat = NatFacts()
         self.can_use_peer_relays = False
         """Whether the peer understands disco's messages about UDP peer relays."""
+        self.udp: Sender = wiring.udp
+        """What direct datagrams leave by."""
+        self.search: PortSearch | None = None
         self.receive_data: Callable[[list[bytes]], None] = _ignore
         self.note_change: Callable[[PathChanged], None] = _ignore
         self.note_ping: Callable[[PingAnswered], None] = _ignore
         self._wiring = wiring
         self._introducer = introducer
+        self._search_policy = search_policy
+        self._side = PeerSide()
+        self._own_addresses: tuple[Address, ...] = ()
         self._disco_box: Box | None = None
         self._node_box: Box | None = None
         self._heard_region = 0
         self._wanted_at = -math.inf
         self._has_keys = trio.Event()
+
+    @property
+    def nat(self) -> NatFacts:
+        """What the peer says of the NAT in front of it."""
+        return self._side.nat
 
     # ---- commands
 
@@ -147,6 +163,8 @@ class Session:
         """Leave no trace in what sessions share."""
         wiring = self._wiring
         wiring.deadlines.disarm(self)
+        if self.search is not None:
+            self.search.close(trio.current_time())
         for address in [a for a, s in wiring.by_address.items() if s is self]:
             del wiring.by_address[address]
         wiring.peer_relays.forget(self)
@@ -167,6 +185,17 @@ class Session:
         if now - self._wanted_at < ACTIVITY_SECONDS:
             self.machine.handle_send(now)
         self.carry_out()
+
+    def set_own_addresses(self, addresses: tuple[Address, ...], now: float) -> None:
+        """What we tell the peer, best first."""
+        self._own_addresses = addresses
+        self.tell_own_addresses(now)
+        self.carry_out()
+
+    def tell_own_addresses(self, now: float) -> None:
+        """They, or the one of a socket that a port search found, changed."""
+        extra = self.search.own_extra if self.search is not None else ()
+        self.machine.set_own_addresses((*self._own_addresses, *extra), now)
 
     def announce(self, now: float) -> None:
         """Tell the peer of our new home until it answers, if it knows us at all."""
@@ -226,6 +255,8 @@ class Session:
             is_known = self.machine.handle_pong(
                 message.transaction_id, path.address, message.source, now
             )
+            if not is_known and self.search is not None and not path.vni:
+                return self.search.handle_pong(message, now)
         # A CallMeMaybe counts only by relay (disco specification D5).
         self.carry_out()
         if path.vni and (isinstance(message, Ping) or not is_known):
@@ -250,6 +281,8 @@ class Session:
             self.machine.handle_relay_pong(message.transaction_id, message.source, now)
         elif isinstance(message, CallMeMaybe):
             self.machine.handle_call_me_maybe(message.addresses, now)
+            if message.addresses:
+                self._set_side(replace(self._side, addresses=message.addresses), now)
         else:
             self._wiring.peer_relays.handle_message(self, message, now)
         self.carry_out()
@@ -261,13 +294,18 @@ class Session:
         if self._introducer is None:
             raise IntroductionError("this peer's keys come from a control plane")
         outcome = self._introducer.handle_introduction(
-            open_introduction(packet, self._box_of_nodes()), now
+            open_introduction(packet, self.box_of_nodes()), now
         )
         if outcome.answer is not None:
             self._send_introduction(outcome.answer)
         if outcome.believed is not None:
             self._believe(outcome.believed, now)
         self.carry_out()
+
+    def handle_punch_message(self, packet: bytes, region: int, now: float) -> None:
+        """A punch message from this peer's node key, by relay. Raises PunchMessageError."""
+        self._heard_region = region
+        self._make_search(now).handle_message(packet, self.box_of_nodes(), now)
 
     def handle_relay_data(self, payload: bytes, region: int) -> None:
         """The application's datagram, by relay."""
@@ -302,6 +340,12 @@ class Session:
             for effect in effects:
                 self._carry_out(effect)
         self._wiring.deadlines.arm(self)
+        machine = self.machine
+        if self.search is not None:
+            self.search.follow(machine, trio.current_time())
+        elif machine.is_active and machine.state is not PathState.DIRECT:
+            now = trio.current_time()
+            self._make_search(now).follow(machine, now)
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:
@@ -334,7 +378,7 @@ class Session:
         envelope = self._seal(ping, effect.path)
         if envelope is None:
             return
-        udp = self._wiring.udp
+        udp = self.udp
         if not effect.padding_bytes:
             fault = udp.send(envelope, effect.path.address)
         else:
@@ -348,7 +392,7 @@ class Session:
         """Send a message to the peer by UDP, behind Geneve if the path has a VNI."""
         envelope = self._seal(message, path)
         if envelope is not None:
-            fault = self._wiring.udp.send(envelope, path.address)
+            fault = self.udp.send(envelope, path.address)
             if fault:
                 self._handle_disco_fault(fault, path)
 
@@ -360,17 +404,21 @@ class Session:
 
     def send_disco_by_relay(self, message: Message) -> None:
         """Send a message to the peer by its relay; nothing while its disco key is unknown."""
-        envelope = self._seal(message, None)
+        envelope = self.seal_disco(message)
         if envelope is not None:
             self.send_by_relay(envelope)
 
-    def _seal(self, message: Message, path: Path | None) -> bytes | None:
+    def seal_disco(self, message: Message) -> bytes | None:
+        """An envelope for the peer; None while its disco key is not known."""
         if self._disco_box is None:
             return None
         wiring = self._wiring
         nonce = wiring.entropy(NONCE_LENGTH)
-        envelope = seal_envelope(message, wiring.disco_public, self._disco_box, nonce)
-        if path is not None and path.vni:
+        return seal_envelope(message, wiring.disco_public, self._disco_box, nonce)
+
+    def _seal(self, message: Message, path: Path) -> bytes | None:
+        envelope = self.seal_disco(message)
+        if envelope is not None and path.vni:
             return Header(path.vni, PROTOCOL_DISCO).encode() + envelope
         return envelope
 
@@ -384,13 +432,13 @@ class Session:
 
     def _send_introduction(self, introduction: Introduction) -> None:
         nonce = self._wiring.entropy(NONCE_LENGTH)
-        packet = seal_introduction(introduction, self._box_of_nodes(), nonce)
+        packet = seal_introduction(introduction, self.box_of_nodes(), nonce)
         self.send_by_relay(packet)
         # The peer's home may be dead, and this be the news of where we went: then a direct path
         # still leads to the peer, and perhaps it went where we are.
         relays, path = self._wiring.relays, self.machine.route.path
         if path is not None and not path.vni:
-            self._wiring.udp.send(packet, path.address)
+            self.udp.send(packet, path.address)
         if relays.home != self.relay_region and not relays.is_connected(self.relay_region):
             relays.send(relays.home, self.key.raw, packet)
 
@@ -399,17 +447,39 @@ class Session:
         if region != self.home_region and self._wiring.relays.is_known(region):
             self.home_region = region
             self.machine.set_relay_available(True, now)
-        self.nat = NatFacts(mapping=introduction.mapping, filtering=introduction.filtering)
         self.can_use_peer_relays = Capability.PEER_RELAY in introduction.capabilities
         self._wiring.peer_relays.update(self)
         addresses = tuple(address for _, address in introduction.addresses)
         self.machine.set_configured_addresses(addresses, now)
+        side = PeerSide(
+            NatFacts(mapping=introduction.mapping, filtering=introduction.filtering),
+            addresses,
+            introduction.session,
+            can_search=Capability.PORT_SEARCH in introduction.capabilities,
+        )
+        self._set_side(side, now)
         try:
             self.set_disco_key(introduction.disco_key, now)
         except KeyFormatError as error:
             raise IntroductionError(f"the disco key of an introduction: {error}") from None
 
-    def _box_of_nodes(self) -> Box:
+    # ---- port search
+
+    def _set_side(self, side: PeerSide, now: float) -> None:
+        self._side = side
+        if self.search is not None:
+            self.search.set_peer_side(side, now)
+
+    def _make_search(self, now: float) -> PortSearch:
+        if self.search is None:
+            self.search = PortSearch(self._wiring.search_support, self, self._search_policy, now)
+            self.search.set_peer_side(self._side, now)
+        return self.search
+
+    # ---- keys
+
+    def box_of_nodes(self) -> Box:
+        """The box between our node key and the peer's."""
         if self._node_box is None:
             self._node_box = Box(self._wiring.private_key, self.key)
         return self._node_box

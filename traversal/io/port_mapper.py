@@ -64,6 +64,11 @@ class PortMapping:
         self._machine.set_network(self._gateway, own_ip, local_port, trio.current_time())
         self._wanted.set()
 
+    def ask_now(self) -> None:
+        """Try again at once, if no mapping is held and none is being asked for."""
+        self._machine.ask_now(trio.current_time())
+        self._wanted.set()
+
     async def run(self) -> None:
         """Until cancelled; what is mapped then is given back, if that takes but a moment."""
         try:

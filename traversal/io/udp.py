@@ -71,12 +71,25 @@ class UdpStatistics:
     send_errors: int
 
 
+class Sender(Protocol):
+    """What datagrams leave by: both sockets, or these and one more for a single destination."""
+
+    def send(self, data: bytes, address: Source) -> int:
+        """See `UdpSockets.send`."""
+
+    def send_many(self, datagrams: Sequence[bytes], address: Source) -> int:
+        """See `UdpSockets.send_many`."""
+
+    def send_unfragmented(self, data: bytes, address: Source) -> int:
+        """See `UdpSockets.send_unfragmented`."""
+
+
 class UdpSockets:
     """Both sockets. `open` them, run `receive` in a task, then `send` at will."""
 
     def __init__(self, hosts: dict[Family, str] | None = None) -> None:
         self._hosts = _WILDCARDS if hosts is None else hosts
-        self._sockets: dict[Family, _KernelSocket | _OtherSocket] = {}
+        self._sockets: dict[Family, UdpSocket] = {}
         self.wanted_port = 0
         """The port that `open` was asked for; 0 for any."""
         self._reopened = trio.Event()
@@ -147,12 +160,13 @@ class UdpSockets:
             send_errors=self._errors,
         )
 
-    def send(self, data: bytes, address: Source) -> int:
+    def send(self, data: bytes, address: Source, by: UdpSocket | None = None) -> int:
         """Send one datagram: 0, or the errno for which it was dropped. Never raises OSError.
 
-        A full send buffer counts as loss on the way and yields 0.
+        A full send buffer counts as loss on the way and yields 0. `by` is another socket than the
+        one for the address's family.
         """
-        sock = self._sockets.get(6 if ":" in address[0] else 4)
+        sock = by or self._sockets.get(6 if ":" in address[0] else 4)
         if sock is None:
             return errno.EAFNOSUPPORT
         try:
@@ -163,12 +177,14 @@ class UdpSockets:
             return self._fault(error)
         return 0
 
-    def send_many(self, datagrams: Sequence[bytes], address: Source) -> int:
+    def send_many(
+        self, datagrams: Sequence[bytes], address: Source, by: UdpSocket | None = None
+    ) -> int:
         """Send several to one address; runs of equal size leave in one system call.
 
-        0, or the errno for which at least one was dropped.
+        0, or the errno for which at least one was dropped. `by` as for `send`.
         """
-        sock = self._sockets.get(6 if ":" in address[0] else 4)
+        sock = by or self._sockets.get(6 if ":" in address[0] else 4)
         if sock is None:
             return errno.EAFNOSUPPORT
         start = 0
@@ -184,14 +200,14 @@ class UdpSockets:
             start = end
         return fault
 
-    def send_unfragmented(self, data: bytes, address: Source) -> int:
+    def send_unfragmented(self, data: bytes, address: Source, by: UdpSocket | None = None) -> int:
         """Like `send`, with "don't fragment" set: for path MTU probes."""
-        sock = self._sockets.get(6 if ":" in address[0] else 4)
+        sock = by or self._sockets.get(6 if ":" in address[0] else 4)
         if sock is None:
             return errno.EAFNOSUPPORT
         sock.set_path_mtu_mode(_PMTUDISC_PROBE)
         try:
-            return self.send(data, address)
+            return self.send(data, address, by)
         finally:
             sock.set_path_mtu_mode(_PMTUDISC_OMIT)
 
@@ -222,15 +238,15 @@ class UdpSockets:
                 if self._sockets.get(family) is sock:
                     await reopened.wait()
 
-    async def _bind_one(self, family: Family, host: str, port: int) -> _KernelSocket | _OtherSocket:
+    async def _bind_one(self, family: Family, host: str, port: int) -> UdpSocket:
         # The family that was bound first tells the port that the other would like to have.
         others = [sock.port for sock in self._sockets.values()]
         if not port and others:
             try:
-                return await _bind(family, host, others[0])
+                return await bind_socket(family, host, others[0])
             except OSError:
                 pass
-        return await _bind(family, host, port)
+        return await bind_socket(family, host, port)
 
     def _fault(self, error: OSError) -> int:
         self._errors += 1
@@ -249,7 +265,13 @@ def _end_of_run(datagrams: Sequence[bytes], start: int) -> int:
     return max(end, start + 1)
 
 
-async def _bind(family: Family, host: str, port: int) -> _KernelSocket | _OtherSocket:
+async def bind_socket(
+    family: Family, host: str, port: int, buffer: bytearray | None = None
+) -> UdpSocket:
+    """A bound socket that is read in batches. Raises OSError.
+
+    Sockets of one thread may share a `buffer` of 64 KiB: nothing stays in it.
+    """
     sock = trio.socket.socket(_KINDS[family], socket.SOCK_DGRAM)
     try:
         if family == 6:
@@ -261,17 +283,18 @@ async def _bind(family: Family, host: str, port: int) -> _KernelSocket | _OtherS
         raise
     if hasattr(sock, "sendto_nowait"):
         return _OtherSocket(sock, bound_port)
-    return _KernelSocket(socket.socket(fileno=sock.detach()), family, bound_port)
+    inner = socket.socket(fileno=sock.detach())
+    return _KernelSocket(inner, family, bound_port, buffer or bytearray(1 << 16))
 
 
 class _KernelSocket:
     """A socket of the kernel, drained by hand."""
 
-    def __init__(self, sock: socket.socket, family: Family, port: int) -> None:
+    def __init__(self, sock: socket.socket, family: Family, port: int, buffer: bytearray) -> None:
         self.port = port
         self._sock = sock
         self._family = family
-        self._buffer = bytearray(1 << 16)
+        self._buffer = buffer
         self._view = memoryview(self._buffer)
         self._has_gso = True
         sock.setblocking(False)
@@ -382,6 +405,10 @@ class _OtherSocket:
 
     def close(self) -> None:
         self._sock.close()
+
+
+UdpSocket = _KernelSocket | _OtherSocket
+"""One bound socket: `receive` gives batches, `close` closes; send by `UdpSockets.send`."""
 
 
 def _reason(error: OSError) -> str:

@@ -209,6 +209,11 @@ class PortMapper:
         if gateway is not None and own_ip is not None and local_port:
             self._begin_at = now
 
+    def ask_now(self, now: float) -> None:
+        """Begin again before the pause after a failure is over."""
+        if self.mapping is None and now < self._begin_at < math.inf:
+            self._begin_at = now
+
     def release(self, reason: str) -> None:
         """Give the mapping back, as well as it goes."""
         mapping, gateway, own_ip = self.mapping, self._gateway, self._own_ip

@@ -57,12 +57,15 @@ class EasySide(Search):
         self._deadline = now + GRACE_SECONDS
         self.on_time(now)
 
-    def handle_stop(self, now: float) -> None:
-        """The peer found a path: probe no more, and wait for the answer that is on its way."""
+    def handle_stop(self, found: Address | None, now: float) -> None:
+        """The peer found a path: probe only there, in case a packet of the peer's was lost."""
         self.outbox.clear()
         self._guesses = iter(())
         self._passes_left = 0
         self._deadline = now + STOP_GRACE_SECONDS
+        if found is not None and found.host == self._host and not self.is_confirming:
+            self._hits.append((None, found, b""))
+            self._start_confirming(now)
 
     def on_time(self, now: float) -> None:
         """Do what is due."""

@@ -72,7 +72,7 @@ class Search:
         self.outbox = Outbox(entropy, max_probes)
         self._entropy = entropy
         self._effects: list[PunchEffect] = []
-        self._hits: list[tuple[int, Address, bytes]] = []
+        self._hits: list[tuple[int | None, Address, bytes]] = []
         self._confirms = 0
         self._confirm_at = math.inf
         self._deadline = math.inf
@@ -133,8 +133,9 @@ class Search:
             self._hits.append((socket, remote, b""))
         return True
 
-    def handle_stop(self, now: float) -> None:
-        """The peer found a path in this attempt: its last packets to us are on their way."""
+    def handle_stop(self, found: Address | None, now: float) -> None:
+        """The peer found a path in this attempt, where it is seen as `found`: its last packets to
+        us are on their way."""
 
     # ---- for the kinds of search
 
@@ -151,7 +152,7 @@ class Search:
 
     def _start_confirming(self, now: float) -> None:
         socket, source, transaction_id = self._hits[0]
-        if transaction_id:
+        if socket is not None and transaction_id:
             self._effects.append(SendProbePong(socket, source, transaction_id))
         self._confirms = 0
         self._confirm(now)

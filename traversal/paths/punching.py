@@ -302,7 +302,8 @@ class Puncher:
             self._consider(now)
         # A hit that is being confirmed needs nothing more of the peer's search.
         elif message.method is not PunchMethod.NONE:
-            attempt.search.handle_stop(now)
+            attempt.search.handle_stop(message.address, now)
+            self._collect(now)
         elif not attempt.search.is_confirming:
             self._fail(attempt, "the peer ended the search or did not take part in it", now)
 
@@ -462,7 +463,9 @@ class Puncher:
                 )
             elif isinstance(search, HardSide):
                 self._effects.append(
-                    self._channel.tell(attempt.number, PunchKind.STOP, search.method)
+                    self._channel.tell(
+                        attempt.number, PunchKind.STOP, search.method, address=found.own_address
+                    )
                 )
         self._effects.append(
             SearchEnded(

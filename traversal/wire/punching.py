@@ -24,7 +24,8 @@ Sealed form (integers big-endian):
 * 33  2   step of a sequential NAT, signed, else 0
 * 35  2   sockets that the sender uses
 * 37  18  ask: where to reach the sender; birthday and predicted plan: where the sender's sockets
-          ping; mutual plan: the sender's public IP and the last port that its NAT gave out
+          ping; mutual plan: the sender's public IP and the last port that its NAT gave out; stop of
+          a search that found a path: where the receiver sees the sender on it
 * 55  18  birthday and predicted plan: the sender's public IP, port 0; else zero
 * 73  1   number of port ranges, at most 8
 * 74  4n  ranges of ports to probe, likely ones first: first port (2), last port (2)
