@@ -1,0 +1,160 @@
+"""One registered connection of a connector, whatever it runs over: the boundary inside the edge.
+
+`relay.edge.http2` and `relay.edge.quic` implement it; what faces visitors uses nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+from uuid import UUID
+
+Headers = tuple[tuple[bytes, bytes], ...]
+"""Names in lower case; no pseudo-headers."""
+
+
+class ConnectionFailedError(Exception):
+    """A connection or one exchange on it is over. `is_unprocessed` says that the connector
+    promises, or cannot but have done, nothing with the request: repeating it is safe."""
+
+    def __init__(self, text: str, *, is_unprocessed: bool = False) -> None:
+        super().__init__(text)
+        self.is_unprocessed = is_unprocessed
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request for a connector, cleaned already.
+
+    Attributes:
+        path: with the query, starting with a slash (or `*`).
+        kind: a websocket's bodies are its raw bytes.
+        has_body: whether anything will be sent after it.
+    """
+
+    method: str
+    scheme: str
+    authority: str
+    path: str
+    headers: Headers
+    kind: Literal["http", "websocket"] = "http"
+    has_body: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A connector's answer.
+
+    Attributes:
+        status: 101 for a websocket that the origin accepted, over every transport.
+        headers: the origin's.
+        is_from_connector: the connector made it, because it has no origin for the request or
+            could not reach it.
+        is_flow_limited: it refused the request because it has too many.
+    """
+
+    status: int
+    headers: Headers
+    is_from_connector: bool = False
+    is_flow_limited: bool = False
+
+
+class Exchange(ABC):
+    """One request and its response, or one TCP connection. Leaving its `async with` resets what is
+    not over. One task may receive while another sends.
+
+    Every method raises ConnectionFailedError.
+
+    Attributes:
+        trailers: of the response, once `receive` has returned nothing; empty where there are none.
+    """
+
+    trailers: Headers = ()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.reset()
+
+    @abstractmethod
+    async def response(self) -> ResponseHead:
+        """The response's head; it may come before the request's body was sent."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """Some of the response's body, empty at its end."""
+
+    @abstractmethod
+    async def send(self, data: bytes) -> None:
+        """Send some of the request's body."""
+
+    @abstractmethod
+    async def send_end(self, trailers: Headers = ()) -> None:
+        """No more body; harmless when repeated."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """End both directions at once; harmless on an exchange that is over."""
+
+
+class UdpFlow(ABC):
+    """Datagrams to one destination behind a connector and back."""
+
+    @abstractmethod
+    async def send(self, data: bytes) -> None:
+        """Send a datagram of at most 1280 bytes; what can't be sent is dropped.
+
+        Raises ConnectionFailedError where the flow is over."""
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """The next datagram. Raises ConnectionFailedError where the flow is over."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Forget the flow; harmless when repeated."""
+
+
+class TunnelConnection(ABC):
+    """A registered connection of a connector.
+
+    Attributes:
+        index: the connector's number for it, from 0.
+        active: exchanges that are open.
+        supports_udp: whether `open_udp` can be used.
+    """
+
+    tunnel_id: UUID
+    connector_id: UUID
+    connection_id: UUID
+    index: int
+    transport: Literal["http2", "quic"]
+    active: int = 0
+    supports_udp: bool = False
+
+    @property
+    @abstractmethod
+    def is_usable(self) -> bool:
+        """Whether new requests may be given to it."""
+
+    @abstractmethod
+    async def request(self, head: RequestHead) -> Exchange:
+        """Send a request's head; doesn't wait for the response. Raises ConnectionFailedError."""
+
+    @abstractmethod
+    async def connect_tcp(self, destination: str, source: str) -> Exchange:
+        """Have the connector dial `IP:port`; the response's status is 200 when it has.
+
+        `source` is who wants it, for the connector's log. Raises ConnectionFailedError."""
+
+    async def open_udp(self, destination: str, idle_seconds: float) -> UdpFlow:
+        """Have the connector open a flow. Raises ConnectionFailedError."""
+        raise ConnectionFailedError("this transport has no datagrams", is_unprocessed=True)
