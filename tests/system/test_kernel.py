@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import functools
 import random
-import subprocess
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
 
 import pytest
@@ -27,12 +23,11 @@ from tests.system.checks import (
     check_stays_on_the_relay,
     roaming_topology,
 )
+from tests.system.kernel_world import start_relay
 from tests.system.world import World, topology
-from traversal import RelayMap
 
 SLACK_SECONDS: Final = 3.0
 """What a loaded machine may add to any time."""
-START_SECONDS: Final = 20.0
 LIMIT_SECONDS: Final = 60.0
 
 EASY = class_behavior("EIM+APDF")
@@ -43,23 +38,11 @@ PLAIN = Wire()
 @asynccontextmanager
 async def in_kernel(of: Topology) -> AsyncIterator[World]:
     """The topology in namespaces, with `underpass-relay` on r0."""
-    async with KernelLab(of) as lab, trio.open_nursery() as nursery:
-        with tempfile.TemporaryDirectory() as directory:
-            host = lab.host("r0")
-            address = host.addresses[0]
-            map_file = Path(directory) / "map.json"
-            command = [sys.executable, "-m", "relay.cli", "serve", "--dev"]
-            command += ["--hostname", address, "--derp", f"{address}:443"]
-            command += ["--stun", f"{address}:3478", "--http", "off", "--admin", "off"]
-            await host.open_process(
-                [*command, "--dev-map", str(map_file)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            with trio.fail_after(START_SECONDS):
-                while not (map_file.exists() and map_file.read_text().endswith("\n")):  # noqa: ASYNC110
-                    await trio.sleep(0.02)
-            relay_map = RelayMap.parse(map_file.read_text())
+    async with (
+        KernelLab(of) as lab,
+        start_relay(lab) as relay_map,
+        trio.open_nursery() as nursery,
+    ):
         yield World(lab, nursery, relay_map, random.Random(of.seed), options={})
         nursery.cancel_scope.cancel()
 
