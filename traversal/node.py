@@ -21,7 +21,6 @@ from traversal.io.deadlines import Deadlines
 from traversal.io.ice import IceRouter, IceSession
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions, PeerRelayService
-from traversal.io.punch_sockets import PunchSockets
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
 from traversal.io.udp import Batch, Source, UdpSockets, UdpStatistics
@@ -46,7 +45,7 @@ from traversal.paths.punch_strategy import PunchPolicy
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.scoring import Path
 from traversal.peer_relays import PeerRelays
-from traversal.port_search import SearchSupport
+from traversal.port_searches import PortSearches
 from traversal.relay_map import Family, RelayMap
 from traversal.session import Session, Wiring
 from traversal.wire.address import Address
@@ -226,19 +225,15 @@ class Node:
             entropy=entropy,
             rng=rng,
         )
-        self._punch_sockets = PunchSockets(self._udp)
-        self._search_support = SearchSupport(
-            session=self._introduction_session,
-            public_key=self.public_key,
-            memory=punch_memory,
-            sockets=self._punch_sockets,
+        self._port_searches = PortSearches(
+            self._introduction_session,
+            self.public_key,
+            port_search,
+            punch_memory,
             udp=self._udp,
             deadlines=self._deadlines,
-            policy=port_search,
+            endpoints=self._endpoints,
             entropy=entropy,
-            own_side=self._endpoints.own_side,
-            stun_server=self._endpoints.stun_server,
-            map_port=self._endpoints.ask_router,
             handle_batch=self._handle_batch,
         )
         self._wiring = Wiring(
@@ -252,7 +247,7 @@ class Node:
             deadlines=self._deadlines,
             refresh=self._endpoints.refresh,
             want_rebind=self._endpoints.want_rebind,
-            search_support=self._search_support,
+            port_searches=self._port_searches,
         )
         self._relay_service: PeerRelayService | None = None
         if peer_relay is not None:
@@ -416,7 +411,7 @@ class Node:
                 nursery.start_soon(self._udp.receive, self._handle_batch)
                 nursery.start_soon(self._deadlines.run)
                 nursery.start_soon(self._announce_forever)
-                nursery.start_soon(self._punch_sockets.run)
+                nursery.start_soon(self._port_searches.run)
                 await nursery.start(self._relays.run)
                 await nursery.start(self._endpoints.run)
                 if self._relay_service is not None:
@@ -461,7 +456,7 @@ class Node:
         introducer = None
         if is_introduced:
             introducer = Introducer(self._introduction_session, self._describe)
-        policy = port_search or self._search_support.policy
+        policy = port_search or self._port_searches.policy
         session = Session(self._wiring, key, region, machine, introducer, policy)
         link = Link(session, self._relays, lambda: self.nat, self._forget)
         self._sessions[key.raw] = session
@@ -496,12 +491,10 @@ class Node:
         now = trio.current_time()
         addresses = self._own_bare_addresses()
         local = self._endpoints.local_networks
-        own_side = self._endpoints.own_side()
         for session in list(self._sessions.values()):
             session.machine.set_local_networks(local)
             session.set_own_addresses(addresses, now)
-            if session.search is not None:
-                session.search.set_own_side(own_side, now)
+        self._port_searches.handle_refresh(now)
         self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()

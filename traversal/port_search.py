@@ -8,16 +8,13 @@ out (`Session.udp`), and what it brings is handled like everything else that com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from traversal.io.deadlines import Deadlines
-from traversal.io.punch_sockets import FoundPath, PunchSockets, SocketSet
-from traversal.io.udp import Batch, Source, UdpSockets
-from traversal.keys import NONCE_LENGTH, Box, Entropy, NodePublic
+from traversal.io.punch_sockets import FoundPath, SocketSet
+from traversal.io.udp import Batch, Source
+from traversal.keys import NONCE_LENGTH, Box
 from traversal.paths.effects import PathState, SendCallMeMaybe
 from traversal.paths.peer import Peer
 from traversal.paths.punch_effects import (
@@ -33,9 +30,9 @@ from traversal.paths.punch_effects import (
     SendPunchMessage,
 )
 from traversal.paths.punch_facts import PunchFacts
-from traversal.paths.punch_memory import PunchMemory
 from traversal.paths.punch_strategy import OwnSide, PeerSide, PunchPolicy
 from traversal.paths.punching import Puncher
+from traversal.port_searches import PortSearches
 from traversal.wire.address import Address
 from traversal.wire.classify import Kind, classify
 from traversal.wire.disco import CallMeMaybe, DiscoError, Ping, Pong
@@ -55,50 +52,36 @@ MAX_PROVEN: Final = 64
 """Addresses of the peer from which datagrams on extra sockets are taken; a search meets ten."""
 
 
-@dataclass(frozen=True, slots=True)
-class SearchSupport:
-    """What the port searches of a node share."""
-
-    session: bytes
-    """Our own, in introductions."""
-    public_key: NodePublic
-    memory: PunchMemory
-    sockets: PunchSockets
-    udp: UdpSockets
-    deadlines: Deadlines
-    policy: PunchPolicy
-    entropy: Entropy
-    own_side: Callable[[], OwnSide]
-    stun_server: Callable[[], Address | None]
-    map_port: Callable[[], None]
-    handle_batch: Callable[[Batch], None]
-    """Gets what comes on a found socket."""
-
-
 class PortSearch:
     """See the module's text. Whoever changes the peer's machine calls `follow` afterwards."""
 
     def __init__(
-        self, support: SearchSupport, session: Session, policy: PunchPolicy, now: float
+        self, searches: PortSearches, session: Session, policy: PunchPolicy, now: float
     ) -> None:
         self.armed_at = math.inf
-        self._support = support
+        self._searches = searches
         self._session = session
         self._puncher = Puncher(
-            support.entropy, support.session, session.key.raw, support.memory, policy
+            searches.entropy,
+            searches.session,
+            session.key.raw,
+            searches.memory,
+            policy,
+            searches.pace,
         )
         self._sockets = SocketSet(0)
         self._found: int | None = None
         self._proven: set[tuple[int, Source]] = set()
         self._measuring: dict[bytes, int] = {}
         self._is_carrying_out = False
-        self._puncher.set_own_side(support.own_side(), now)
+        self._puncher.set_own_side(searches.own_side(), now)
+        searches.open.add(self)
 
     # ---- look
 
     @property
     def facts(self) -> PunchFacts:
-        """For the verdict."""
+        """The choice, and the last or running attempt: for the verdict."""
         return self._puncher.facts
 
     @property
@@ -120,7 +103,8 @@ class PortSearch:
 
     def close(self, now: float) -> None:
         """The peer is forgotten."""
-        self._support.deadlines.disarm(self)
+        self._searches.open.discard(self)
+        self._searches.deadlines.disarm(self)
         self._puncher.close(now)
         self._carry_out()
 
@@ -138,9 +122,10 @@ class PortSearch:
     def follow(self, machine: Peer, now: float) -> None:
         """The machine did something: perhaps the path changed."""
         is_direct = machine.state is PathState.DIRECT
-        self._puncher.handle_route(
-            is_wanted=machine.is_active and not is_direct, is_direct=is_direct, now=now
-        )
+        is_wanted = machine.is_active and not is_direct
+        self._puncher.handle_route(is_wanted=is_wanted, is_direct=is_direct, now=now)
+        if is_wanted:
+            self._session.announce_nat(now)
         self._carry_out()
 
     def handle_pong(self, pong: Pong, now: float) -> bool:
@@ -169,7 +154,7 @@ class PortSearch:
         for place, (datagram, source) in enumerate(batch):
             if number == self._found:
                 # Perhaps since the datagram before.
-                self._support.handle_batch(batch[place:])
+                self._searches.handle_batch(batch[place:])
                 break
             match classify(datagram):
                 case Kind.DISCO:
@@ -221,19 +206,19 @@ class PortSearch:
                     self._do(effect)
         finally:
             self._is_carrying_out = False
-        self._support.deadlines.arm(self)
+        self._searches.deadlines.arm(self)
 
     def _do(self, effect: PunchEffect) -> None:
-        session, support = self._session, self._support
+        session, searches = self._session, self._searches
         match effect:
             case SendProbe(socket, address, transaction_id):
-                self._send_disco(socket, Ping(transaction_id, support.public_key), address)
+                self._send_disco(socket, Ping(transaction_id, searches.public_key), address)
             case SendProbePong(socket, address, transaction_id):
                 self._send_disco(socket, Pong(transaction_id, address), address)
             case MeasureMapping(socket):
                 self._measure(socket)
             case SendPunchMessage(message):
-                nonce = support.entropy(NONCE_LENGTH)
+                nonce = searches.entropy(NONCE_LENGTH)
                 session.send_by_relay(seal_punch_message(message, session.box_of_nodes(), nonce))
             case SendCallMeMaybe(addresses):
                 session.send_disco_by_relay(CallMeMaybe(addresses))
@@ -244,7 +229,7 @@ class PortSearch:
             case AdoptSocket():
                 self._adopt(effect)
             case MapPort():
-                support.map_port()
+                searches.endpoints.ask_router()
             case SearchEnded():
                 self._sockets.keep_only(self._found)
                 self._measuring.clear()
@@ -259,22 +244,22 @@ class PortSearch:
             sock = self._sockets.get(number)
             if sock is None:
                 return
-        self._support.udp.send(envelope, address, sock)
+        self._searches.udp.send(envelope, address, sock)
 
     def _measure(self, number: int) -> None:
-        server, sock = self._support.stun_server(), self._sockets.get(number)
+        server, sock = self._searches.endpoints.stun_server(), self._sockets.get(number)
         if server is None or sock is None:
             return
-        transaction_id = TransactionId(self._support.entropy(TRANSACTION_ID_LENGTH))
+        transaction_id = TransactionId(self._searches.entropy(TRANSACTION_ID_LENGTH))
         self._measuring[transaction_id] = number
-        self._support.udp.send(encode_binding_request(transaction_id), server, sock)
+        self._searches.udp.send(encode_binding_request(transaction_id), server, sock)
 
     def _open(self, count: int, batch: int) -> None:
         self._sockets.keep_only(None)
         self._measuring.clear()
         self._proven.clear()
         sockets = self._sockets = SocketSet(count)
-        self._support.sockets.open(
+        self._searches.sockets.open(
             sockets,
             lambda: self._handle_opened(batch, sockets),
             lambda number, datagrams: self._handle_batch(sockets, number, datagrams),
@@ -284,7 +269,7 @@ class PortSearch:
         self._sockets.close(numbers)
         if self._found in numbers:
             self._found = None
-            self._session.udp = self._support.udp
+            self._session.udp = self._searches.udp
             self._session.tell_own_addresses(trio.current_time())
 
     def _adopt(self, effect: AdoptSocket) -> None:
@@ -292,7 +277,8 @@ class PortSearch:
         sock = None if effect.socket is None else self._sockets.get(effect.socket)
         if sock is not None:
             self._found = effect.socket
-            session.udp = FoundPath(self._support.udp, sock, effect.remote)
+            session.udp = FoundPath(self._searches.udp, sock, effect.remote)
+            self._searches.want_lifetime()
         session.tell_own_addresses(now)
         session.machine.handle_found(effect.remote, effect.latency_seconds, now)
         session.carry_out()

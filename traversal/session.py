@@ -47,7 +47,8 @@ from traversal.paths.peer import ACTIVITY_SECONDS, Peer
 from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import Path
-from traversal.port_search import PortSearch, SearchSupport
+from traversal.port_search import PortSearch
+from traversal.port_searches import PortSearches
 from traversal.wire.address import Address
 from traversal.wire.disco import (
     CallMeMaybe,
@@ -61,8 +62,10 @@ from traversal.wire.disco import (
 from traversal.wire.geneve import PROTOCOL_DISCO, Header
 from traversal.wire.introduction import (
     Capability,
+    FilteringClass,
     Introduction,
     IntroductionError,
+    MappingClass,
     open_introduction,
     seal_introduction,
 )
@@ -102,7 +105,7 @@ class Wiring:
     """Ask for a net check; coalesced."""
     want_rebind: Callable[[], None]
     """Ask for fresh sockets; throttled."""
-    search_support: SearchSupport
+    port_searches: PortSearches
     by_address: dict[Source, Session] = field(default_factory=dict)
     by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
     peer_relays: PeerRelays = field(init=False)
@@ -138,6 +141,7 @@ class Session:
         self._introducer = introducer
         self._search_policy = search_policy
         self._side = PeerSide()
+        self._told_nat = (MappingClass.UNKNOWN, FilteringClass.UNKNOWN)
         self._own_addresses: tuple[Address, ...] = ()
         self._disco_box: Box | None = None
         self._node_box: Box | None = None
@@ -203,6 +207,15 @@ class Session:
             self._introducer.start(now)
             self._introduce(now)
             self.carry_out()
+
+    def announce_nat(self, now: float) -> None:
+        """Tell the peer what our NAT is like, if it does not know yet: it may wait for that to
+        search our ports."""
+        nat = self._wiring.port_searches.endpoints.nat
+        told = (nat.mapping, nat.filtering)
+        if nat.mapping is not MappingClass.UNKNOWN and told != self._told_nat:
+            self._told_nat = told
+            self.announce(now)
 
     async def wait_for_keys(self) -> None:
         """Until the peer's disco key is known and pings make sense."""
@@ -431,6 +444,7 @@ class Session:
             self._send_introduction(introduction)
 
     def _send_introduction(self, introduction: Introduction) -> None:
+        self._told_nat = (introduction.mapping, introduction.filtering)
         nonce = self._wiring.entropy(NONCE_LENGTH)
         packet = seal_introduction(introduction, self.box_of_nodes(), nonce)
         self.send_by_relay(packet)
@@ -472,7 +486,7 @@ class Session:
 
     def _make_search(self, now: float) -> PortSearch:
         if self.search is None:
-            self.search = PortSearch(self._wiring.search_support, self, self._search_policy, now)
+            self.search = PortSearch(self._wiring.port_searches, self, self._search_policy, now)
             self.search.set_peer_side(self._side, now)
         return self.search
 

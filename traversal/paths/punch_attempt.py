@@ -13,7 +13,7 @@ from traversal.paths.punch_easy_side import EasySide
 from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.punch_hard_side import HardSide
 from traversal.paths.punch_mutual import MutualSide
-from traversal.paths.punch_strategy import PunchPolicy
+from traversal.paths.punch_outbox import Outbox
 from traversal.wire.address import Address
 from traversal.wire.punching import PunchMessage, PunchMethod
 
@@ -78,23 +78,24 @@ class Attempt:
 
 def attempt_hard(
     entropy: Entropy,
+    outbox: Outbox,
     channel: PunchChannel,
     strategy: Strategy,
     target: Address,
-    policy: PunchPolicy,
+    max_sockets: int,
     now: float,
 ) -> Attempt:
     """From behind our hard NAT towards `target`."""
     number = draw_number(entropy)
     search = HardSide(
         entropy,
+        outbox,
         channel.own,
         target,
         tell=partial(channel.tell, number),
         is_predictable=strategy is not Strategy.BIRTHDAY_HARD,
         normal_addresses=channel.own.listed if strategy is Strategy.INDUCED else None,
-        max_sockets=policy.max_sockets,
-        max_probes=policy.max_probes,
+        max_sockets=max_sockets,
     )
     search.start()
     return Attempt(search, strategy, now, number)
@@ -102,8 +103,9 @@ def attempt_hard(
 
 def attempt_mutual(
     entropy: Entropy,
+    outbox: Outbox,
     channel: PunchChannel,
-    policy: PunchPolicy,
+    max_sockets: int,
     now: float,
     *,
     number: int,
@@ -112,10 +114,10 @@ def attempt_mutual(
     """Between two hard NATs."""
     search = MutualSide(
         entropy,
+        outbox,
         is_leader=is_leader,
         tell=partial(channel.tell, number),
-        max_sockets=policy.max_sockets,
-        max_probes=policy.max_probes,
+        max_sockets=max_sockets,
     )
     search.start()
     return Attempt(search, Strategy.MUTUAL, now, number)

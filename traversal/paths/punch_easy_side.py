@@ -11,7 +11,7 @@ from typing import Final
 
 from traversal.keys import Entropy
 from traversal.paths.port_guess import guesses, size_of
-from traversal.paths.punch_outbox import BURST, MAX_PROBES
+from traversal.paths.punch_outbox import BURST, Outbox
 from traversal.paths.punch_search import Search
 from traversal.wire.address import Address
 from traversal.wire.punching import PunchMessage, PunchMethod
@@ -30,8 +30,8 @@ PLAN_PATIENCE_SECONDS: Final = 3.0
 class EasySide(Search):
     """The attempt of the easy side; it waits for a plan."""
 
-    def __init__(self, entropy: Entropy, now: float, *, max_probes: int = MAX_PROBES) -> None:
-        super().__init__(entropy, max_probes)
+    def __init__(self, entropy: Entropy, outbox: Outbox, now: float) -> None:
+        super().__init__(entropy, outbox)
         self.method = PunchMethod.NONE
         self._deadline = now + PLAN_PATIENCE_SECONDS
         self._host = ""

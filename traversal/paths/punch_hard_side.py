@@ -38,7 +38,7 @@ from traversal.paths.port_guess import (
     sockets_for,
 )
 from traversal.paths.punch_effects import CloseSockets, OpenSockets
-from traversal.paths.punch_outbox import MAX_PROBES, PROBES_PER_SECOND
+from traversal.paths.punch_outbox import MAX_PROBES, PROBES_PER_SECOND, Outbox
 from traversal.paths.punch_search import Search, Tell
 from traversal.paths.punch_strategy import OwnSide
 from traversal.paths.report import PortPattern, classify_ports
@@ -86,6 +86,7 @@ class HardSide(Search):
     def __init__(
         self,
         entropy: Entropy,
+        outbox: Outbox,
         own: OwnSide,
         target: Address,
         *,
@@ -93,9 +94,8 @@ class HardSide(Search):
         is_predictable: bool = True,
         normal_addresses: tuple[Address, ...] | None = None,
         max_sockets: int = MAX_SOCKETS,
-        max_probes: int = MAX_PROBES,
     ) -> None:
-        super().__init__(entropy, max_probes)
+        super().__init__(entropy, outbox)
         self.target = target
         is_regular = own.nat.ports.pattern in (PortPattern.SEQUENTIAL, PortPattern.PRESERVING)
         is_predicted = is_regular and is_predictable

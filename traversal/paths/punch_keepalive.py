@@ -30,14 +30,18 @@ class KeepAlive:
     """When to ping through the found socket, and when it counts as lost."""
 
     def __init__(self, lifetime_seconds: float | None, now: float) -> None:
-        wanted = DEFAULT_INTERVAL_SECONDS
-        if lifetime_seconds is not None:
-            wanted = lifetime_seconds * SHARE_OF_LIFETIME
-        self.interval_seconds = max(MIN_INTERVAL_SECONDS, min(MAX_INTERVAL_SECONDS, wanted))
+        self.interval_seconds = DEFAULT_INTERVAL_SECONDS
+        self.set_lifetime(lifetime_seconds)
         self.is_lost = False
         self._used_at = now
         self._unanswered = 0
         self._ping_at = now + self.interval_seconds
+
+    def set_lifetime(self, lifetime_seconds: float | None) -> None:
+        """How long the NAT keeps an idle mapping was measured; counts from the next Pong on."""
+        if lifetime_seconds is not None:
+            wanted = lifetime_seconds * SHARE_OF_LIFETIME
+            self.interval_seconds = max(MIN_INTERVAL_SECONDS, min(MAX_INTERVAL_SECONDS, wanted))
 
     def next_deadline(self) -> float:
         """When to call `poll`."""

@@ -22,7 +22,7 @@ from typing import Final
 from traversal.keys import Entropy
 from traversal.paths.port_guess import MAX_SOCKETS
 from traversal.paths.punch_effects import OpenSockets
-from traversal.paths.punch_outbox import MAX_PROBES
+from traversal.paths.punch_outbox import Outbox
 from traversal.paths.punch_search import Search, Tell
 from traversal.wire.address import Address
 from traversal.wire.punching import PunchKind, PunchMessage, PunchMethod
@@ -47,13 +47,13 @@ class MutualSide(Search):
     def __init__(
         self,
         entropy: Entropy,
+        outbox: Outbox,
         *,
         is_leader: bool,
         tell: Tell,
         max_sockets: int = MAX_SOCKETS,
-        max_probes: int = MAX_PROBES,
     ) -> None:
-        super().__init__(entropy, max_probes)
+        super().__init__(entropy, outbox)
         self.is_leader = is_leader
         self.method = PunchMethod.MUTUAL
         self._tell = tell

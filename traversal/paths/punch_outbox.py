@@ -36,17 +36,38 @@ class SentProbe(NamedTuple):
     sent_at: float
 
 
+class Pace:
+    """The packets per second that all searches of a node share."""
+
+    def __init__(self) -> None:
+        self._tokens = float(BURST)
+        self._filled_at = -_NEVER
+
+    def take(self, now: float) -> bool:
+        """Whether one packet may leave now; then it is counted."""
+        self._tokens = min(BURST, self._tokens + (now - self._filled_at) * PROBES_PER_SECOND)
+        self._filled_at = now
+        # A hair below 1, since sums of small times do not come out even.
+        if self._tokens < 0.999:
+            return False
+        self._tokens -= 1
+        return True
+
+    def ready_at(self, count: int) -> float:
+        """When `count` packets may leave."""
+        return self._filled_at + max(0.0, count - self._tokens) / PROBES_PER_SECOND
+
+
 class Outbox:
     """See the module's text. Call `poll` when `next_deadline` has come."""
 
-    def __init__(self, entropy: Entropy, max_probes: int = MAX_PROBES) -> None:
+    def __init__(self, entropy: Entropy, max_probes: int, pace: Pace) -> None:
         self.sent = 0
         self._entropy = entropy
         self._max_probes = min(max_probes, MAX_PROBES)
+        self._pace = pace
         self._queue: deque[tuple[int | None, Address | None]] = deque()
         self._outstanding: dict[bytes, SentProbe] = {}
-        self._tokens = float(BURST)
-        self._tokens_at = -_NEVER
 
     @property
     def is_empty(self) -> bool:
@@ -85,12 +106,8 @@ class Outbox:
 
     def poll(self, now: float) -> list[PunchEffect]:
         """What may leave now."""
-        self._tokens = min(BURST, self._tokens + (now - self._tokens_at) * PROBES_PER_SECOND)
-        self._tokens_at = now
         effects: list[PunchEffect] = []
-        # A hair below 1, since sums of small times do not come out even.
-        while self._queue and self._tokens > 0.999:
-            self._tokens -= 1
+        while self._queue and self._pace.take(now):
             socket, address = self._queue.popleft()
             if address is not None:
                 effects.append(self.probe_now(socket, address, now))
@@ -103,5 +120,4 @@ class Outbox:
         """When to poll again; infinity for never."""
         if not self._queue:
             return _NEVER
-        wanted = min(BATCH, len(self._queue))
-        return self._tokens_at + max(0.0, wanted - self._tokens) / PROBES_PER_SECOND
+        return self._pace.ready_at(min(BATCH, len(self._queue)))

@@ -65,11 +65,11 @@ class Search:
     Further hits wait, unanswered, so that both sides take the same pair.
     """
 
-    def __init__(self, entropy: Entropy, max_probes: int) -> None:
+    def __init__(self, entropy: Entropy, outbox: Outbox) -> None:
         self.ending: Found | GaveUp | None = None
         self.socket_count = 0
         self.calls_sent = 0
-        self.outbox = Outbox(entropy, max_probes)
+        self.outbox = outbox
         self._entropy = entropy
         self._effects: list[PunchEffect] = []
         self._hits: list[tuple[int | None, Address, bytes]] = []

@@ -37,6 +37,7 @@ from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.punch_hard_side import HardSide
 from traversal.paths.punch_keepalive import FoundSocket, KeepAlive
 from traversal.paths.punch_memory import PunchMemory
+from traversal.paths.punch_outbox import Outbox, Pace
 from traversal.paths.punch_search import Found, GaveUp, Search
 from traversal.paths.punch_strategy import (
     BLIND_PATIENCE_SECONDS,
@@ -62,7 +63,7 @@ because both sides' pauses began at slightly different times."""
 
 class Puncher:
     """See the module's text. `session` is our own in introductions, `peer_key` the peer's raw node
-    key, under which `memory` remembers."""
+    key, under which `memory` remembers. Those of one node share `memory` and `pace`."""
 
     def __init__(
         self,
@@ -71,12 +72,14 @@ class Puncher:
         peer_key: bytes,
         memory: PunchMemory,
         policy: PunchPolicy | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._entropy = entropy
         self._channel = PunchChannel(session)
         self._key = peer_key
         self._memory = memory
         self._policy = policy or PunchPolicy()
+        self._pace = pace or Pace()
         self._effects: list[PunchEffect] = []
         self._attempt: Attempt | None = None
         self._adopted: FoundSocket | None = None
@@ -142,6 +145,8 @@ class Puncher:
         """What we know of ourselves changed. In another network everything starts afresh."""
         has_moved = own.fingerprint != self._fingerprint
         self._channel.own = own
+        if self._adopted is not None:
+            self._adopted.keep_alive.set_lifetime(own.lifetime_seconds)
         if has_moved:
             self._was_mapping_tried = False
             self._asked_until = math.inf
@@ -392,20 +397,35 @@ class Puncher:
             self._facts = replace(self._facts, failure=failure)
             return
         attempt = attempt_hard(
-            self._entropy, self._channel, choice.strategy, target, self._policy, now
+            self._entropy,
+            self._outbox(),
+            self._channel,
+            choice.strategy,
+            target,
+            self._policy.max_sockets,
+            now,
         )
         self._start(attempt, choice.reason)
 
     # ---- attempts
 
     def _easy(self, now: float) -> Attempt:
-        search = EasySide(self._entropy, now, max_probes=self._policy.max_probes)
+        search = EasySide(self._entropy, self._outbox(), now)
         return Attempt(search, Strategy.BIRTHDAY_EASY, now)
 
     def _mutual(self, number: int, now: float, *, is_leader: bool) -> Attempt:
         return attempt_mutual(
-            self._entropy, self._channel, self._policy, now, number=number, is_leader=is_leader
+            self._entropy,
+            self._outbox(),
+            self._channel,
+            self._policy.max_sockets,
+            now,
+            number=number,
+            is_leader=is_leader,
         )
+
+    def _outbox(self) -> Outbox:
+        return Outbox(self._entropy, self._policy.max_probes, self._pace)
 
     def _start(self, attempt: Attempt, reason: str) -> Attempt:
         self._attempt = attempt
