@@ -11,6 +11,8 @@ from types import TracebackType
 from typing import Literal, Self
 from uuid import UUID
 
+from traversal.wire.tunnel.registration import ConnectionOptions, RegisterConnection
+
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case; no pseudo-headers."""
 
@@ -128,17 +130,38 @@ class TunnelConnection(ABC):
 
     Attributes:
         index: the connector's number for it, from 0.
+        options: what the connector said of itself.
+        source: its IP address.
+        since: when it registered, in monotonic seconds.
+        local_configuration: what it reported (JSON), on its connection 0 only; empty if nothing.
         active: exchanges that are open.
+        requests: exchanges since the beginning.
         supports_udp: whether `open_udp` can be used.
     """
 
-    tunnel_id: UUID
-    connector_id: UUID
-    connection_id: UUID
-    index: int
     transport: Literal["http2", "quic"]
-    active: int = 0
     supports_udp: bool = False
+
+    def __init__(
+        self, request: RegisterConnection, connection_id: UUID, *, source: str, now: float
+    ) -> None:
+        self.tunnel_id: UUID = request.tunnel_id
+        self.index: int = request.connection_index
+        self.options: ConnectionOptions = request.options
+        self.connection_id = connection_id
+        self.source = source
+        self.since = now
+        self.local_configuration = b""
+        self.active = 0
+        self.requests = 0
+
+    @property
+    def connector_id(self) -> UUID:
+        """The process that made this connection."""
+        return self.options.client_id
+
+    def __repr__(self) -> str:
+        return f"<{self.transport} {self.tunnel_id}/{self.connector_id}/{self.index}>"
 
     @property
     @abstractmethod
@@ -158,3 +181,18 @@ class TunnelConnection(ABC):
     async def open_udp(self, destination: str, idle_seconds: float) -> UdpFlow:
         """Have the connector open a flow. Raises ConnectionFailedError."""
         raise ConnectionFailedError("this transport has no datagrams", is_unprocessed=True)
+
+    @abstractmethod
+    async def push_configuration(self, version: int, document: bytes) -> int:
+        """Have the connector use a configuration (JSON); returns the version that it uses now.
+
+        Raises ConnectionFailedError."""
+
+    @abstractmethod
+    def drain(self, reason: str) -> None:
+        """Take no new requests, and close when those under way are done, or late; harmless when
+        repeated."""
+
+    @abstractmethod
+    def close(self, reason: str) -> None:
+        """Close at once; harmless when repeated."""

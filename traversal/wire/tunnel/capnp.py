@@ -216,7 +216,7 @@ class MessageSplitter:
     """Cuts a stream of bytes into messages; holds at most one that is incomplete."""
 
     def __init__(self, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._buffer = bytearray()
         self._needed = 4
 
@@ -228,7 +228,7 @@ class MessageSplitter:
         start = 0
         while len(buffer) - start >= self._needed:
             with memoryview(buffer)[start:] as view:
-                length = message_length(view, self._max_bytes)
+                length = message_length(view, self.max_bytes)
                 if length is None:
                     # The header: its length depends on the first four bytes alone.
                     self._needed = (4 + 4 * (_U32.unpack_from(view)[0] + 1) + 7) // 8 * 8
