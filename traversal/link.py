@@ -20,7 +20,6 @@ from traversal.session import Session
 from traversal.wire.address import Address
 from traversal.wire.classify import is_plain_data
 from traversal.wire.derp import MAX_PACKET_LENGTH
-from traversal.wire.geneve import PROTOCOL_WIREGUARD, Header
 
 MAX_DATAGRAM_BYTES: Final = 65507
 """What UDP over IPv4 can carry. Path MTU is another matter: see `LinkPath.mtu_bytes`."""
@@ -55,7 +54,7 @@ class LinkPath:
     """The path that datagrams take now.
 
     Attributes:
-        address: of the peer, or of the peer relay; None when only a relay carries datagrams.
+        address: of the peer, or of the peer relay; None by a relay or by the edge.
         region: whose relay carries datagrams when none other does; 0 when none is known.
         latency_seconds: round trip; None when it was not measured.
         loss_ratio: of the last heartbeats, 0 to 1.
@@ -151,18 +150,20 @@ class Link:
         """The path in use at the moment."""
         machine = self._machine
         route = machine.route
-        kind = PathKind.RELAY
-        if route.path is not None and not route.relay:
-            kind = PathKind.PEER_RELAY if route.path.vni else PathKind.DIRECT
-        is_relayed = kind is PathKind.RELAY
-        best = None if is_relayed else machine.statistics().best
+        kind = _kind(route)
+        has_address = kind in (PathKind.DIRECT, PathKind.PEER_RELAY)
+        best = None if kind is PathKind.RELAY else machine.statistics().best
+        mtu_bytes = machine.max_payload_bytes
+        if not has_address:
+            is_relay = kind is PathKind.RELAY
+            mtu_bytes = MAX_PACKET_LENGTH if is_relay else self._session.edge_payload_bytes
         return LinkPath(
             kind=kind,
-            address=None if is_relayed or route.path is None else route.path.address,
+            address=route.path.address if has_address and route.path is not None else None,
             region=self._session.relay_region,
             latency_seconds=best.latency_seconds or None if best is not None else None,
             loss_ratio=best.loss_ratio if best is not None else 0.0,
-            mtu_bytes=MAX_PACKET_LENGTH if is_relayed else machine.max_payload_bytes,
+            mtu_bytes=mtu_bytes,
         )
 
     @property
@@ -217,14 +218,17 @@ class Link:
         for datagram in datagrams:
             self._check(datagram)
         route = self._machine.route
-        if route.path is None or route.relay or route.path.vni:
+        if route.path is None or route.relay or route.path.is_edge:
             for datagram in datagrams:
                 await self.send(datagram)
             return
         if datagrams:
             self._machine.sent += len(datagrams)
             self._sent += len(datagrams)
-            fault = self._session.udp.send_many(datagrams, route.path.address)
+            if route.path.vni:
+                fault = self._session.send_data(datagrams, route.path)
+            else:
+                fault = self._session.udp.send_many(datagrams, route.path.address)
             self._follow_up(route, fault)
         await trio.lowlevel.checkpoint()
 
@@ -247,7 +251,10 @@ class Link:
         fault = 0
         if route.path is not None:
             address, vni = route.path
-            fault = self._session.udp.send(_wrap(datagram, vni) if vni else datagram, address)
+            if vni:
+                fault = self._session.send_data((datagram,), route.path)
+            else:
+                fault = self._session.udp.send(datagram, address)
         if route.relay:
             self._session.send_by_relay(datagram)
         if fault or route.wake:
@@ -394,5 +401,10 @@ class PathChanges:
         self._news.set()
 
 
-def _wrap(datagram: bytes, vni: int) -> bytes:
-    return Header(vni, PROTOCOL_WIREGUARD).encode() + datagram
+def _kind(route: Route) -> PathKind:
+    path = route.path
+    if path is None or route.relay:
+        return PathKind.RELAY
+    if path.is_edge:
+        return PathKind.EDGE
+    return PathKind.PEER_RELAY if path.vni else PathKind.DIRECT

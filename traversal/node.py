@@ -34,6 +34,7 @@ from traversal.keys import (
     NodePublic,
 )
 from traversal.link import Link
+from traversal.paths.edge import EdgePolicy
 from traversal.paths.home import HomePolicy
 from traversal.paths.ice_candidates import make_candidates
 from traversal.paths.introduction import Introducer, new_session
@@ -249,6 +250,7 @@ class Node:
             want_rebind=self._endpoints.want_rebind,
             port_searches=self._port_searches,
         )
+        self._edge_policy = EdgePolicy.LAST
         self._relay_service: PeerRelayService | None = None
         if peer_relay is not None:
             self._relay_service = PeerRelayService(
@@ -452,6 +454,7 @@ class Node:
             self._entropy,
             self._endpoints.local_networks,
             ceiling_bytes=self._endpoints.mtu_ceiling_bytes,
+            edge_policy=self._edge_policy,
         )
         introducer = None
         if is_introduced:
@@ -461,7 +464,10 @@ class Node:
         link = Link(session, self._relays, lambda: self.nat, self._forget)
         self._sessions[key.raw] = session
         self._links[key.raw] = link
-        session.set_own_addresses(self._own_bare_addresses(), trio.current_time())
+        now = trio.current_time()
+        session.set_own_addresses(self._own_bare_addresses(), now)
+        edge = self._wiring.edge
+        machine.set_edge_available(edge is not None and edge.is_connected, now)
         return session, link
 
     def _forget(self, link: Link) -> None:
@@ -602,7 +608,33 @@ class Node:
         """A relay does not know a peer of ours."""
         session = self._sessions.get(key)
         if session is not None:
-            session.handle_peer_gone(region)
+            session.handle_peer_gone(region, trio.current_time())
+
+    # ---- from the edge
+
+    def handle_edge_packet(self, source: bytes, payload: bytes) -> None:
+        """A packet came by the edge from the node key `source`, which the edge has verified."""
+        session = self._sessions.get(source)
+        now = trio.current_time()
+        try:
+            if session is None:
+                self._handle_unknown(0, source, payload)
+            elif payload.startswith(MAGIC):
+                session.handle_edge_disco(payload, now)
+            elif is_introduction(payload):
+                session.handle_introduction(payload, 0, now)
+            else:
+                session.handle_edge_data(payload)
+        except DiscoError:
+            self._rejected_disco += 1
+        except IntroductionError:
+            self._rejected_introductions += 1
+
+    def handle_edge_change(self, *, is_up: bool) -> None:
+        """The tunnel to the edge came up or went down."""
+        now = trio.current_time()
+        for session in list(self._sessions.values()):
+            session.handle_edge_change(now, is_up=is_up)
 
     def handle_relay_change(self, region: int, *, is_up: bool) -> None:
         """A relay connection came up or went down."""

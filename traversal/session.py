@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import trio
 
@@ -46,7 +46,7 @@ from traversal.paths.introduction import Introducer
 from traversal.paths.peer import ACTIVITY_SECONDS, Peer
 from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
-from traversal.paths.scoring import Path
+from traversal.paths.scoring import EDGE_PATH, Path
 from traversal.port_search import PortSearch
 from traversal.port_searches import PortSearches
 from traversal.wire.address import Address
@@ -59,7 +59,7 @@ from traversal.wire.disco import (
     open_envelope,
     seal_envelope,
 )
-from traversal.wire.geneve import PROTOCOL_DISCO, Header
+from traversal.wire.geneve import PROTOCOL_DISCO, PROTOCOL_WIREGUARD, Header
 from traversal.wire.introduction import (
     Capability,
     FilteringClass,
@@ -89,6 +89,21 @@ NEEDS_FRESH_SOCKET: Final = frozenset({errno.EPIPE, errno.ENOTCONN, errno.EPERM}
 """Send errors that a rebind may heal (path selection specification 15)."""
 
 
+class EdgeCarrier(Protocol):
+    """The tunnel to the edge, which carries packets to nodes by their keys."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a packet would leave at once."""
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """The longest packet that it carries."""
+
+    def send(self, destination: bytes, payload: bytes) -> bool:
+        """Queue a packet for the node with this raw key; False when it can't be carried."""
+
+
 @dataclass(slots=True)
 class Wiring:
     """What all sessions of a node share."""
@@ -109,6 +124,7 @@ class Wiring:
     by_address: dict[Source, Session] = field(default_factory=dict)
     by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
     peer_relays: PeerRelays = field(init=False)
+    edge: EdgeCarrier | None = None
 
 
 class Session:
@@ -146,6 +162,7 @@ class Session:
         self._disco_box: Box | None = None
         self._node_box: Box | None = None
         self._heard_region = 0
+        self._is_gone = False
         self._wanted_at = -math.inf
         self._has_keys = trio.Event()
 
@@ -244,9 +261,40 @@ class Session:
             return heard
         return home or heard
 
-    def send_by_relay(self, payload: bytes) -> bool:
-        """Queue a packet for the peer; False when no relay is known for it."""
-        return self._wiring.relays.send(self.relay_region, self.key.raw, payload)
+    def send_by_relay(self, payload: bytes) -> None:
+        """Queue a packet for the peer at its relay; and at the edge, if the relay can't be relied
+        upon and the edge is there."""
+        wiring, region = self._wiring, self.relay_region
+        wiring.relays.send(region, self.key.raw, payload)
+        if wiring.edge is None:
+            return
+        is_out = not wiring.relays.is_connected(region)
+        if is_out and self.machine.has_relay:
+            self.machine.set_relay_available(False, trio.current_time())
+            self.carry_out()
+        if is_out or self._is_gone:
+            self.send_by_edge(payload)
+
+    def send_by_edge(self, payload: bytes) -> bool:
+        """Queue a packet for the peer at the edge; False when that can't carry it."""
+        edge = self._wiring.edge
+        return edge is not None and edge.send(self.key.raw, payload)
+
+    @property
+    def edge_payload_bytes(self) -> int | None:
+        """The longest datagram that the edge carries, None without one."""
+        edge = self._wiring.edge
+        return edge.max_payload_bytes if edge is not None else None
+
+    def send_data(self, datagrams: Sequence[bytes], path: Path) -> int:
+        """Send the application's datagrams by a path that is not direct: 0 or an errno."""
+        if path.is_edge:
+            for datagram in datagrams:
+                if not self.send_by_edge(datagram):
+                    self._wiring.relays.send(self.relay_region, self.key.raw, datagram)
+            return 0
+        header = Header(path.vni, PROTOCOL_WIREGUARD).encode()
+        return self._wiring.udp.send_many([header + d for d in datagrams], path.address)
 
     def handle_send_fault(self, fault: int, path: Path, now: float) -> None:
         """Sending to `path` failed with this errno."""
@@ -284,26 +332,45 @@ class Session:
 
     def handle_relay_disco(self, datagram: bytes, region: int, now: float) -> None:
         """A disco envelope by relay, from this peer's node key. Raises DiscoError."""
-        self._heard_region = region
-        if self.disco_key is None or datagram[6:38] != self.disco_key.raw:
-            raise DiscoError("a disco message by relay that is not sealed by its source")
-        message = self.open_disco(datagram)
+        self._note_heard(region, now)
+        message = self._open_relayed(datagram)
         if isinstance(message, Ping):
             self.machine.handle_relay_ping(message.transaction_id, region)
         elif isinstance(message, Pong):
             self.machine.handle_relay_pong(message.transaction_id, message.source, now)
-        elif isinstance(message, CallMeMaybe):
+        else:
+            self._handle_call(message, now)
+        self.carry_out()
+
+    def handle_edge_disco(self, datagram: bytes, now: float) -> None:
+        """A disco envelope by the edge, from this peer's node key. Raises DiscoError."""
+        message = self._open_relayed(datagram)
+        if isinstance(message, Ping):
+            self.machine.handle_ping(message.transaction_id, EDGE_PATH, now)
+        elif isinstance(message, Pong):
+            self.machine.handle_pong(message.transaction_id, EDGE_PATH.address, message.source, now)
+        else:
+            self._handle_call(message, now)
+        self.carry_out()
+
+    def _open_relayed(self, datagram: bytes) -> Message:
+        if self.disco_key is None or datagram[6:38] != self.disco_key.raw:
+            raise DiscoError("a disco message by relay that is not sealed by its source")
+        return self.open_disco(datagram)
+
+    def _handle_call(self, message: Message, now: float) -> None:
+        if isinstance(message, CallMeMaybe):
             self.machine.handle_call_me_maybe(message.addresses, now)
             if message.addresses:
                 self._set_side(replace(self._side, addresses=message.addresses), now)
         else:
             self._wiring.peer_relays.handle_message(self, message, now)
-        self.carry_out()
 
     def handle_introduction(self, packet: bytes, region: int, now: float) -> None:
-        """An introduction from this peer's node key, by the relay of `region` or, with 0, by UDP
-        from an address of the peer. Raises IntroductionError."""
-        self._heard_region = region or self._heard_region
+        """An introduction from this peer's node key, by the relay of `region` or, with 0, by the
+        edge or by UDP from an address of the peer. Raises IntroductionError."""
+        if region:
+            self._note_heard(region, now)
         if self._introducer is None:
             raise IntroductionError("this peer's keys come from a control plane")
         outcome = self._introducer.handle_introduction(
@@ -317,18 +384,43 @@ class Session:
 
     def handle_punch_message(self, packet: bytes, region: int, now: float) -> None:
         """A punch message from this peer's node key, by relay. Raises PunchMessageError."""
-        self._heard_region = region
+        self._note_heard(region, now)
         self._make_search(now).handle_message(packet, self.box_of_nodes(), now)
 
     def handle_relay_data(self, payload: bytes, region: int) -> None:
         """The application's datagram, by relay."""
-        self._heard_region = region
+        if region != self._heard_region or self._is_gone:
+            self._note_heard(region, trio.current_time())
         self.receive_data([payload])
 
-    def handle_peer_gone(self, region: int) -> None:
+    def handle_edge_data(self, payload: bytes) -> None:
+        """The application's datagram, by the edge."""
+        if self.machine.route.path == EDGE_PATH:
+            self.machine.received += 1
+        self.receive_data([payload])
+
+    def handle_edge_change(self, now: float, *, is_up: bool) -> None:
+        """Our tunnel to the edge came up or went down."""
+        self.machine.set_edge_available(is_up, now)
+        if is_up and self._introducer is not None and not self._introducer.is_introduced:
+            self._introducer.start(now)
+            self._introduce(now)
+        self.carry_out()
+
+    def handle_peer_gone(self, region: int, now: float) -> None:
         """The relay of a region does not know the peer."""
+        if self._wiring.edge is not None and region == self.relay_region:
+            self._is_gone = True
+            self.machine.set_relay_available(False, now)
         if self._heard_region == region:
             self._heard_region = 0
+        self.carry_out()
+
+    def _note_heard(self, region: int, now: float) -> None:
+        self._heard_region = region
+        if self._is_gone:
+            self._is_gone = False
+            self.machine.set_relay_available(True, now)
 
     # ---- timers
 
@@ -388,15 +480,14 @@ class Session:
 
     def _send_ping(self, effect: SendPing) -> None:
         ping = Ping(effect.transaction_id, self._wiring.public_key, effect.padding_bytes)
+        if not effect.padding_bytes:
+            self.send_disco(ping, effect.path)
+            return
         envelope = self._seal(ping, effect.path)
         if envelope is None:
             return
-        udp = self.udp
-        if not effect.padding_bytes:
-            fault = udp.send(envelope, effect.path.address)
-        else:
-            fault = udp.send_unfragmented(envelope, effect.path.address)
-        if fault == errno.EMSGSIZE and effect.padding_bytes:
+        fault = self._sender(effect.path).send_unfragmented(envelope, effect.path.address)
+        if fault == errno.EMSGSIZE:
             self.machine.handle_too_big(effect.padding_bytes, trio.current_time())
         elif fault:
             self._handle_disco_fault(fault, effect.path)
@@ -404,10 +495,16 @@ class Session:
     def send_disco(self, message: Message, path: Path) -> None:
         """Send a message to the peer by UDP, behind Geneve if the path has a VNI."""
         envelope = self._seal(message, path)
-        if envelope is not None:
-            fault = self.udp.send(envelope, path.address)
+        if envelope is not None and path.is_edge:
+            self.send_by_edge(envelope)
+        elif envelope is not None:
+            fault = self._sender(path).send(envelope, path.address)
             if fault:
                 self._handle_disco_fault(fault, path)
+
+    def _sender(self, path: Path) -> Sender:
+        """Peer relays know us by the node's own sockets, whatever a port search found."""
+        return self._wiring.udp if path.vni else self.udp
 
     def _handle_disco_fault(self, fault: int, path: Path) -> None:
         if fault in NEEDS_FRESH_SOCKET:
@@ -431,7 +528,7 @@ class Session:
 
     def _seal(self, message: Message, path: Path) -> bytes | None:
         envelope = self.seal_disco(message)
-        if envelope is not None and path.vni:
+        if envelope is not None and path.vni and not path.is_edge:
             return Header(path.vni, PROTOCOL_DISCO).encode() + envelope
         return envelope
 

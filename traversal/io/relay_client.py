@@ -52,6 +52,9 @@ NODE_HOLD_BACK_SECONDS: Final = 1.5
 """A node of the region that has not answered by then gets company (DERP specification 15.1)."""
 PING_TIMEOUT_SECONDS: Final = 5.0
 CHECK_AFTER_CHANGE_SECONDS: Final = 3.0
+CHECK_AFTER_SILENCE_SECONDS: Final = 5.0
+"""Packets that leave after a silence this long are accompanied by a Ping. A NAT that forgot the
+connection swallows everything without a word; TCP would notice in a quarter of an hour."""
 MAX_BACKOFF_SECONDS: Final = 5.0
 BACKOFF_UNIT_SECONDS: Final = 0.01
 STEADY_SECONDS: Final = 10.0
@@ -371,7 +374,7 @@ class _Connection:
 
     def __init__(self, client: RelayClient, dialed: Dialed) -> None:
         self.dialed = dialed
-        self.began_at = trio.current_time()
+        self.began_at = self._heard_at = trio.current_time()
         self.local_host = dialed.stream.local_host
         self.restart: Restarting | None = None
         self.left = trio.Event()
@@ -460,7 +463,7 @@ class _Connection:
         client = self._client
         while True:
             frames = await self.dialed.receive_frames()
-            client.heard_at = trio.current_time()
+            self._heard_at = client.heard_at = trio.current_time()
             for frame_type, body in frames:
                 client.handle_frame(self, frame_type, body)
             if not self._check_data:
@@ -470,8 +473,11 @@ class _Connection:
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            frames = list(self._control)
+            packets = self._client.take_packets(self)
+            now = trio.current_time()
+            if packets and now - self._heard_at >= CHECK_AFTER_SILENCE_SECONDS:
+                self.check(now + PING_TIMEOUT_SECONDS)
+            frames = [*self._control, *packets]
             self._control.clear()
-            frames += self._client.take_packets(self)
             if frames:
                 await self.dialed.stream.send_all(b"".join(frames))

@@ -102,7 +102,8 @@ class Peer:
         self._local = local or LocalNetworks()
         self._edge = EdgeUse(edge_policy)
         self._choice = PathChoice(ceiling_bytes, is_edge_first=edge_policy is EdgePolicy.FIRST)
-        self._has_relay = True
+        self.has_relay = True
+        """Whether the relay can carry traffic to the peer, as far as is known."""
         self._book = CandidateBook()
         self._pinger = Pinger(entropy)
         self._caller = Caller()
@@ -246,6 +247,11 @@ class Peer:
         """A Ping of this peer, authenticated, came by UDP from `path`."""
         if path.vni:
             self._effects.append(SendPong(path, transaction_id, path.address))
+            if path.is_edge:
+                self._edge.peer_pinged_at = now
+                self._ask_relay(now)
+                self._review_edge(now)
+                self._flush(now)
             return
         if not is_usable(path.address, self._local):
             return
@@ -296,7 +302,7 @@ class Peer:
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
         reason = ""
-        if not is_edge or self._wants_edge:
+        if not is_edge or self._wants_edge(now):
             reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
         self._flush(now, reason)
         return True
@@ -310,6 +316,7 @@ class Peer:
         self._relay_pongs += 1
         if ping.purpose is Purpose.USER:
             self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
+        self._edge.relay_proven_at = now
         self.set_relay_available(True, now)
         return True
 
@@ -420,8 +427,8 @@ class Peer:
 
     def set_relay_available(self, is_available: bool, now: float) -> None:
         """Whether the relay can carry traffic: a lossy path is kept when it cannot."""
-        has_come = is_available and not self._has_relay
-        self._has_relay = is_available
+        has_come = is_available and not self.has_relay
+        self.has_relay = is_available
         if has_come and self.is_active and self._is_searching:
             self._caller.repeat(now)
         self._review_edge(now)
@@ -445,7 +452,7 @@ class Peer:
         else:
             for candidate in self._book:
                 self._send_ping(candidate, Purpose.USER, now)
-            if self._edge.is_available:
+            if self._wants_edge(now):
                 self._send_ping(self._edge.candidate, Purpose.USER, now)
         self.handle_send(now)
 
@@ -481,7 +488,7 @@ class Peer:
     def _update_route(self, now: float, reason: str) -> None:
         best = self._choice.best
         path = best.path if best is not None else None
-        if best is not None and best.is_shelved and self._has_relay:
+        if best is not None and best.is_shelved and self.has_relay:
             path = None
         is_trusted = path is not None and self._choice.is_trusted(now)
         route = Route(path, relay=not is_trusted, wake=self._tick_at == math.inf)
@@ -524,21 +531,30 @@ class Peer:
         is_final = best is not None and self._choice.is_final and not best.is_shelved
         return not is_final or self.route.relay
 
-    @property
-    def _wants_edge(self) -> bool:
-        return self._edge.is_wanted(has_relay=self._has_relay)
+    def _wants_edge(self, now: float) -> bool:
+        return self._edge.is_wanted(now, has_relay=self.has_relay)
 
     def _review_edge(self, now: float) -> None:
-        """The edge or the relay came or went: try the edge at once, or leave it."""
+        """The edge or the relay came or went, or the peer began to use it: try it, or leave it."""
         best = self._choice.best
-        if self._wants_edge:
-            is_needed = self._is_searching or self._edge.policy is EdgePolicy.FIRST
-            if self.is_active and is_needed and (best is None or not best.path.is_edge):
-                self._pinger.enqueue(self._edge.candidate)
-        elif best is not None and best.path.is_edge:
+        self._leave_edge(now)
+        if not self.is_active or not self._wants_edge(now) or (best and best.path.is_edge):
+            return
+        if self._is_searching or self._edge.policy is EdgePolicy.FIRST:
+            self._pinger.enqueue(self._edge.candidate)
+
+    def _leave_edge(self, now: float) -> None:
+        """Leave the edge if it is not wanted any more."""
+        best = self._choice.best
+        if best is not None and best.path.is_edge and not self._wants_edge(now):
             self._choice.clear()
             if self.is_active:
                 self._search(now, is_forced=True)
+
+    def _ask_relay(self, now: float) -> None:
+        """The edge is in use, or the peer would use it: does the relay work both ways?"""
+        if self._edge.take_relay_ping(now):
+            self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.RECOVERY, now)))
 
     @property
     def _is_settled(self) -> bool:
@@ -557,11 +573,10 @@ class Peer:
             return
         for candidate in self._choose_candidates(now):
             self._pinger.enqueue(candidate)
-        if self._wants_edge:
+        if self._wants_edge(now):
             self._pinger.enqueue(self._edge.candidate)
-        if not self._has_relay:
-            # The peer, or the relay, may be back without our being told.
-            self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.RECOVERY, now)))
+        if self._wants_edge(now):
+            self._ask_relay(now)
         self._caller.want(now)
         is_trusted = self._choice.is_trusted(now)
         pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS
@@ -595,7 +610,7 @@ class Peer:
         return reason
 
     def _handle_lost_heartbeat(self, candidate: Candidate, now: float) -> str:
-        reason = self._choice.handle_lost_heartbeat(candidate, now, has_relay=self._has_relay)
+        reason = self._choice.handle_lost_heartbeat(candidate, now, has_relay=self.has_relay)
         if self.is_active and self._choice.is_loss_in_question(now):
             self._heartbeat_at = min(self._heartbeat_at, now + LOSS_PROBE_SECONDS)
         return reason
@@ -628,6 +643,7 @@ class Peer:
         if now - self._last_sent_at > ACTIVITY_SECONDS:
             self._heartbeat_at = self._tick_at = self._recovery_at = math.inf
             return
+        self._leave_edge(now)
         best = self._choice.best
         interval = HEARTBEAT_SECONDS
         if best is not None:

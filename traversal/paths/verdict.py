@@ -23,6 +23,7 @@ class Finding(Enum):
 
     DIRECT = "direct"
     PEER_RELAY = "peer-relay"
+    EDGE = "edge"
     DOUBT = "path-in-doubt"
     IDLE = "idle"
     SEARCHING = "searching"
@@ -262,6 +263,12 @@ class _Builder:
                     Finding.PEER_RELAY,
                     f"Traffic to {self._name} goes by the peer relay {statistics.route.path} "
                     f"({latency}).",
+                )
+            case PathState.EDGE:
+                self._say(
+                    Finding.EDGE,
+                    f"Traffic to {self._name} goes by the edge tunnel ({latency}), because neither "
+                    "UDP nor the relay works, or because policy prefers it.",
                 )
             case PathState.DOUBT:
                 self._say(

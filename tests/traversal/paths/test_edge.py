@@ -81,7 +81,7 @@ def test_takes_over_when_the_relay_goes_and_gives_back(make):
     w.run(25)
     assert states(w) == (PathState.EDGE, PathState.EDGE)
     set_relay(w, True)
-    w.run(25.01)
+    w.run(25.3)
     assert states(w) == (PathState.RELAY, PathState.RELAY)
     w.run(40)
     # What left between the relay's end and the edge's first Pong is lost in the pure machine; the
