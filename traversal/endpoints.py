@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+from dataclasses import replace
 from typing import Final, Protocol
 
 import trio
@@ -38,6 +39,7 @@ from traversal.paths.punch_strategy import OwnSide, public_ipv4
 from traversal.paths.report import NatFacts, Report, classify_ports, wants_full_report
 from traversal.relay_map import Family, RelayMap
 from traversal.wire.address import Address
+from traversal.wire.introduction import MappingClass
 
 PERIOD_SECONDS: Final = (20.0, 26.0)
 MIN_SPACING_SECONDS: Final = 1.0
@@ -128,12 +130,17 @@ class Endpoints:
         """What port searches know of us."""
         listed = tuple(address for _, address in self.own_addresses)
         reflexive = tuple(self.report.reflexive_addresses())
+        nat = self.nat
+        if self._nat64_prefixes:
+            # Searches send by IPv4, of which there is none here: the NAT64 can't be searched.
+            nat = replace(nat, mapping=MappingClass.UNKNOWN)
+            reflexive = tuple(address for address in reflexive if address.is_ipv6)
         offers_mapping = False
         if self._port_mapping is not None and self._external_address() is None:
             offers_mapping = True in self._port_mapping.seen(trio.current_time())
         samples = self._samples.ports if self._samples is not None else ()
         return OwnSide(
-            nat=self.nat,
+            nat=nat,
             addresses=reflexive,
             listed=listed,
             port_samples=tuple(mapped for _, mapped in samples),
@@ -194,9 +201,9 @@ class Endpoints:
             if self._port_mapping is not None:
                 nursery.start_soon(self._port_mapping.run)
                 self._map_port()
-            async with trio.open_nursery() as initial:
-                initial.start_soon(self._discover_nat64)
-                await self._run_check()
+            # On a network without IPv4 the first check needs to know how IPv4 is reached.
+            await self._discover_nat64()
+            await self._run_check()
             task_status.started()
             nursery.start_soon(self._check_forever)
             nursery.start_soon(self._rebind_forever)
@@ -276,7 +283,7 @@ class Endpoints:
         is_only_ipv6 = self.state.default_ipv6 is not None and self.state.default_ipv4 is None
         found = await discover_prefixes() if is_only_ipv6 else ()
         if found != self._nat64_prefixes:
-            self._nat64_prefixes = found
+            self._nat64_prefixes = self._check.nat64_prefixes = found
             self._update_local_networks()
             self.refresh()
 
@@ -382,6 +389,8 @@ class Endpoints:
         for family in families:
             if self._udp.port(family) is not None and self._ips(family):
                 has.add(family)
+        if self._nat64_prefixes and 6 in has:
+            has.add(4)
         return frozenset(has)
 
     def _ips(self, version: int) -> list[str]:

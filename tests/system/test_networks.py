@@ -29,7 +29,9 @@ from netlab.simulated.packet import Packet
 from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
 from tests.system.sim_relay import SimRelay
 from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
-from traversal import RelayOptions
+from traversal import RelayMap, RelayOptions
+from traversal.relay_map import Dial
+from traversal.wire.introduction import MappingClass
 
 EASY = class_behavior("EIM+APDF")
 ROUTED = dataclasses.replace(EASY, ipv6=Ipv6.ROUTED)
@@ -238,3 +240,33 @@ async def test_relay_with_tls(autojump_clock: MockClock) -> None:
     ) as world:
         conversation = await check_stays_on_the_relay(world, 5)
         assert conversation.left.path.region == 900
+
+
+@pytest.mark.parametrize("peer", ["EIM+APDF", "EIM+ADF"])
+async def test_ipv4_servers_through_nat64(peer: str, autojump_clock: MockClock) -> None:
+    """A host without IPv4 asks servers that have nothing else through the NAT64, and tells peers
+    the IPv4 address that these see: so even a peer behind an easy NAT lets it in."""
+    nat64 = dataclasses.replace(EASY, ipv6=Ipv6.ROUTED, nat64=True)
+    async with simulate(topology(nat64, class_behavior(peer), relays=2)) as world:
+        nodes = {
+            region_id: dataclasses.replace(
+                region,
+                nodes=tuple(
+                    dataclasses.replace(node, ipv6=Dial.NEVER, stun_test_ip=None)
+                    for node in region.nodes
+                ),
+            )
+            for region_id, region in world.relay_map.regions.items()
+        }
+        world.relay_map = RelayMap(nodes)
+        a, b = await world.open_nodes("h0", "h1")
+        assert a.report.is_udp_working
+        assert not a.report.global_v6
+        (seen,) = a.report.global_v4
+        assert seen in [address for _, address in a.own_addresses]
+        conversation = await world.introduce(a, b)
+        took = await conversation.until_direct(1)
+        print(f"LAB nat64 and an easy NAT {took:.3f}")
+        assert a.nat.mapping is MappingClass.ENDPOINT_INDEPENDENT
+        await trio.sleep(3)
+        assert conversation.lost_seconds() == 0

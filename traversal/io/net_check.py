@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
+from ipaddress import IPv6Network
 from typing import Final
 
 import trio
@@ -19,6 +20,7 @@ from traversal.io.resolver import Resolver
 from traversal.io.stream import StreamEndedError
 from traversal.io.udp import Source, UdpSockets
 from traversal.keys import Entropy
+from traversal.paths.nat64 import translate
 from traversal.paths.probe_plan import Plan, Probe
 from traversal.paths.report import Report
 from traversal.relay_map import Dial, Region, RelayMap
@@ -62,6 +64,9 @@ class NetCheck:
         self._report = Report(0.0)
         self._changed = trio.Event()
         self._answering: dict[Address, None] = {}
+        self.nat64_prefixes: tuple[IPv6Network, ...] = ()
+        """Set where IPv4 is reached only through a NAT64: its servers are asked that way, and what
+        they see is the NAT64's IPv4 address, by which peers without IPv6 reach us."""
         self.foreign_answers = 0
         """Answers that came from another address than was asked."""
 
@@ -153,9 +158,14 @@ class NetCheck:
         address = node.stun_dial_address(probe.family)
         if address is Dial.NEVER or node.stun_port is None:
             return None
+        server: Address | None = Address(str(address), node.stun_port)
         if address is Dial.BY_NAME:
-            return await self._resolver.maybe_resolve(node.host_name, node.stun_port, probe.family)
-        return Address(str(address), node.stun_port)
+            server = await self._resolver.maybe_resolve(
+                node.host_name, node.stun_port, probe.family
+            )
+        if server is None or not self.nat64_prefixes:
+            return server
+        return next(iter(translate([server], self.nat64_prefixes)), None)
 
     async def _measure_https(self, region: Region, report: Report) -> None:
         for node in region.nodes:
