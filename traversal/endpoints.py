@@ -33,6 +33,7 @@ from traversal.io.udp import Source, UdpSockets
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks
 from traversal.paths.home import HomeChooser, HomePolicy
+from traversal.paths.mapping_evidence import MappingEvidence
 from traversal.paths.own_addresses import Findings, OwnAddress, OwnAddresses, choose_local_ips
 from traversal.paths.probe_plan import make_initial_plan, make_plan
 from traversal.paths.punch_strategy import OwnSide, public_ipv4
@@ -107,6 +108,7 @@ class Endpoints:
         self._resolver = Resolver()
         self._check = NetCheck(udp, self._resolver, entropy, relay_options)
         self._discovery = NatDiscovery(udp, entropy)
+        self._evidence = MappingEvidence()
         self._behavior: NatBehavior | None = None
         self._samples: PortSamples | None = None
         self._discovery_wanted = trio.Event()
@@ -163,6 +165,11 @@ class Endpoints:
         if not self._discovery.handle_stun(datagram):
             self._check.handle_stun(datagram, source, now)
 
+    def handle_seen_as(self, peer: Address, seen_as: Address, now: float) -> None:
+        """A peer at an address of IPv4 says where a Ping from our sockets came from."""
+        if self._evidence.handle_pong(peer, seen_as, now):
+            self.refresh()
+
     def refresh(self) -> None:
         """Ask for a check soon; requests during a check lead to one more."""
         self._wanted.set()
@@ -185,6 +192,7 @@ class Endpoints:
         """Fresh sockets now; all that was measured is void."""
         await self._udp.rebind()
         self._book.forget()
+        self._evidence = MappingEvidence()
         self._behavior = self._samples = None
         self._discovered = trio.Event()
         self._discovery_wanted.set()
@@ -336,6 +344,8 @@ class Endpoints:
         mapped = self._external_address()
         if self._port_mapping is not None:
             report.nat_pmp, report.pcp, report.upnp = self._port_mapping.seen(now)
+        if report.first_v4 is not None:
+            self._evidence.handle_check(*report.first_v4, now)
         self._take_nat_tests(report)
         findings = Findings(
             port_mapped=(mapped,) if mapped is not None else (),
@@ -355,8 +365,11 @@ class Endpoints:
         if self._samples is not None:
             report.ports = classify_ports(self._samples.ports)
             report.hairpins = self._samples.hairpins
-        has_port_mapping = self._external_address() is not None
-        self.nat = report.nat_facts(self._local_ipv4(), has_port_mapping=has_port_mapping)
+        self.nat = report.nat_facts(
+            self._local_ipv4(),
+            has_port_mapping=self._external_address() is not None,
+            evidence=self._evidence.mapping,
+        )
 
     def _fingerprint(self) -> str:
         """Names the network that we are in: gateway, our address in it, public IP."""

@@ -248,6 +248,7 @@ class Node:
             deadlines=self._deadlines,
             refresh=self._endpoints.refresh,
             want_rebind=self._endpoints.want_rebind,
+            note_seen_as=self._endpoints.handle_seen_as,
             port_searches=self._port_searches,
         )
         self._edge_policy = EdgePolicy.LAST

@@ -120,6 +120,8 @@ class Wiring:
     """Ask for a net check; coalesced."""
     want_rebind: Callable[[], None]
     """Ask for fresh sockets; throttled."""
+    note_seen_as: Callable[[Address, Address, float], None]
+    """A peer at the first address saw us at the second."""
     port_searches: PortSearches
     by_address: dict[Source, Session] = field(default_factory=dict)
     by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
@@ -316,6 +318,8 @@ class Session:
             is_known = self.machine.handle_pong(
                 message.transaction_id, path.address, message.source, now
             )
+            if is_known and not path.vni and self.udp is self._wiring.udp:
+                self._wiring.note_seen_as(path.address, message.source, now)
             if not is_known and self.search is not None and not path.vni:
                 return self.search.handle_pong(message, now)
         # A CallMeMaybe counts only by relay (disco specification D5).

@@ -30,6 +30,7 @@ from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
 from tests.system.sim_relay import SimRelay
 from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
 from traversal import RelayMap, RelayOptions
+from traversal.agent.status import nat_status
 from traversal.relay_map import Dial
 from traversal.wire.introduction import MappingClass
 
@@ -269,4 +270,28 @@ async def test_ipv4_servers_through_nat64(peer: str, autojump_clock: MockClock) 
         print(f"LAB nat64 and an easy NAT {took:.3f}")
         assert a.nat.mapping is MappingClass.ENDPOINT_INDEPENDENT
         await trio.sleep(3)
+        assert conversation.lost_seconds() == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "mapping"),
+    [
+        ("EIM+APDF", MappingClass.ENDPOINT_INDEPENDENT),
+        ("APDM+APDF", MappingClass.ADDRESS_AND_PORT_DEPENDENT),
+    ],
+)
+async def test_own_nat_with_one_stun_server(
+    own: str, mapping: MappingClass, autojump_clock: MockClock
+) -> None:
+    """One STUN server with one address cannot tell the NAT's class; a peer that answers can."""
+    async with simulate(topology(class_behavior(own), None)) as world:
+        a, b = await world.open_nodes("h0", "h1")
+        await trio.sleep(30)
+        assert a.nat.mapping is MappingClass.UNKNOWN
+        assert "unknown" in nat_status(a.nat)["text"]
+        conversation = await world.introduce(a, b)
+        await conversation.until_direct()
+        await trio.sleep(6)
+        assert a.nat.mapping is mapping
+        assert b.nat.mapping is MappingClass.NONE
         assert conversation.lost_seconds() == 0

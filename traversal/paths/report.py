@@ -212,12 +212,22 @@ class Report:
                     chosen.append(address)
         return chosen
 
+    @property
+    def first_v4(self) -> tuple[str, Address] | None:
+        """The first IPv4 answer: the server's host and what it saw."""
+        return self._first_v4
+
     def nat_facts(
-        self, local: Address | None = None, *, has_port_mapping: bool = False
+        self,
+        local: Address | None = None,
+        *,
+        has_port_mapping: bool = False,
+        evidence: MappingClass = MappingClass.UNKNOWN,
     ) -> NatFacts:
         """The report as facts about the NAT. `local` is our socket's address, if it is known.
 
-        Answers of several servers give a class where RFC 5780 tests gave none.
+        Answers of several servers give a class where RFC 5780 tests gave none, and `evidence`,
+        from peers, where there is but one server.
         """
         mapping = self.mapping
         if mapping is MappingClass.UNKNOWN:
@@ -227,6 +237,8 @@ class Report:
                 mapping = MappingClass.ENDPOINT_INDEPENDENT
             elif self.mapping_varies:
                 mapping = MappingClass.ADDRESS_AND_PORT_DEPENDENT
+            else:
+                mapping = evidence
         return NatFacts(
             mapping=mapping,
             filtering=self.filtering,
