@@ -40,7 +40,8 @@ Batch = list[tuple[bytes, Source]]
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
-_PMTUDISC_PROBE, _PMTUDISC_OMIT = 3, 5
+DONT_FRAGMENT, _PMTUDISC_OMIT = 3, 5
+"""Modes of `set_path_mtu_mode`: the first for protocols that find the path's MTU themselves."""
 _ANCILLARY_BYTES: Final = 64
 _SEGMENT: Final = struct.Struct("=H")
 _NO_OFFLOAD: Final = frozenset({errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP})
@@ -205,7 +206,7 @@ class UdpSockets:
         sock = by or self._sockets.get(6 if ":" in address[0] else 4)
         if sock is None:
             return errno.EAFNOSUPPORT
-        sock.set_path_mtu_mode(_PMTUDISC_PROBE)
+        sock.set_path_mtu_mode(DONT_FRAGMENT)
         try:
             return self.send(data, address, by)
         finally:
@@ -340,6 +341,20 @@ class _KernelSocket:
         for data in run:
             self._sock.sendto(data, address)
 
+    async def send_patiently(self, datagrams: Sequence[bytes], address: Source) -> None:
+        """Send all, waiting for room; what can't be sent for another reason is lost."""
+        start = 0
+        while start < len(datagrams):
+            end = _end_of_run(datagrams, start)
+            try:
+                self.send_run(datagrams[start:end], address)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+                continue
+            except OSError:
+                pass
+            start = end
+
     async def receive(self) -> Batch:
         await trio.lowlevel.wait_readable(self._sock)
         batch: Batch = []
@@ -391,6 +406,13 @@ class _OtherSocket:
     def send_run(self, run: Sequence[bytes], address: Source) -> None:
         for data in run:
             self._twin.sendto_nowait(data, address)
+
+    async def send_patiently(self, datagrams: Sequence[bytes], address: Source) -> None:
+        for data in datagrams:
+            try:
+                await self._sock.sendto(data, address)
+            except OSError:
+                pass
 
     async def receive(self) -> Batch:
         data, source = await self._sock.recvfrom(1 << 16)

@@ -1,0 +1,329 @@
+"""QUIC connections between our driver's two ends, on loopback and through a bad network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from qh3.quic.configuration import QuicConfiguration
+from trio.testing import MockClock
+
+from netlab.model import Host, Link, Server, Topology, Uplink
+from netlab.simulated.internet import SimulatedInternet
+from traversal.io import quic
+from traversal.io.quic import QuicConnection, QuicError, QuicLimits, QuicListener, dial_quic
+from traversal.io.quic_engine import InitialHeader, RetryTokens, parse_initial
+from traversal.io.spool import MEMORY_BYTES, Spool
+from traversal.io.udp import bind_socket
+
+NAME = "quic.test"
+
+
+@pytest.fixture(scope="module")
+def configurations(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[QuicConfiguration, QuicConfiguration]:
+    """Server's and client's."""
+    directory: Path = tmp_path_factory.mktemp("quic")
+    authority = trustme.CA()
+    certificate = authority.issue_cert(NAME)
+    chain, key, root = directory / "chain", directory / "key", directory / "root"
+    chain.write_bytes(b"".join(pem.bytes() for pem in certificate.cert_chain_pems))
+    certificate.private_key_pem.write_to_path(str(key))
+    authority.cert_pem.write_to_path(str(root))
+    server = QuicConfiguration(
+        is_client=False,
+        alpn_protocols=["test"],
+        max_datagram_frame_size=65536,
+        idle_timeout=10,
+        max_datagram_size=1232,
+    )
+    server.load_cert_chain(str(chain), str(key))
+    client = QuicConfiguration(
+        alpn_protocols=["test"],
+        server_name=NAME,
+        max_datagram_frame_size=65536,
+        idle_timeout=10,
+        max_datagram_size=1232,
+        cafile=str(root),
+    )
+    return server, client
+
+
+@asynccontextmanager
+async def joined(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+    host: str = "127.0.0.1",
+    limits: QuicLimits | None = None,
+) -> AsyncIterator[tuple[QuicConnection, QuicConnection, QuicListener]]:
+    """A client's and a server's end of one connection."""
+    server, client = configurations
+    listener = QuicListener(
+        await bind_socket(4, host, 0), server, entropy=os.urandom, limits=limits
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        near = await dial_quic(nursery, (host, listener.port), client)
+        yield near, await listener.accept(), listener
+        nursery.cancel_scope.cancel()
+
+
+async def read_all(stream: quic.QuicStream) -> bytes:
+    body = bytearray()
+    while chunk := await stream.receive():
+        body += chunk
+    return bytes(body)
+
+
+async def exchange(near: QuicConnection, far: QuicConnection, size: int) -> None:
+    """`size` random bytes both ways on each of two streams, one opened by either end."""
+    one = await near.open_stream()
+    two = await far.open_stream()
+    await one.send(b"1")
+    await two.send(b"2")
+    one_far = await far.accept_stream()
+    two_near = await near.accept_stream()
+    assert await one_far.receive() == b"1"
+    assert await two_near.receive() == b"2"
+    sent = os.urandom(size)
+    arrived = []
+
+    async def send(stream: quic.QuicStream) -> None:
+        await stream.send(sent)
+        await stream.send_end()
+
+    async def receive(stream: quic.QuicStream) -> None:
+        arrived.append(await read_all(stream))
+
+    async with trio.open_nursery() as nursery:
+        for stream in (one, two, one_far, two_near):
+            nursery.start_soon(send, stream)
+            nursery.start_soon(receive, stream)
+    assert arrived == [sent] * 4
+
+
+async def test_streams_both_ways(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """Bytes arrive whole and in order on streams that either side opened; nothing is left over."""
+    async with joined(configurations) as (near, far, _):
+        await exchange(near, far, 3_000_000)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not near._streams
+        assert not far._streams
+
+
+async def test_a_bad_network(
+    configurations: tuple[QuicConfiguration, QuicConfiguration], autojump_clock: MockClock
+) -> None:
+    """With 5 % loss, jitter that reorders, and an MTU of 1280, everything still arrives, and the
+    connection outlives idle times by its keep-alive."""
+    link = Link(delay_seconds=0.02, jitter_seconds=0.005, loss=0.05, mtu_bytes=1280)
+    topology = Topology(
+        hosts=(Host(name="near", uplinks=(Uplink(network="internet", link=link),)),),
+        servers=(Server(name="far"),),
+        seed=5,
+    )
+    async with SimulatedInternet(topology) as lab:
+        server, client = configurations
+        async with lab.host("far"):
+            address = lab.host("far").addresses[0]
+            listener = QuicListener(await bind_socket(4, address, 0), server, entropy=os.urandom)
+        async with trio.open_nursery() as nursery:
+            async with lab.host("far"):
+                await nursery.start(listener.run)
+            async with lab.host("near"):
+                near = await dial_quic(nursery, (address, listener.port), client)
+                far = await listener.accept()
+                await exchange(near, far, 200_000)
+                await trio.sleep(60)
+                await exchange(near, far, 1000)
+            nursery.cancel_scope.cancel()
+
+
+async def test_slow_reader_is_spooled_and_holds_up_nobody(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """More than all windows may wait unread on one stream while another moves on, and is there when
+    its reader comes."""
+    size = 24 << 20
+    async with joined(configurations) as (near, far, _):
+        slow, live = await near.open_stream(), await near.open_stream()
+        await slow.send(b"s")
+        await live.send(b"l")
+        slow_far, live_far = await far.accept_stream(), await far.accept_stream()
+        with trio.fail_after(60):
+            await slow_far.send(bytes(size))
+            await slow_far.send_end()
+            await live_far.send(b"at once")
+            await live_far.send_end()
+            assert await read_all(live) == b"at once"
+            assert near._spooled > MEMORY_BYTES
+            assert await read_all(slow) == bytes(size)
+        assert near._spooled == 0
+
+
+async def test_spool_limit(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """A reader that never comes costs no more than the limit: its stream alone is given up."""
+    limits = QuicLimits(spooled_bytes=2 << 20)
+    async with joined(configurations, limits=limits) as (near, far, _):
+        stalled = await near.open_stream()
+        await stalled.send(b"x")
+        stalled_far = await far.accept_stream()
+        with pytest.raises(QuicError):
+            await stalled.send(bytes(64 << 20))
+        with pytest.raises(QuicError):
+            await read_all(stalled_far)
+        assert far._spooled == 0
+        await exchange(near, far, 100_000)
+
+
+async def test_reset_and_stop(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """Either direction can be given up with a code, and the other direction goes on."""
+    async with joined(configurations) as (near, far, _):
+        stream = await near.open_stream()
+        await stream.send(b"x")
+        other = await far.accept_stream()
+        assert await other.receive() == b"x"
+        stream.reset(7)
+        with pytest.raises(QuicError) as caught:
+            await other.receive()
+        assert caught.value.code == 7
+        await other.send(b"still")
+        assert await stream.receive() == b"still"
+        stream.stop(9)
+        with pytest.raises(QuicError) as caught:
+            await other.send(bytes(64 << 20))
+        assert caught.value.code == 9
+
+
+async def test_datagrams(configurations: tuple[QuicConfiguration, QuicConfiguration]) -> None:
+    """DATAGRAM frames pass both ways."""
+    async with joined(configurations) as (near, far, _):
+        near.send_datagram(b"one")
+        near.send_datagram(b"two")
+        got: list[bytes] = []
+        while len(got) < 2:
+            got += await far.receive_datagrams()
+        assert got == [b"one", b"two"]
+        far.send_datagram(bytes(1000))
+        assert await near.receive_datagrams() == [bytes(1000)]
+
+
+async def test_close_reaches_the_other_side(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """Closing fails whatever waits at the other end, with the code; the listener forgets it."""
+    async with joined(configurations) as (near, far, listener):
+        near.close(5, "enough")
+        with pytest.raises(QuicError) as caught, trio.fail_after(5):
+            await far.accept_stream()
+        assert caught.value.code == 5
+        assert "enough" in str(caught.value)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert listener.connections == 0
+        assert not listener._by_id
+
+
+async def test_nobody_there(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """A dial that nobody answers fails in time."""
+    with await _silent() as sock:
+        address = ("127.0.0.1", sock.getsockname()[1])
+        async with trio.open_nursery() as nursery:
+            with pytest.raises(QuicError, match="no answer"):
+                await dial_quic(nursery, address, configurations[1], timeout_seconds=0.2)
+
+
+async def _silent() -> trio.socket.SocketType:
+    sock = trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM)
+    await sock.bind(("127.0.0.1", 0))
+    return sock
+
+
+async def test_retry(
+    configurations: tuple[QuicConfiguration, QuicConfiguration], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listener that wants proof of addresses first still connects honest clients."""
+    monkeypatch.setattr(quic, "FREE_HANDSHAKES", 0)
+    async with joined(configurations) as (near, far, _):
+        await exchange(near, far, 10_000)
+
+
+async def test_unproven_initials_cost_little(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """A flood of first datagrams makes no more connections than those that need no proof, and gets
+    fewer bytes back than it sent."""
+    listener = QuicListener(
+        await bind_socket(4, "127.0.0.1", 0), configurations[0], entropy=os.urandom
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        with await _silent() as sock:
+            sent = received = 0
+            for number in range(400):
+                initial = b"\xc3\0\0\0\1\x08" + number.to_bytes(8, "big") + b"\x08" + bytes(8)
+                datagram = initial + b"\0\x44\x60" + os.urandom(1180)
+                sent += await sock.sendto(datagram, ("127.0.0.1", listener.port))
+                with trio.move_on_after(0.001):
+                    received += len(await sock.recv(2000))
+            assert listener.connections <= quic.FREE_HANDSHAKES
+            assert 0 < received < sent
+        nursery.cancel_scope.cancel()
+
+
+@given(st.binary(min_size=1200, max_size=1300), st.booleans())
+def test_parse_initial_survives_anything(data: bytes, looks_right: bool) -> None:
+    """Whatever comes, there is a header or None."""
+    if looks_right:
+        data = b"\xc0\0\0\0\1" + data
+    header = parse_initial(data)
+    assert header is None or 8 <= len(header.destination_id) <= 20
+
+
+def test_retry_tokens_are_bound() -> None:
+    """A token counts from the address it was made for, with its connection id, for ten seconds."""
+    tokens = RetryTokens(bytes(32))
+    here = ("192.0.2.1", 1000)
+    first = InitialHeader(b"original", b"client", b"")
+    retry = tokens.encode_retry(first, here, b"retryid!", now=100)
+    at = 6 + len(b"client") + 1 + len(b"retryid!")
+    again = InitialHeader(b"retryid!", b"client", retry[at:-16])
+    assert tokens.original_id(again, here, 105) == b"original"
+    assert tokens.original_id(again, here, 200) is None
+    assert tokens.original_id(again, ("192.0.2.2", 1000), 105) is None
+    assert tokens.original_id(again, ("192.0.2.1", 1001), 105) is None
+    moved = dataclasses.replace(again, destination_id=b"otherid!")
+    assert tokens.original_id(moved, here, 105) is None
+
+
+@given(st.lists(st.one_of(st.none(), st.binary(min_size=1, max_size=MEMORY_BYTES // 4))))
+def test_spool_is_a_queue(steps: list[bytes | None]) -> None:
+    """What is taken is what was appended, in order, whatever went to disk."""
+    spool = Spool()
+    put = bytearray()
+    got = bytearray()
+    for step in steps:
+        if step is None:
+            got += spool.take()
+        else:
+            spool.append(step)
+            put += step
+        assert len(spool) == len(put) - len(got)
+    while spool:
+        got += spool.take()
+    assert got == put

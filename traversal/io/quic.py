@@ -1,0 +1,657 @@
+"""QUIC under Trio, either role: the edge's listener and the connector's dialed connections.
+
+A connection has one task that sends and serves the timer; receiving is the socket's task, shared by
+all connections of a listener. Streams have none. Nothing is dropped for a full send buffer: the
+sender waits.
+
+What a slow reader leaves lying is spooled (`Spool`); when the spools of a connection hold
+`QuicLimits.spooled_bytes`, the stream that is furthest behind is reset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import trio
+from qh3.quic import events
+from qh3.quic.configuration import QuicConfiguration
+from qh3.quic.connection import QuicConnectionError
+
+from traversal.io.quic_engine import QuicEngine, RetryTokens, parse_initial
+from traversal.io.spool import Spool
+from traversal.io.udp import DONT_FRAGMENT, Batch, Source, UdpSocket, bind_socket
+from traversal.relay_map import Family
+
+SEND_BUFFER_BYTES: Final = 512 << 10
+"""A stream's writer waits while this much of it was not sent once."""
+MAX_WAITING_DATAGRAMS: Final = 1024
+"""DATAGRAM frames that nobody has received yet; beyond it the oldest is dropped."""
+SPOOLED_BYTES: Final = 1 << 30
+HANDSHAKE_SECONDS: Final = 5.0
+CLOSE_SECONDS: Final = 1.0
+NO_ERROR: Final = 0
+FREE_HANDSHAKES: Final = 32
+"""Handshakes at one time that begin without a Retry: each costs 30 KiB for up to 5 s."""
+
+
+class QuicError(Exception):
+    """A connection or stream failed or was closed; `code` is the application's or QUIC's code."""
+
+    def __init__(self, text: str, code: int = NO_ERROR) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class QuicLimits:
+    """What a listener lets others do.
+
+    Attributes:
+        connections: at one time.
+        handshakes: not finished yet, at one time; further Initials are ignored.
+        spooled_bytes: what all streams of a connection may leave lying together.
+    """
+
+    connections: int = 10_000
+    handshakes: int = 256
+    spooled_bytes: int = SPOOLED_BYTES
+
+
+class QuicConnection:
+    """One connection, made by `QuicListener.accept` and `dial_quic`.
+
+    Attributes:
+        address: of the other side; it changes when the other side moves.
+        failure: why the connection is over; None while it is not.
+        is_established: whether the handshake is done.
+    """
+
+    def __init__(
+        self,
+        engine: QuicEngine,
+        sock: UdpSocket,
+        address: Source,
+        *,
+        spooled_bytes: int = SPOOLED_BYTES,
+        keep_alive_seconds: float = math.inf,
+    ) -> None:
+        self.address = address
+        self.failure: QuicError | None = None
+        self.is_established = False
+        self._engine = engine
+        self._sock = sock
+        self._keep_alive_seconds = keep_alive_seconds
+        self._pings = 0
+        self._spooled_bytes = spooled_bytes
+        self._spooled = 0
+        self._streams: dict[int, QuicStream] = {}
+        self._aborted: set[int] = set()
+        """Streams of the other side that we gave up and that it has not ended yet."""
+        self._opened: deque[QuicStream] = deque()
+        self._datagrams: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
+        self._foreign = 0 if engine.configuration.is_client is False else 1
+        """The two low bits of the other side's bidirectional streams (RFC 9000 2.1)."""
+        self._note_id: Callable[[bytes, QuicConnection], None] | None = None
+        self._forget_id: Callable[[bytes], None] | None = None
+        self._wake = trio.Event()
+        self._waiting = trio.lowlevel.ParkingLot()
+        """Tasks that wait for streams, datagrams, the handshake, or room to send."""
+        self._closing = False
+
+    # ---- the connection
+
+    async def run(self) -> None:
+        """Send and serve timers until the connection is over; then everybody is told."""
+        engine = self._engine
+        ping_at = trio.current_time() + self._keep_alive_seconds
+        try:
+            while self.failure is None:
+                self._handle_events()
+                await self._transmit()
+                self._waiting.unpark_all()
+                timer = engine.get_timer() or math.inf
+                with trio.CancelScope(deadline=min(timer, ping_at)):
+                    await self._wake.wait()
+                self._wake = trio.Event()
+                now = trio.current_time()
+                if now >= timer:
+                    engine.handle_timer(now)
+                if now >= ping_at:
+                    ping_at = now + self._keep_alive_seconds
+                    if self.is_established and not self._closing:
+                        self._pings += 1
+                        engine.send_ping(self._pings)
+                if self._closing:
+                    await self._transmit()
+                    self._end(QuicError("QUIC: we closed the connection"))
+        except trio.Cancelled:
+            self.close()
+            with trio.move_on_after(CLOSE_SECONDS, shield=True):
+                await self._transmit()
+            raise
+        except QuicConnectionError as error:
+            self._end(QuicError(f"QUIC: {error.reason_phrase}", error.error_code))
+        except OSError as error:
+            self._end(QuicError(f"QUIC: {error.strerror or error}"))
+        finally:
+            self._end(QuicError("QUIC: the connection was closed"))
+
+    def close(self, code: int = NO_ERROR, reason: str = "") -> None:
+        """End the connection, streams included; says so to the other side."""
+        if self.failure is None and not self._closing:
+            self._closing = True
+            try:
+                self._engine.close(error_code=code, reason_phrase=reason)
+            except QuicConnectionError:
+                pass
+            self._wake.set()
+
+    async def wait_established(self) -> None:
+        """Until the handshake is done. Raises QuicError."""
+        while not self.is_established:
+            self._check()
+            await self._waiting.park()
+
+    def receive(self, datagrams: list[bytes], address: Source) -> None:
+        """The socket's side: datagrams for this connection."""
+        try:
+            self._engine.receive_many_datagrams(datagrams, address, trio.current_time())
+        except QuicConnectionError as error:
+            self._end(QuicError(f"QUIC: {error.reason_phrase}", error.error_code))
+        self._wake.set()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise QuicError(str(self.failure), self.failure.code)
+
+    def _end(self, failure: QuicError) -> None:
+        if self.failure is None:
+            self.failure = failure
+            for stream in list(self._streams.values()):
+                stream._fail(failure)
+            self._wake.set()
+            self._waiting.unpark_all()
+
+    # ---- streams
+
+    async def open_stream(self) -> QuicStream:
+        """A new bidirectional stream; waits while the other side allows no further one.
+
+        The other side learns of it with the first bytes. Raises QuicError.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        engine = self._engine
+        while True:
+            self._check()
+            if (
+                self.is_established
+                and engine.open_outbound_streams < engine.max_concurrent_bidi_streams
+            ):
+                break
+            await self._waiting.park()
+        # The library numbers a stream when it is opened, so that two that open at once differ.
+        stream = QuicStream(self, engine._open_stream())
+        self._streams[stream.stream_id] = stream
+        return stream
+
+    async def accept_stream(self) -> QuicStream:
+        """The next stream that the other side opened. Raises QuicError at the end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._opened:
+            self._check()
+            await self._waiting.park()
+        return self._opened.popleft()
+
+    # ---- datagrams
+
+    def send_datagram(self, data: bytes) -> None:
+        """Send a DATAGRAM frame; like UDP's it may get lost. Raises QuicError."""
+        self._check()
+        try:
+            self._engine.send_datagram_frame(data)
+        except QuicConnectionError as error:
+            raise QuicError(f"QUIC: {error.reason_phrase}") from None
+        self._wake.set()
+
+    async def receive_datagrams(self) -> list[bytes]:
+        """All that wait, at least one. Raises QuicError at the end."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._datagrams:
+            self._check()
+            await self._waiting.park()
+        datagrams = list(self._datagrams)
+        self._datagrams.clear()
+        return datagrams
+
+    # ---- inside
+
+    async def _transmit(self) -> None:
+        while datagrams := self._engine.datagrams_to_send(trio.current_time()):
+            start = 0
+            while start < len(datagrams):
+                address = datagrams[start][1][:2]
+                end = start + 1
+                while end < len(datagrams) and datagrams[end][1][:2] == address:
+                    end += 1
+                await self._sock.send_patiently([d for d, _ in datagrams[start:end]], address)
+                start = end
+
+    def _handle_events(self) -> None:
+        while (event := self._engine.next_event()) is not None:
+            match event:
+                case events.StreamDataReceived():
+                    self._handle_data(event)
+                case events.DatagramFrameReceived():
+                    self._datagrams.append(event.data)
+                case events.StreamReset():
+                    self._aborted.discard(event.stream_id)
+                    if (stream := self._streams.get(event.stream_id)) is not None:
+                        code = event.error_code
+                        stream._fail_receiving(
+                            QuicError(f"QUIC: the other side reset the stream (code {code})", code)
+                        )
+                case events.StopSendingReceived():
+                    if (stream := self._streams.get(event.stream_id)) is not None:
+                        code = event.error_code
+                        stream._fail_sending(
+                            QuicError(f"QUIC: the other side stopped reading (code {code})", code)
+                        )
+                case events.HandshakeCompleted():
+                    self.is_established = True
+                case events.ConnectionIdIssued():
+                    if self._note_id is not None:
+                        self._note_id(event.connection_id, self)
+                case events.ConnectionIdRetired():
+                    if self._forget_id is not None:
+                        self._forget_id(event.connection_id)
+                case events.ConnectionTerminated():
+                    text = event.reason_phrase or "the connection ended"
+                    self._end(QuicError(f"QUIC: {text}", event.error_code))
+
+    def _handle_data(self, event: events.StreamDataReceived) -> None:
+        stream_id = event.stream_id
+        stream = self._streams.get(stream_id)
+        if stream is None:
+            if stream_id in self._aborted:
+                if event.end_stream:
+                    self._aborted.discard(stream_id)
+                return
+            if stream_id & 3 != self._foreign:
+                return  # one of ours that is over, or unidirectional: nobody uses those
+            stream = QuicStream(self, stream_id)
+            self._streams[stream_id] = stream
+            self._opened.append(stream)
+            self._waiting.unpark_all()
+        try:
+            self._spooled += len(event.data)
+            stream._handle_data(event.data, is_end=event.end_stream)
+        except OSError:
+            stream.abort()
+        if self._spooled > self._spooled_bytes:
+            max(self._streams.values(), key=lambda s: len(s._spool)).abort()
+
+    def _forget(self, stream: QuicStream) -> None:
+        if self._streams.pop(stream.stream_id, None) is not None:
+            self._waiting.unpark_all()
+
+
+class QuicStream:
+    """A bidirectional stream. Use it in `async with`: leaving aborts what is not over.
+
+    One task may receive while another sends.
+    """
+
+    def __init__(self, connection: QuicConnection, stream_id: int) -> None:
+        self.stream_id = stream_id
+        self._connection = connection
+        self._spool = Spool()
+        self._readers = trio.lowlevel.ParkingLot()
+        self._is_receive_ended = False
+        self._is_send_ended = False
+        self._receive_failure: QuicError | None = None
+        self._send_failure: QuicError | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.abort()
+
+    # ---- receiving
+
+    async def receive(self) -> bytes:
+        """Some bytes, empty at the end. Raises QuicError, but only after what came before."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._spool:
+            if self._is_receive_ended:
+                return b""
+            if self._receive_failure is not None:
+                raise QuicError(str(self._receive_failure), self._receive_failure.code)
+            await self._readers.park()
+        data = self._spool.take()
+        self._connection._spooled -= len(data)
+        self._forget_if_over()
+        return data
+
+    def stop(self, code: int = NO_ERROR) -> None:
+        """Tell the other side that we read no more (STOP_SENDING)."""
+        if self._is_receive_ended or self._receive_failure is not None:
+            return
+        connection = self._connection
+        try:
+            connection._engine.stop_stream(self.stream_id, code)
+        except QuicConnectionError:
+            pass
+        if self.stream_id & 3 == connection._foreign:
+            connection._aborted.add(self.stream_id)
+        self._fail_receiving(QuicError("QUIC: we stopped reading", code))
+        connection._wake.set()
+
+    # ---- sending
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send bytes; returns when they are on their way or soon will be. Raises QuicError."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        connection = self._connection
+        engine = connection._engine
+        view = memoryview(data)
+        while view:
+            self._check_sending()
+            if engine.get_send_buffer_size(self.stream_id) >= SEND_BUFFER_BYTES:
+                await connection._waiting.park()
+                continue
+            self._write(view[:SEND_BUFFER_BYTES])
+            view = view[SEND_BUFFER_BYTES:]
+
+    async def send_end(self) -> None:
+        """No more from us (FIN). Raises QuicError; harmless when repeated."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if not self._is_send_ended:
+            self._check_sending()
+            self._write(memoryview(b""), is_end=True)
+            self._is_send_ended = True
+            self._forget_if_over()
+
+    def reset(self, code: int = NO_ERROR) -> None:
+        """Tell the other side that what we sent is void (RESET_STREAM)."""
+        if self._is_send_ended or self._send_failure is not None:
+            return
+        try:
+            self._connection._engine.reset_stream(self.stream_id, code)
+        except QuicConnectionError:
+            pass
+        self._fail_sending(QuicError("QUIC: we reset the stream", code))
+        self._connection._wake.set()
+
+    def abort(self, code: int = NO_ERROR) -> None:
+        """Both `reset` and `stop`, and forget what nobody read; harmless on one that is over."""
+        if self._connection.failure is None:
+            self.reset(code)
+            self.stop(code)
+        if self._spool:
+            # Who comes later must not take it for complete.
+            self._is_receive_ended = False
+            self._receive_failure = self._receive_failure or QuicError("QUIC: not read in time")
+            self._connection._spooled -= len(self._spool)
+            self._spool.clear()
+        self._forget_if_over()
+
+    def _check_sending(self) -> None:
+        if self._send_failure is not None:
+            raise QuicError(str(self._send_failure), self._send_failure.code)
+
+    def _write(self, data: memoryview, *, is_end: bool = False) -> None:
+        try:
+            self._connection._engine.send_stream_data(self.stream_id, data, is_end)
+        except QuicConnectionError as error:
+            raise QuicError(f"QUIC: {error.reason_phrase}") from None
+        self._connection._wake.set()
+
+    # ---- from the connection
+
+    def _handle_data(self, data: bytes, *, is_end: bool) -> None:
+        if data:
+            self._spool.append(data)
+        if is_end:
+            self._is_receive_ended = True
+        self._readers.unpark_all()
+        self._forget_if_over()
+
+    def _fail_receiving(self, failure: QuicError) -> None:
+        if not self._is_receive_ended and self._receive_failure is None:
+            self._receive_failure = failure
+            self._readers.unpark_all()
+            self._forget_if_over()
+
+    def _fail_sending(self, failure: QuicError) -> None:
+        if not self._is_send_ended and self._send_failure is None:
+            self._send_failure = failure
+            self._connection._waiting.unpark_all()
+            self._forget_if_over()
+
+    def _fail(self, failure: QuicError) -> None:
+        self._fail_receiving(failure)
+        self._fail_sending(failure)
+
+    def _forget_if_over(self) -> None:
+        is_received = self._is_receive_ended or self._receive_failure is not None
+        is_sent = self._is_send_ended or self._send_failure is not None
+        if is_received and is_sent and not self._spool:
+            self._connection._forget(self)
+
+
+class QuicListener:
+    """A server on one UDP socket. `await nursery.start(listener.run)`, then `accept`.
+
+    Datagrams are sorted by the connection id that we gave out, which also finds a client whose NAT
+    moved it. When more than a few handshakes are under way, a client must first prove its address
+    by a Retry, which costs us nothing.
+    """
+
+    def __init__(
+        self,
+        sock: UdpSocket,
+        configuration: QuicConfiguration,
+        *,
+        entropy: Callable[[int], bytes],
+        limits: QuicLimits | None = None,
+    ) -> None:
+        self.ignored_initials = 0
+        """Clients that were not served because of our limits."""
+        self._sock = sock
+        self._configuration = configuration
+        self._limits = limits or QuicLimits()
+        self._entropy = entropy
+        self._tokens = RetryTokens(entropy(32))
+        self._by_id: dict[bytes, QuicConnection] = {}
+        self._id_lengths: list[int] = []
+        self._connections: set[QuicConnection] = set()
+        self._handshakes = 0
+        self._ready_in, self._ready_out = trio.open_memory_channel[QuicConnection](
+            self._limits.handshakes
+        )
+
+    @property
+    def port(self) -> int:
+        """The UDP port."""
+        return self._sock.port
+
+    @property
+    def connections(self) -> int:
+        """How many there are, handshakes included."""
+        return len(self._connections)
+
+    def set_configuration(self, configuration: QuicConfiguration) -> None:
+        """For connections from now on: certificates that were renewed."""
+        self._configuration = configuration
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; closes the socket and every connection."""
+        self._sock.set_path_mtu_mode(DONT_FRAGMENT)
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    try:
+                        batch = await self._sock.receive()
+                    except OSError:
+                        continue  # an ICMP error for somebody; the next datagram may be fine
+                    self._handle_batch(batch, nursery)
+        finally:
+            self._sock.close()
+            self._ready_in.close()
+
+    async def accept(self) -> QuicConnection:
+        """The next client whose handshake is done. Raises QuicError at the end."""
+        try:
+            return await self._ready_out.receive()
+        except trio.EndOfChannel:
+            raise QuicError("QUIC: the listener was closed") from None
+
+    def _handle_batch(self, batch: Batch, nursery: trio.Nursery) -> None:
+        # Runs of one connection are passed on at once: most of a busy batch is one run.
+        run: list[bytes] = []
+        last: tuple[QuicConnection, Source] | None = None
+        for datagram, source in batch:
+            connection = self._find(datagram)
+            if connection is None:
+                connection = self._admit(datagram, source, nursery)
+            if connection is None:
+                continue
+            if last is not None and last != (connection, source):
+                last[0].receive(run, last[1])
+                run = []
+            run.append(datagram)
+            last = (connection, source)
+        if last is not None:
+            last[0].receive(run, last[1])
+
+    def _find(self, datagram: bytes) -> QuicConnection | None:
+        if len(datagram) < 21:
+            return None
+        if datagram[0] & 0x80:
+            return self._by_id.get(datagram[6 : 6 + datagram[5]])
+        for length in self._id_lengths:
+            connection = self._by_id.get(datagram[1 : 1 + length])
+            if connection is not None:
+                return connection
+        return None
+
+    def _admit(
+        self, datagram: bytes, source: Source, nursery: trio.Nursery
+    ) -> QuicConnection | None:
+        initial = parse_initial(datagram)
+        if initial is None:
+            return None
+        limits = self._limits
+        if self._handshakes >= limits.handshakes or len(self._connections) >= limits.connections:
+            self.ignored_initials += 1
+            return None
+        now = trio.current_time()
+        original_id = self._tokens.original_id(initial, source, now) if initial.token else None
+        if original_id is None and self._handshakes >= FREE_HANDSHAKES:
+            retry = self._tokens.encode_retry(initial, source, self._entropy(8), now)
+            try:
+                self._sock.send(retry, source)
+            except OSError:
+                pass
+            return None
+        engine = QuicEngine(self._configuration, initial, original_id=original_id)
+        connection = QuicConnection(engine, self._sock, source, spooled_bytes=limits.spooled_bytes)
+        connection._note_id = self._note_id
+        connection._forget_id = self._forget_id
+        self._note_id(initial.destination_id, connection)
+        self._note_id(engine.host_cid, connection)
+        self._connections.add(connection)
+        self._handshakes += 1
+        nursery.start_soon(self._serve, connection)
+        return connection
+
+    async def _serve(self, connection: QuicConnection) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.run)
+                try:
+                    with trio.fail_after(HANDSHAKE_SECONDS):
+                        await connection.wait_established()
+                    self._ready_in.send_nowait(connection)
+                except (QuicError, trio.TooSlowError, trio.WouldBlock):
+                    connection.close()
+                finally:
+                    self._handshakes -= 1
+        finally:
+            self._connections.discard(connection)
+            for identifier in [i for i, c in self._by_id.items() if c is connection]:
+                self._forget_id(identifier)
+
+    def _note_id(self, identifier: bytes, connection: QuicConnection) -> None:
+        self._by_id[identifier] = connection
+        if len(identifier) not in self._id_lengths:
+            self._id_lengths.append(len(identifier))
+
+    def _forget_id(self, identifier: bytes) -> None:
+        self._by_id.pop(identifier, None)
+
+
+async def dial_quic(
+    nursery: trio.Nursery,
+    address: Source,
+    configuration: QuicConfiguration,
+    *,
+    timeout_seconds: float = 5.0,
+    keep_alive_seconds: float = 1.0,
+) -> QuicConnection:
+    """A connection to a server, from a socket of its own, served in `nursery` until it is over.
+
+    `configuration.server_name` must be set. A PING every `keep_alive_seconds` keeps NATs open and
+    tells soon when the other side is gone. Raises QuicError when there is no connection within
+    `timeout_seconds`. Cancelling the nursery closes the connection.
+    """
+    family: Family = 6 if ":" in address[0] else 4
+    try:
+        sock = await bind_socket(family, "::" if family == 6 else "0.0.0.0", 0)
+    except OSError as error:
+        raise QuicError(f"QUIC: no UDP socket: {error.strerror}") from None
+    sock.set_path_mtu_mode(DONT_FRAGMENT)
+    engine = QuicEngine(configuration)
+    engine.connect(address, trio.current_time())
+    connection = QuicConnection(engine, sock, address, keep_alive_seconds=keep_alive_seconds)
+    nursery.start_soon(_serve_dialed, connection, sock)
+    try:
+        with trio.fail_after(timeout_seconds):
+            await connection.wait_established()
+    except trio.TooSlowError:
+        connection.close()
+        raise QuicError(f"QUIC: no answer within {timeout_seconds:g} s") from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _serve_dialed(connection: QuicConnection, sock: UdpSocket) -> None:
+    async def receive() -> None:
+        while True:
+            try:
+                batch = await sock.receive()
+            except OSError:
+                continue  # "port unreachable"; the handshake's time limit decides
+            connection.receive([datagram for datagram, _ in batch], connection.address)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await connection.run()
+            nursery.cancel_scope.cancel()
+    finally:
+        sock.close()
