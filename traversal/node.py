@@ -361,7 +361,7 @@ class Node:
         session, link = self._add_peer(
             peer_key, relay, is_introduced=disco_key is None, port_search=port_search
         )
-        session.machine.set_configured_addresses(tuple(candidates), now)
+        session.set_candidates(tuple(candidates), now)
         session.can_use_peer_relays = can_use_peer_relays
         self._peer_relays.update(session)
         if disco_key is not None:

@@ -220,6 +220,11 @@ class Session:
         extra = self.search.own_extra if self.search is not None else ()
         self.machine.set_own_addresses((*self._own_addresses, *extra), now)
 
+    def set_candidates(self, addresses: tuple[Address, ...], now: float) -> None:
+        """The peer's addresses from a control plane."""
+        self.machine.set_configured_addresses(addresses, now)
+        self._set_side(replace(self._side, addresses=addresses), now)
+
     def announce(self, now: float) -> None:
         """Tell the peer of our new home until it answers, if it knows us at all."""
         if self._introducer is not None and self._introducer.is_introduced:

