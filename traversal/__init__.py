@@ -25,6 +25,8 @@ from traversal.paths.effects import PathState
 from traversal.paths.home import HomePolicy
 from traversal.paths.ice_effects import IceError, IceState, SelectedPair
 from traversal.paths.peer_relay_server import PeerRelayLimits, PeerRelayStatistics
+from traversal.paths.punch_memory import PunchMemory
+from traversal.paths.punch_strategy import PunchPolicy
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.verdict import Verdict
 from traversal.relay_map import RelayMap, RelayMapError
@@ -60,6 +62,8 @@ __all__ = [
     "RelayMap",
     "RelayOptions",
     "HomePolicy",
+    "PunchPolicy",
+    "PunchMemory",
     "InterfaceFilter",
     "PeerRelayOptions",
     "PeerRelayLimits",

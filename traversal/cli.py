@@ -23,6 +23,7 @@ from traversal.io.udp import UdpError
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.link import PathKind
 from traversal.node import NodeError, open_node
+from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import RelayMap
 
 _T = TypeVar("_T")
@@ -184,7 +185,11 @@ def ping(
             ) from None
         region = relay or (entry.relay if entry is not None else 0)
         key = config.private_key if config is not None else NodePrivate.generate(os.urandom)
-        async with open_node(key, _load_map(map_source, config_path)) as node:
+        may_search = config is None or config.may_search_ports
+        if entry is not None:
+            may_search &= entry.may_search_ports
+        policy = PunchPolicy(is_enabled=may_search)
+        async with open_node(key, _load_map(map_source, config_path), port_search=policy) as node:
             link = await node.connect(peer_key, relay=region or node.home_region)
             with trio.move_on_after(timeout):
                 await ping_often(lambda: ping_once(link))

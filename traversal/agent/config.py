@@ -6,6 +6,8 @@
     control = "underpass.sock"          # the control socket
     wireguard = "127.0.0.1:51820"       # where the local WireGuard listens
     peer_relay_port = 41642             # serve as a UDP peer relay there; absent for not
+    port_search = true                  # guess the ports of hard NATs; the default
+    state = "underpass.state"           # what the agent learns and keeps
 
     [[peers]]
     name = "attic"
@@ -13,6 +15,7 @@
     relay = 900
     endpoint = "127.0.0.1:51901"        # what the local WireGuard uses as this peer's endpoint
     peer_relay = true                   # this peer may carry our traffic with the others
+    port_search = false                 # not for this peer
 
 Paths are relative to the file. `wireguard` and `endpoint` belong together: without them the agent
 only keeps paths to its peers.
@@ -44,6 +47,7 @@ class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relay: int = 0
     endpoint: str = ""
     peer_relay: bool = False
+    port_search: bool = True
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,6 +57,8 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     control: str = "underpass.sock"
     wireguard: str = ""
     peer_relay_port: int | None = None
+    port_search: bool = True
+    state: str = "underpass.state"
     peers: list[PeerEntry] = []
 
 
@@ -64,6 +70,7 @@ class PeerConfig(msgspec.Struct, frozen=True):
     relay: int
     endpoint: Address | None
     is_peer_relay: bool
+    may_search_ports: bool
 
 
 class AgentConfig(msgspec.Struct, frozen=True):
@@ -75,6 +82,8 @@ class AgentConfig(msgspec.Struct, frozen=True):
     control: Path
     wireguard: Address | None
     peer_relay_port: int | None
+    may_search_ports: bool
+    state: Path
     peers: tuple[PeerConfig, ...]
 
     def peer(self, name: str) -> PeerConfig | None:
@@ -111,6 +120,8 @@ def load_config(path: Path) -> AgentConfig:
         control=path.parent / file.control,
         wireguard=wireguard,
         peer_relay_port=file.peer_relay_port,
+        may_search_ports=file.port_search,
+        state=path.parent / file.state,
         peers=peers,
     )
 
@@ -156,7 +167,7 @@ def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
     endpoint = _address(path, f"peer {number} ({entry.name}), endpoint", entry.endpoint)
     if endpoint is not None and not endpoint.ip.is_loopback:
         raise ConfigError(f"{where} ({entry.name}), endpoint: {endpoint} is no loopback address")
-    return PeerConfig(entry.name, key, entry.relay, endpoint, entry.peer_relay)
+    return PeerConfig(entry.name, key, entry.relay, endpoint, entry.peer_relay, entry.port_search)
 
 
 def _address(path: Path, what: str, text: str) -> Address | None:

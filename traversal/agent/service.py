@@ -14,11 +14,13 @@ import trio
 
 from traversal.agent.bridge import run_bridge
 from traversal.agent.config import AgentConfig, ConfigError
+from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
 from traversal.link import Link
 from traversal.node import Node, open_node
+from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
 
 ASK_SECONDS: Final = 5.0
@@ -53,7 +55,8 @@ async def run_agent(
     peer_relay = None
     if config.peer_relay_port is not None:
         peer_relay = PeerRelayOptions(port=config.peer_relay_port)
-    with _listening(config.control) as listener:
+    policy = PunchPolicy(is_enabled=config.may_search_ports)
+    with _listening(config.control) as listener, remembered(config.state) as memory:
         async with (
             open_node(
                 config.private_key,
@@ -64,12 +67,17 @@ async def run_agent(
                 relay_options=relay_options,
                 map_ports=map_ports,
                 peer_relay=peer_relay,
+                port_search=policy,
+                punch_memory=memory,
             ) as node,
             trio.open_nursery() as nursery,
         ):
             node.set_peer_relays(peer.key for peer in config.peers if peer.is_peer_relay)
             for peer in config.peers:
-                link = await node.connect(peer.key, relay=peer.relay)
+                may_search = config.may_search_ports and peer.may_search_ports
+                link = await node.connect(
+                    peer.key, relay=peer.relay, port_search=PunchPolicy(is_enabled=may_search)
+                )
                 if peer.endpoint is not None and config.wireguard is not None:
                     await nursery.start(run_bridge, link, peer.endpoint, config.wireguard)
             task_status.started(node)

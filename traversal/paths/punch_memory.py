@@ -75,7 +75,7 @@ class PunchMemory:
                 except ValueError:
                     continue
         for fingerprint, seconds in lifetimes.items() if isinstance(lifetimes, dict) else ():
-            if isinstance(seconds, int | float):
+            if isinstance(seconds, int | float) and seconds >= 0:
                 memory.note_lifetime(fingerprint, float(seconds))
         return memory
 

@@ -22,7 +22,8 @@ from traversal.wire.introduction import FilteringClass, MappingClass
 PLAIN_PATIENCE_SECONDS: Final = 1.5
 """Plain punching needs two to four round trips by the relay; where it works it is done by then."""
 BLIND_PATIENCE_SECONDS: Final = 10.0
-"""Against a stock peer of whose NAT nothing is known (path selection specification S1)."""
+"""After this long plain punching counts as failed, whatever was known of both NATs (path selection
+specification S1)."""
 MAPPING_PATIENCE_SECONDS: Final = 2.0
 """For a router that speaks a port mapping protocol to answer; most do within 0.1 s."""
 
@@ -35,13 +36,13 @@ class PunchPolicy:
     """What a node's owner allows towards one peer.
 
     `is_enabled` switches every guessing of ports off. `allows_stock` admits the search against
-    peers that are not ours, which makes them send probes they did not agree to (off by default,
-    path selection specification S1). `max_sockets` (0 to 256) and `max_probes` (0 to 2500) lower
-    the budgets.
+    peers that are not ours, which makes them send probes they did not agree to: 256 small packets
+    to our own address in the usual case, 2048 in an hour at most. `max_sockets` (0 to 256) and
+    `max_probes` (0 to 2500) lower the budgets.
     """
 
     is_enabled: bool = True
-    allows_stock: bool = False
+    allows_stock: bool = True
     max_sockets: int = 256
     max_probes: int = 2500
 
@@ -197,4 +198,8 @@ def _choose_for_stock(own: OwnSide, peer: PeerSide) -> Choice:
         return Choice(Strategy.INDUCED, reason)
     if is_known or looks_easy(peer.addresses):
         return Choice(Strategy.INDUCED, reason, PLAIN_PATIENCE_SECONDS)
-    return Choice(Strategy.INDUCED, reason, BLIND_PATIENCE_SECONDS)
+    return Choice(
+        Strategy.RELAY,
+        "our NAT is hard, and the peer, of another make, lists no public address or several "
+        "ports of one, as nodes behind a hard NAT do",
+    )

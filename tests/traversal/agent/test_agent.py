@@ -47,9 +47,18 @@ class TestConfig:
         )
         config = load_config(path)
         assert config.control == tmp_path / "underpass.sock"
+        assert config.state == tmp_path / "underpass.state"
         assert config.peer("attic") is not None
         assert config.peer("cellar") is None
         assert "privkey" not in repr(config)
+
+    def test_port_search_can_be_switched_off(self, tmp_path: Path) -> None:
+        """For all peers or for one; by default ports are searched."""
+        peers = peer_table("a", a_key()) + peer_table("b", a_key(), port_search=False)
+        config = load_config(write_config(tmp_path, peers=peers))
+        assert config.may_search_ports
+        assert [peer.may_search_ports for peer in config.peers] == [True, False]
+        assert not load_config(write_config(tmp_path, "port_search = false")).may_search_ports
 
     @pytest.mark.parametrize(
         ("text", "complaint"),

@@ -44,7 +44,6 @@ from traversal.paths.punch_effects import (
 from traversal.paths.punch_facts import Strategy
 from traversal.paths.punch_memory import MAX_RECORDS, PunchMemory
 from traversal.paths.punch_strategy import (
-    BLIND_PATIENCE_SECONDS,
     PLAIN_PATIENCE_SECONDS,
     OwnSide,
     PeerSide,
@@ -309,9 +308,9 @@ class TestStockPeer:
         assert arena.b.peer.best == adopted.own_address
         assert arena.a.puncher.facts.attempts == 1
 
-    def test_needs_permission(self) -> None:
-        """Peers that did not agree to probe are left alone unless the owner says so."""
-        arena = Arena(RANDOM, EASY, stock_b=True, policy=PunchPolicy())
+    def test_can_be_forbidden(self) -> None:
+        """Peers that did not agree to probe are left alone if the owner says so."""
+        arena = Arena(RANDOM, EASY, stock_b=True, policy=PunchPolicy(allows_stock=False))
         arena.a.talk()
         arena.run(20.0)
         assert arena.a.count(OpenSockets) == 0
@@ -498,7 +497,7 @@ class TestStrategy:
             (BLOCKED, ours(EASY_FACTS), Strategy.RELAY, 0.0),
             (NatFacts(), ours(HARD_RANDOM), Strategy.RELAY, 0.0),
             (HARD_RANDOM, STOCK_EASY, Strategy.INDUCED, PLAIN_PATIENCE_SECONDS),
-            (HARD_RANDOM, STOCK_HARD, Strategy.INDUCED, BLIND_PATIENCE_SECONDS),
+            (HARD_RANDOM, STOCK_HARD, Strategy.RELAY, 0.0),
             (EASY_FACTS, STOCK_HARD, Strategy.RELAY, 0.0),
             (HARD_RANDOM, PeerSide(HARD_RANDOM), Strategy.RELAY, 0.0),
         ],
