@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import logging
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, Generic, TypeVar
 
 from relay.limits import TokenBucket
 
@@ -33,15 +34,20 @@ class Stage(enum.StrEnum):
     ADMISSION = "admission"
 
 
-class Refusals:
+AnyStage = TypeVar("AnyStage", bound=enum.StrEnum)
+
+
+class Refusals(Generic[AnyStage]):
     """Counts and logs. `now` is in monotonic seconds."""
 
-    def __init__(self, now: float) -> None:
-        self.counts: dict[Stage, int] = dict.fromkeys(Stage, 0)
-        self._buckets = {stage: TokenBucket(LINES_PER_SECOND, LINES_BURST, now) for stage in Stage}
-        self._left_out: dict[Stage, int] = dict.fromkeys(Stage, 0)
+    def __init__(self, stages: Iterable[AnyStage], now: float) -> None:
+        self.counts: dict[AnyStage, int] = dict.fromkeys(stages, 0)
+        self._buckets = {
+            stage: TokenBucket(LINES_PER_SECOND, LINES_BURST, now) for stage in self.counts
+        }
+        self._left_out: dict[AnyStage, int] = dict.fromkeys(self.counts, 0)
 
-    def note(self, stage: Stage, source: str, reason: str, now: float) -> None:
+    def note(self, stage: AnyStage, source: str, reason: str, now: float) -> None:
         """One connection from `source` was turned away for `reason`."""
         self.counts[stage] += 1
         if not self._buckets[stage].try_take(now, 1):

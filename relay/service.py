@@ -102,7 +102,7 @@ class Service:
         now = trio.current_time()
         self.config = config
         self.admission = Admission(config.admission)
-        self.refusals = Refusals(now)
+        self.refusals = Refusals(Stage, now)
         self._websocket_accepts = 0
         self._tls_handshakes: Counter[str] = Counter()
         self._started_at = now

@@ -24,7 +24,7 @@ from relay.counters import Counters, DropReason, Kind
 from relay.limits import AcceptStatistics
 from relay.mesh import LinkState
 from relay.pump import Connection, Pump
-from relay.refusals import Refusals
+from relay.refusals import Refusals, Stage
 from relay.sampling import HISTORY_SAMPLES, Rates, Sampler
 from relay.stun import StunStatistics
 from relay.upgrade import RateLimit
@@ -211,7 +211,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         unix_time: float,
         started_at: float,
         sampler: Sampler,
-        refusals: Refusals,
+        refusals: Refusals[Stage],
         accepts: AcceptStatistics,
         websocket_accepts: int,
         tls_handshakes: Mapping[str, int],

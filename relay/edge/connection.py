@@ -11,7 +11,12 @@ from types import TracebackType
 from typing import Literal, Self
 from uuid import UUID
 
-from traversal.wire.tunnel.registration import ConnectionOptions, RegisterConnection
+from traversal.wire.tunnel.registration import (
+    FEATURE_PEERS,
+    ConnectionDetails,
+    ConnectionOptions,
+    RegisterConnection,
+)
 
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case; no pseudo-headers."""
@@ -131,6 +136,7 @@ class TunnelConnection(ABC):
     Attributes:
         index: the connector's number for it, from 0.
         options: what the connector said of itself.
+        is_remotely_managed: whether it was told to expect configurations from the edge.
         source: its IP address.
         since: when it registered, in monotonic seconds.
         local_configuration: what it reported (JSON), on its connection 0 only; empty if nothing.
@@ -143,12 +149,13 @@ class TunnelConnection(ABC):
     supports_udp: bool = False
 
     def __init__(
-        self, request: RegisterConnection, connection_id: UUID, *, source: str, now: float
+        self, request: RegisterConnection, details: ConnectionDetails, *, source: str, now: float
     ) -> None:
         self.tunnel_id: UUID = request.tunnel_id
         self.index: int = request.connection_index
         self.options: ConnectionOptions = request.options
-        self.connection_id = connection_id
+        self.connection_id: UUID = details.connection_id
+        self.is_remotely_managed = details.is_remotely_managed
         self.source = source
         self.since = now
         self.local_configuration = b""
@@ -159,6 +166,11 @@ class TunnelConnection(ABC):
     def connector_id(self) -> UUID:
         """The process that made this connection."""
         return self.options.client_id
+
+    @property
+    def serves_requests(self) -> bool:
+        """Whether requests are what it is for; else it carries peers' packets."""
+        return FEATURE_PEERS not in self.options.features
 
     def __repr__(self) -> str:
         return f"<{self.transport} {self.tunnel_id}/{self.connector_id}/{self.index}>"

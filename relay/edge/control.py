@@ -76,12 +76,13 @@ class ControlServer:
         self._bootstrap_question: int | None = None
         self._register_question: int | None = None
         self._is_registered = False
-        self._is_ended = False
+        self._failure: str | None = None
         self._deadline = now + REGISTRATION_SECONDS
 
     def next_deadline(self) -> float | None:
         """When `on_time` is due; None once registered."""
-        return None if self._is_registered or self._is_ended else self._deadline
+        is_waiting = not self._is_registered and self._failure is None
+        return self._deadline if is_waiting else None
 
     def on_time(self, now: float) -> list[ControlEvent]:
         """Whether the registration is overdue."""
@@ -91,9 +92,9 @@ class ControlServer:
         return self._end(f"no registration within {REGISTRATION_SECONDS:.0f} s")
 
     def receive(self, data: bytes) -> list[ControlEvent]:
-        """Bytes from the stream; empty at its end."""
-        if self._is_ended:
-            return []
+        """Bytes from the stream; empty at its end. Once it has ended, that is all that happens."""
+        if self._failure is not None:
+            return [ControlEnded(self._failure)]
         if not data:
             return self._end("" if self._is_registered else "it ended before the registration")
         events: list[ControlEvent] = []
@@ -128,7 +129,7 @@ class ControlServer:
         return data
 
     def _end(self, failure: str) -> list[ControlEvent]:
-        self._is_ended = True
+        self._failure = failure
         return [ControlEnded(failure)]
 
     def _handle(self, message: rpc.RpcMessage) -> list[ControlEvent]:

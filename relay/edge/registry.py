@@ -173,6 +173,7 @@ class Registry:
                 connection
                 for connection in served.connections.values()
                 if connection.is_usable
+                and connection.serves_requests
                 and connection not in exclude
                 and (connection.supports_udp or not needs_udp)
             ),
@@ -188,7 +189,7 @@ class Registry:
         """Return when the tunnel has a usable connection, or is not served here."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while (served := self._tunnels.get(tunnel_id)) is not None:
-            if any(connection.is_usable for connection in served.connections.values()):
+            if any(c.is_usable and c.serves_requests for c in served.connections.values()):
                 return
             await served.is_usable.park()
 

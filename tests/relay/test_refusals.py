@@ -12,7 +12,7 @@ from relay.refusals import LINES_BURST, Refusals, Stage
 def test_a_flood_is_counted_and_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
     """A burst of lines, then a few per second, which say how many were left out."""
     caplog.set_level(logging.INFO, "underpass.relay.refusals")
-    refusals = Refusals(0.0)
+    refusals = Refusals(Stage, 0.0)
     for _ in range(1000):
         refusals.note(Stage.TLS, "192.0.2.1", "no common version", 0.0)
     assert refusals.counts[Stage.TLS] == 1000
@@ -26,7 +26,7 @@ def test_a_flood_is_counted_and_does_not_fill_the_log(caplog: pytest.LogCaptureF
 def test_one_stage_does_not_silence_another(caplog: pytest.LogCaptureFixture) -> None:
     """A flood of bad TLS must not hide who is not admitted."""
     caplog.set_level(logging.INFO, "underpass.relay.refusals")
-    refusals = Refusals(0.0)
+    refusals = Refusals(Stage, 0.0)
     for _ in range(100):
         refusals.note(Stage.TLS, "192.0.2.1", "x", 0.0)
     refusals.note(Stage.ADMISSION, "192.0.2.2", "its key is not in the key list", 0.0)

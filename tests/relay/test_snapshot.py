@@ -40,7 +40,7 @@ class Relay:
     def __init__(self, pump: Pump) -> None:
         self.pump = pump
         self.sampler = Sampler(pump)
-        self.refusals = Refusals(0.0)
+        self.refusals = Refusals(Stage, 0.0)
         self.sockets: list[socket.socket] = []
 
     def connect(self, number: int, **options: object) -> socket.socket:

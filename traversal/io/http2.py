@@ -92,6 +92,8 @@ class Http2Connection:
         connect_protocol: bool = False,
     ) -> None:
         self.failure: Http2Error | None = None
+        self.received_at = trio.current_time()
+        """When the other side was last heard of."""
         self._limits = limits or Http2Limits()
         self._io = stream
         self._engine = Http2Engine(self._limits, client_side=client_side, now=trio.current_time())
@@ -238,7 +240,8 @@ class Http2Connection:
                 data = await self._io.receive()
                 if not data:
                     raise Http2Error("HTTP/2: the other side closed the connection")
-                events = self._engine.receive(data, trio.current_time())
+                self.received_at = trio.current_time()
+                events = self._engine.receive(data, self.received_at)
             except (StreamEndedError, Http2Error) as error:
                 failure = error if isinstance(error, Http2Error) else Http2Error(str(error))
                 self._flush()
@@ -298,7 +301,7 @@ class Http2Connection:
         stream._handle_data(event.data, event.flow_controlled_length)
         self._buffered += len(event.data)
         if self._buffered > self._limits.buffered_bytes:
-            max(self._streams.values(), key=lambda s: s._buffered)._discard(
+            max(self._streams.values(), key=lambda s: s._buffered).discard(
                 ErrorCodes.ENHANCE_YOUR_CALM
             )
 
@@ -421,7 +424,7 @@ class Http2Stream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._discard(ErrorCodes.CANCEL)
+        self.discard()
 
     # ---- receiving
 
@@ -529,6 +532,16 @@ class Http2Stream:
             connection._flush()
         self._fail(Http2StreamError("HTTP/2: we reset the stream", int(code)))
 
+    def discard(self, code: int = ErrorCodes.CANCEL) -> None:
+        """Reset the stream, if it is not over, and forget what nobody read."""
+        self.reset(code)
+        if self._chunks and self._failure is None:
+            # It was over, but for its reader: who comes later must not take it for complete.
+            self._is_receive_ended = False
+            self._failure = Http2StreamError("HTTP/2: the body was not read in time", int(code))
+        self._chunks.clear()
+        self._note_taken(self._buffered)
+
     # ---- from the connection
 
     def _check(self) -> None:
@@ -575,16 +588,6 @@ class Http2Stream:
         is_over = self._failure is not None or (self._is_send_ended and self._is_receive_ended)
         if is_over and not self._chunks:
             self._connection._forget(self)
-
-    def _discard(self, code: int) -> None:
-        """Reset the stream, if it is not over, and forget what nobody read."""
-        self.reset(code)
-        if self._chunks and self._failure is None:
-            # It was over, but for its reader: who comes later must not take it for complete.
-            self._is_receive_ended = False
-            self._failure = Http2StreamError("HTTP/2: the body was not read in time", int(code))
-        self._chunks.clear()
-        self._note_taken(self._buffered)
 
     def _fail(self, failure: Http2StreamError) -> None:
         if self._failure is None and not (self._is_send_ended and self._is_receive_ended):

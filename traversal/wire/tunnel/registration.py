@@ -40,6 +40,8 @@ FEATURE_DATAGRAM_V2: Final = "support_datagram_v2"
 FEATURE_DATAGRAM_V3: Final = "support_datagram_v3_2"
 FEATURE_QUIC_EOF: Final = "support_quic_eof"
 FEATURE_MANAGEMENT_LOGS: Final = "management_logs"
+FEATURE_PEERS: Final = "underpass_peers"
+"""Ours: the connection carries peers' packets and gets no requests."""
 
 DUPLICATE_CONNECTION: Final = "EDUPCONN"
 """The cause that makes a connector try another address (specification 6.6)."""

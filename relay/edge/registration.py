@@ -1,0 +1,149 @@
+"""Who may serve a tunnel: decides on registrations, for both transports.
+
+What an answer does to the reference connector (edge tunnel specification 6.6) differs: over HTTP/2
+an error on its first connection makes the program exit, over QUIC it tries again for ever. So only
+wrong credentials are answered with an error. Everything that may pass by itself is not answered:
+the connection is closed, and the connector comes again. Nobody is told `EDUPCONN`: the same
+connector may have all its connections here.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+from uuid import UUID
+
+import trio
+
+from relay.edge.connection import ConnectionFailedError, TunnelConnection
+from relay.edge.registry import Registry, Tunnel
+from relay.refusals import Refusals
+from traversal.wire.tunnel.registration import (
+    ConnectionDetails,
+    ConnectionRefusal,
+    RegisterConnection,
+)
+
+CONNECTIONS: Final = 20_000
+"""Registered ones, all tunnels together; one that is idle costs some 100 KiB."""
+PUSH_SECONDS: Final = 10.0
+PUSH_AGAIN_SECONDS: Final = 30.0
+
+
+class EdgeStage(enum.StrEnum):
+    """Where a connector was turned away."""
+
+    LIMITS = "limits"
+    TLS = "tls"
+    PROTOCOL = "protocol"
+    REGISTRATION = "registration"
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Answer with these details, then add the connection to the registry."""
+
+    tunnel: Tunnel
+    details: ConnectionDetails
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Answer so, then close the connection. `reason` is for our log."""
+
+    refusal: ConnectionRefusal
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """Close the connection without an answer; the connector will come again."""
+
+    reason: str
+
+
+Decision: TypeAlias = Accepted | Refused | Deferred
+
+
+class Registrar:
+    """Decides on registrations, and keeps connectors configured.
+
+    Attributes:
+        location: what connectors show in their logs as the place that they are connected to.
+        drain_seconds: how long a connection that leaves may take to finish what is under way.
+        is_draining: the edge is about to stop; nobody new is taken.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        refusals: Refusals[EdgeStage],
+        *,
+        location: str,
+        drain_seconds: float,
+        new_id: Callable[[], UUID],
+    ) -> None:
+        self.registry = registry
+        self.refusals = refusals
+        self.location = location
+        self.drain_seconds = drain_seconds
+        self.is_draining = False
+        self.accepted = 0
+        self._new_id = new_id
+
+    def decide(self, request: RegisterConnection) -> Decision:
+        """What to do about a registration."""
+        if self.is_draining:
+            return Deferred("the edge is about to stop")
+        tunnel = self.registry.authenticate(request)
+        if tunnel is None:
+            return Refused(
+                ConnectionRefusal("the edge does not know this tunnel, or not with this secret"),
+                f"wrong credentials for tunnel {request.tunnel_id}",
+            )
+        if not self.registry.has_room(request):
+            return Deferred(f"tunnel {tunnel.name} has as many connections as one may have")
+        if sum(1 for _ in self.registry.connections()) >= CONNECTIONS:
+            return Deferred(f"the edge has {CONNECTIONS} connections")
+        self.accepted += 1
+        return Accepted(
+            tunnel,
+            ConnectionDetails(
+                self._new_id(), self.location, is_remotely_managed=tunnel.configuration is not None
+            ),
+        )
+
+    def refuse(self, stage: EdgeStage, source: str, reason: str) -> None:
+        """Count and log a connection that was turned away."""
+        self.refusals.note(stage, source, reason, trio.current_time())
+
+    async def keep_configured(self, connection: TunnelConnection) -> None:
+        """Push the tunnel's remote configuration, now and whenever it changes.
+
+        For connectors that were told that they are remotely managed. Returns when the connection or
+        the tunnel is gone.
+        """
+        version = -1
+        while True:
+            configuration = await self.registry.wait_configuration(connection.tunnel_id, version)
+            if configuration is None:
+                return
+            try:
+                with trio.fail_after(PUSH_SECONDS):
+                    applied = await connection.push_configuration(
+                        configuration.version, configuration.document
+                    )
+            except (ConnectionFailedError, trio.TooSlowError) as error:
+                self.refuse(
+                    EdgeStage.PROTOCOL,
+                    connection.source,
+                    f"{connection} did not take its configuration: {str(error) or 'no answer'}",
+                )
+                if not connection.is_usable:
+                    return
+                await trio.sleep(PUSH_AGAIN_SECONDS)
+                continue
+            # A connector that has a newer one (of another edge) says so and keeps it.
+            version = max(applied, configuration.version)
