@@ -66,10 +66,13 @@ class Nat:
 class StockPeer:
     """A stock node's rules, path selection specification 5 and 6, without ours: no Ping back, no
     early doubt, a Ping per candidate and 5 s, heartbeats of 3 s, trust of 6.5 s, empty lists erase.
+
+    One with silent disco (14) sends no heartbeats; data from the best address extends its trust.
     """
 
     def __init__(self, entropy):
         self.entropy = entropy
+        self.is_silent = False
         self.sent = self.received = 0
         self.own = ()
         self.candidates = {}
@@ -144,7 +147,7 @@ class StockPeer:
             if now - self.last_sent > 45.0:
                 self.heartbeat_at = float("inf")
                 return
-            if self.best is not None:
+            if self.best is not None and not self.is_silent:
                 self._ping(self.best)
             if self._wants_full_ping():
                 self._full_ping(call=True)
@@ -174,6 +177,10 @@ class StockPeer:
             self.best = address
         if self.best == address:
             self.best_latency, self.trusted_until = latency, now + 6.5
+
+    def handle_data(self, source, now):
+        if self.is_silent and source == self.best:
+            self.trusted_until = now + 6.5
 
     def handle_call_me_maybe(self, addresses, now):
         self.now = now
@@ -280,6 +287,8 @@ class Node:
                 self.peer.handle_call_me_maybe(addresses, now)
             case ("data", number):
                 self.arrived.setdefault(number, now)
+                if isinstance(self.peer, StockPeer):
+                    self.peer.handle_data(source, now)
                 if source in self.mapped or source == EDGE_PATH.address:
                     self.peer.received += 1
         self.flush()

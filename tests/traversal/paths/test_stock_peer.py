@@ -109,3 +109,38 @@ def test_one_way_traffic_to_a_stock_node(world) -> None:
     for second in range(3, 120):
         w.run(float(second))
         assert w.a.peer.state is PathState.DIRECT
+
+
+@pytest.mark.parametrize("speakers", ["a", "b", "ab"])
+def test_silent_disco(world, speakers) -> None:
+    """A stock node that sends no heartbeats is taken for dead by nobody: our own Pings, which it
+    answers, and the data vouch for the path, whoever speaks; and it pings only when it has to."""
+    w = world().join("easy", "easy", stock_b=True)
+    w.b.peer.is_silent = True
+    talkers = [getattr(w, name) for name in speakers]
+    log = w.talk(*talkers, every=0.05, until=120.0)
+    w.run(7.0)
+    for second in range(8, 120):
+        w.run(float(second))
+        if "a" in speakers:
+            assert w.a.peer.state is PathState.DIRECT
+    if speakers == "ab":
+        assert w.b.peer.state is PathState.DIRECT
+        assert w.b.sent(SendPing, since=10.0, until=59.0) == []
+    assert w.lost(log, 0.0, 118.0) == []
+
+
+def test_a_silent_path_that_dies(world) -> None:
+    """Without its heartbeats we still find out within a second, and are back 3 s after it heals."""
+    w = world().join("easy", "easy", stock_b=True)
+    w.b.peer.is_silent = True
+    log = w.talk(w.a, w.b, every=0.05, until=60.0)
+    w.run(20.0)
+    w.is_down = True
+    w.run(40.0)
+    w.is_down = False
+    w.run(43.1)
+    assert w.a.peer.state is PathState.DIRECT
+    w.run(60.0)
+    ours = {number: entry for number, entry in log.items() if entry[1] is w.a}
+    assert w.lost(ours, 21.0, 58.0) == []
