@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from enum import StrEnum
 from importlib import import_module
 from ipaddress import IPv4Address, IPv4Network
@@ -364,6 +364,19 @@ async def _packets_on_timeline(lab: KernelLab) -> AsyncIterator[None]:
         watch.close()
 
 
+def _names_in_kernel(lab: KernelLab, name_servers: Collection[str]) -> AbstractContextManager[None]:
+    topology = lab.topology
+    hosts = (*topology.host_by_name, *topology.server_by_name)
+    names = {name: lab.host(name).addresses for name in hosts}
+    if name_servers and any(nat.behavior.nat64 for nat in topology.nats):
+        # One hosts file serves all, and only a DNS64 can give each the address that it can reach.
+        names = {
+            name: found for name, found in names.items() if any(":" in address for address in found)
+        }
+    servers = [address for name in name_servers for address in lab.host(name).addresses]
+    return names_for_programs(names, servers)
+
+
 @asynccontextmanager
 async def open_lab(
     topology: Topology,
@@ -371,6 +384,7 @@ async def open_lab(
     *,
     adjustable: Collection[str] = (),
     record_packets: bool = True,
+    name_servers: Collection[str] = (),
 ) -> AsyncIterator[Lab]:
     """Build a topology and take it down in the end.
 
@@ -379,6 +393,7 @@ async def open_lab(
         back_end: what builds it; the kernel needs the process to be in a jail.
         adjustable: owners of links that `Lab.set_link` may change later.
         record_packets: whether each packet of the hosts goes on the timeline.
+        name_servers: servers that will offer DNS, for programs in the kernel.
 
     Raises:
         JailError, BuildError, FabricError: the kernel back end cannot be built here.
@@ -387,9 +402,7 @@ async def open_lab(
         from netlab.kernel.lab import KernelLab
 
         async with KernelLab(topology, adjustable=adjustable) as kernel_lab:
-            hosts = (*topology.host_by_name, *topology.server_by_name)
-            names = {name: kernel_lab.host(name).addresses for name in hosts}
-            with names_for_programs(names):
+            with _names_in_kernel(kernel_lab, name_servers):
                 if record_packets:
                     async with _packets_on_timeline(kernel_lab):
                         yield RunningKernelLab(kernel_lab)

@@ -88,7 +88,12 @@ async def run_scenario(
         )
     # What programs left in their directory goes when they are dead, so after the lab.
     with ExitStack() as files:
-        async with open_lab(scenario.topology, back_end, adjustable=scenario.adjustable) as lab:
+        async with open_lab(
+            scenario.topology,
+            back_end,
+            adjustable=scenario.adjustable,
+            name_servers=scenario.name_servers,
+        ) as lab:
             run = _Run(scenario, lab, files)
             lab.timeline.sinks.append(run.observe)
             if watch is not None:
@@ -328,7 +333,10 @@ async def run_services_around(scenario: Scenario, machine: str, command: tuple[s
     Raises:
         ProgramError: there is no such command.
     """
-    async with open_lab(scenario.topology, BackEnd.KERNEL) as lab, trio.open_nursery() as nursery:
+    async with (
+        open_lab(scenario.topology, BackEnd.KERNEL, name_servers=scenario.name_servers) as lab,
+        trio.open_nursery() as nursery,
+    ):
         for service in scenario.services:
             await nursery.start(run_service, lab, service)
         status = await lab.run_on_terminal(machine, command)

@@ -140,6 +140,11 @@ class Scenario:
         """The owners of links that are changed under way."""
         return frozenset(c.target for c in self.changes if c.action is Action.LINK_SET)
 
+    @property
+    def name_servers(self) -> tuple[str, ...]:
+        """The servers that offer DNS."""
+        return tuple(s.server for s in self.services if s.kind is ServiceKind.DNS)
+
     def cells(self) -> Iterator[Scenario]:
         """Yield a scenario for every pair of the matrix."""
         assert self.matrix is not None

@@ -9,6 +9,8 @@ example node; real relays run as programs. Its datagrams are text lines:
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+
 import dns.exception
 import dns.flags
 import dns.message
@@ -16,6 +18,8 @@ import dns.rdatatype
 import dns.rrset
 import trio
 
+from netlab.dns64 import IPV4_ONLY, IPV4_ONLY_NAME, synthesize
+from netlab.drops import Address, address_text
 from netlab.labs import Lab
 from netlab.probe import ProbeServers, serve_probe
 from netlab.scenario import Service, ServiceKind
@@ -25,6 +29,9 @@ STUN_PORTS = (3478, 3479)
 RELAY_PORT = 3480
 ECHO_PORT = 7
 DNS_PORT = 53
+
+# Record type -> size of an address and the type's name.
+_RECORDS = {dns.rdatatype.A: (4, "A"), dns.rdatatype.AAAA: (16, "AAAA")}
 
 # A lab has at most some thousand nodes; a program gone wild shall not fill the memory.
 _MAX_RELAY_NAMES = 10_000
@@ -51,13 +58,17 @@ async def run_service(
             case ServiceKind.RELAY:
                 await _serve_relay(addresses[0], task_status=task_status)
             case ServiceKind.DNS:
-                await _serve_dns(lab, addresses[0], task_status=task_status)
+                async with trio.open_nursery() as nursery:
+                    for address in host.addresses:
+                        await nursery.start(_serve_dns, lab, address)
+                    task_status.started()
             case ServiceKind.ECHO:
                 await _serve_echo(addresses[0], task_status=task_status)
 
 
 async def _bind(address: str, port: int) -> trio.socket.SocketType:
-    sock = trio.socket.socket(type=trio.socket.SOCK_DGRAM)
+    family = trio.socket.AF_INET6 if ":" in address else trio.socket.AF_INET
+    sock = trio.socket.socket(family, trio.socket.SOCK_DGRAM)
     try:
         await sock.bind((address, port))
     except BaseException:
@@ -111,8 +122,10 @@ async def _serve_echo(address: str, *, task_status: trio.TaskStatus[None]) -> No
 
 
 async def _serve_dns(lab: Lab, address: str, *, task_status: trio.TaskStatus[None]) -> None:
-    """Answer A and AAAA questions about the lab's machines; everything else doesn't exist."""
-    names = {name.lower() for name in (*lab.topology.host_by_name, *lab.topology.server_by_name)}
+    """Answer A and AAAA questions about the lab's machines; everything else doesn't exist.
+
+    Who asks from behind a NAT64 gets synthesized AAAA records (RFC 6147).
+    """
     with await _bind(address, DNS_PORT) as sock:
         task_status.started()
         while True:
@@ -125,17 +138,39 @@ async def _serve_dns(lab: Lab, address: str, *, task_status: trio.TaskStatus[Non
             response.flags |= dns.flags.AA
             for question in query.question:
                 name = question.name.to_text(omit_final_dot=True).lower()
-                if name not in names:
+                known = _addresses_of(lab, name)
+                if known is None:
                     response.set_rcode(dns.rcode.NXDOMAIN)
                     continue
-                wants_ipv6 = question.rdtype == dns.rdatatype.AAAA
-                kind = "AAAA" if wants_ipv6 else "A"
-                found = [a for a in lab.host(name).addresses if (":" in a) == wants_ipv6]
-                if found and question.rdtype in (dns.rdatatype.A, dns.rdatatype.AAAA):
+                size, kind = _RECORDS.get(question.rdtype, (0, ""))
+                if size == 16 and _is_behind_nat64(lab, source[0]):
+                    known = synthesize(known)
+                found = [address_text(one) for one in known if len(one) == size]
+                if found:
                     response.answer.append(
                         dns.rrset.from_text(question.name, 5, "IN", kind, *found)
                     )
             await _send(sock, response.to_wire(), source)
+
+
+def _addresses_of(lab: Lab, name: str) -> tuple[Address, ...] | None:
+    if name == IPV4_ONLY_NAME:
+        return IPV4_ONLY
+    for machine in (*lab.topology.host_by_name, *lab.topology.server_by_name):
+        if machine.lower() == name:
+            return tuple(ip_address(address).packed for address in lab.host(machine).addresses)
+    return None
+
+
+def _is_behind_nat64(lab: Lab, source: str) -> bool:
+    """Whether a question came from a network with a NAT64, by IPv6 or through it."""
+    address = ip_address(source)
+    for nat in lab.topology.nats:
+        if nat.behavior.nat64:
+            inside = lab.addresses.nats[nat.name].inside_ipv6
+            if address in lab.external(nat.name) or (inside is not None and address in inside):
+                return True
+    return False
 
 
 async def _send(sock: trio.socket.SocketType, data: bytes, target: tuple[str, int]) -> None:

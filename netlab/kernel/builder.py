@@ -113,8 +113,7 @@ class Built:
                 for end in ends:
                     veths[end.machine].append(end.index)
         for nat in self.wiring.user_nats:
-            # What is too big for the uplink is refused, or cut into pieces, on the inside.
-            links[nat.inside.machine].append(self._add_tun(nat.inside, nat.uplink.mtu_bytes))
+            links[nat.inside.machine].append(self._add_tun(nat.inside, nat.inside_mtu_bytes))
         # From the leaves inwards: a cable's inner end comes up with its own machine, and when its
         # outer machine's turn comes, both ends have what they need to carry packets.
         for name, machine in reversed(list(machines.items())):

@@ -38,6 +38,7 @@ import msgspec
 from netlab.behavior import Link, NatBehavior
 from netlab.drops import Drop, DropReason
 from netlab.kernel.packets import describe
+from netlab.kernel.siit import Siit
 from netlab.kernel.tun_nat import Side, TunNat
 from netlab.link import LinkDirection
 from netlab.nat import Translator
@@ -114,6 +115,16 @@ class _Pump:
         self.directions = directions
         inner, outer = ends
         self.flights = (_Flight(_writer(outer)), _Flight(_writer(inner)))
+
+
+def _ipv6_outlet(siit: Siit, write: _Carrier) -> _Carrier:
+    """Return what takes a NAT64's IPv4 packets to its inside."""
+
+    def write_translated(packet: bytes | bytearray, now: float) -> None:
+        for piece in siit.to_ipv6(packet):
+            write(piece, now)
+
+    return write_translated
 
 
 def _writer(device: int) -> _Carrier:
@@ -311,13 +322,24 @@ class Fabric:
         """Translate between an inside device and a pumped cable, whose IPv6 goes on as before."""
         pump = self._pumps[uplink]
         to_router = pump.flights[1].deliver
-        carry: tuple[_Carrier, _Carrier] = (_writer(descriptors[0]), self._carriers[uplink])
+        siit = Siit() if behavior.nat64 else None
+        to_inside = _writer(descriptors[0])
+        carry: tuple[_Carrier, _Carrier] = (
+            to_inside if siit is None else _ipv6_outlet(siit, to_inside),
+            self._carriers[uplink],
+        )
+
+        def on_mapping(event: MappingBorn | MappingDied) -> None:
+            if siit is not None:
+                event = msgspec.structs.replace(event, inside=siit.reveal(event.inside))
+            self._report_mapping(event)
+
         translator = Translator(
             behavior,
             external,
             generator=random.Random(seed),
             name=name,
-            on_event=self._report_mapping,
+            on_event=on_mapping,
             inside_hosts=inside_hosts,
         )
 
@@ -325,13 +347,17 @@ class Fabric:
             carry[side](packet, time.monotonic())
 
         def on_drop(drop: Drop, packet: bytes) -> None:
+            if siit is not None:
+                drop, packet = siit.reveal_drop(drop, packet)
             self._report_drop(name, drop, packet)
 
         nat = self._nats[name] = TunNat(translator, answer, on_drop)
         handle = nat.handle_packet
 
         def translate_outbound(packet: bytes | bytearray, now: float) -> None:
-            changed = bytearray(packet)
+            changed = bytearray(packet) if siit is None else siit.to_ipv4(packet)
+            if changed is None:
+                return
             leaves = handle(changed, Side.INSIDE, self._nat_now)
             if leaves is not None:
                 carry[leaves](changed, now)

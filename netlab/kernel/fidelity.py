@@ -61,6 +61,8 @@ def choose_engine(behavior: NatBehavior, inside_machines: int) -> Fidelity:
 
 
 def _nft_shortcomings(behavior: NatBehavior, inside_machines: int) -> Iterator[str]:
+    if behavior.nat64:
+        yield "no translation between IPv6 and IPv4"
     yield from _lifetime_shortcomings(behavior)
     if behavior.translation is Translation.NONE:
         return

@@ -196,7 +196,8 @@ class KernelLab:
                 self._start_observing()
             if self._fabric is not None:
                 self._connect_fabric(self._fabric)
-            restore = install_hooks(LabResolver(self._public_names() | self._extra_names))
+            names = self._public_names() | self._extra_names
+            restore = install_hooks(LabResolver(names, self._is_behind_nat64))
             try:
                 async with trio.open_nursery() as nursery:
                     if self._fabric is not None:
@@ -234,6 +235,10 @@ class KernelLab:
                 namespace = self.namespaces[name]
                 observer = NatObserver(router.name, namespace, self.now, self.timeline.add)
                 self.observers[name] = observer
+
+    def _is_behind_nat64(self, namespace: NetworkNamespace) -> bool:
+        hosts = (m for m in self._machines.values() if isinstance(m, KernelHost))
+        return any(host.is_behind_nat64 for host in hosts if host.namespace is namespace)
 
     def _public_names(self) -> dict[str, tuple[str, ...]]:
         interfaces = dict(self.plan.servers)

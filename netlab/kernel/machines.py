@@ -124,6 +124,12 @@ class KernelHost(KernelMachine):
             for address in (*plans[network].ipv4, *plans[network].ipv6)
         )
 
+    @property
+    def is_behind_nat64(self) -> bool:
+        """Whether the preferred uplink is an IPv6-only network with a NAT64."""
+        nat = self._lab.topology.nat_by_name.get(self._up[0]) if self._up else None
+        return nat is not None and nat.behavior.nat64
+
     # --- programs ------------------------------------------------------------------------
 
     def command(self, command: Sequence[str]) -> list[str]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from ipaddress import ip_address
 from typing import Any, TypeAlias
 
 import trio
 import trio.abc
 
+from netlab.dns64 import IPV4_ONLY, IPV4_ONLY_NAME, synthesize
+from netlab.drops import Address, address_text
 from netlab.kernel.namespaces import NetworkNamespace
 
 _Stack: TypeAlias = "tuple[NetworkNamespace, _Stack | None]"
@@ -38,10 +41,21 @@ class HostSocketFactory(trio.abc.SocketFactory):
 
 
 class LabResolver(trio.abc.HostnameResolver):
-    """Resolves the names of a lab's public machines, and extra ones; nothing else."""
+    """Resolves the names of a lab's public machines, and extra ones; nothing else.
 
-    def __init__(self, addresses: Mapping[str, tuple[str, ...]]) -> None:
-        self._addresses = addresses
+    Args:
+        addresses: what each name has.
+        is_behind_nat64: whether the host with a namespace gets synthesized addresses (RFC 6147).
+    """
+
+    def __init__(
+        self,
+        addresses: Mapping[str, tuple[str, ...]],
+        is_behind_nat64: Callable[[NetworkNamespace], bool] = lambda _: False,
+    ) -> None:
+        own = {name: _packed(found) for name, found in addresses.items()}
+        self._addresses = {IPV4_ONLY_NAME: IPV4_ONLY, **own}
+        self._is_behind_nat64 = is_behind_nat64
 
     # The loose element types are those of trio.abc.HostnameResolver.
     async def getaddrinfo(
@@ -56,11 +70,16 @@ class LabResolver(trio.abc.HostnameResolver):
         await trio.lowlevel.checkpoint()
         name = (host or b"").decode("ascii", errors="replace")
         found: list[tuple[Any, ...]] = []
-        for address in self._addresses.get(name.rstrip(".").lower(), ()):
-            of_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        addresses = self._addresses.get(name.rstrip(".").lower(), ())
+        stack = _entered.get()
+        if stack is not None and self._is_behind_nat64(stack[0]):
+            addresses = synthesize(addresses)
+        for address in addresses:
+            of_family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
             if family in (0, of_family):
+                text = address_text(address)
                 found += socket.getaddrinfo(
-                    address, port, of_family, type, proto, flags | socket.AI_NUMERICHOST
+                    text, port, of_family, type, proto, flags | socket.AI_NUMERICHOST
                 )
         if not found:
             raise socket.gaierror(
@@ -72,6 +91,10 @@ class LabResolver(trio.abc.HostnameResolver):
         """Return the address and port as text; the lab has no reverse names."""
         await trio.lowlevel.checkpoint()
         return socket.getnameinfo(sockaddr, flags | socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+
+
+def _packed(addresses: tuple[str, ...]) -> tuple[Address, ...]:
+    return tuple(ip_address(address).packed for address in addresses)
 
 
 def enter_namespace(namespace: NetworkNamespace) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from netlab.addresses import AddressPlan, InterfacePlan, NatPlan, plan_addresses
+from netlab.addresses import NAT64_PREFIX, AddressPlan, InterfacePlan, NatPlan, plan_addresses
 from netlab.behavior import Link, ModelError, Translation
 from netlab.kernel.fidelity import Engine, Fidelity, choose_engine
 from netlab.kernel.netlink import IpInterface, Route
@@ -102,6 +102,14 @@ class UserNat:
     router: Router
     inside: End
     uplink: Cable
+
+    @property
+    def inside_mtu_bytes(self) -> int:
+        """What is bigger than this is refused, or cut into pieces, before it is translated."""
+        if self.router.behavior.nat64:
+            # The IPv6 header is 20 bytes longer, and 1280 is its least MTU (RFC 8200).
+            return max(1280, min(65535, self.uplink.mtu_bytes + 20))
+        return self.uplink.mtu_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,14 +267,14 @@ class _Planner:
 
     def _add_nat(self, nat: Nat) -> None:
         plan, behavior = self._addresses.nats[nat.name], nat.behavior
-        if behavior.nat64:
-            raise ModelError(
-                f'nat "{nat.name}": nat64',
-                "the kernel back end translates no IPv6 to IPv4; use the simulated one",
-            )
         inside = self._inside[nat.name]
         fidelity = choose_engine(behavior, len(inside))
         engine = Engine(self._engines.get(nat.name, fidelity.engine))
+        if behavior.nat64 and engine is not Engine.USER:
+            raise ModelError(
+                f'nat "{nat.name}": nat64',
+                'nftables translates no IPv6 to IPv4; use the engine "user"',
+            )
         router = Router(
             name=nat.name,
             behavior=behavior,
@@ -305,7 +313,8 @@ class _Planner:
         # The engine owns the external IPv4 addresses; the router doesn't even see their packets.
         machine.addresses += [(wan.index, address) for address in own if address.version == 6]
         inward = End(nat.name, NAT_INSIDE, machine.take_index())
-        machine.routes.append(Route(_EVERYWHERE_IPV4, inward.index))
+        translated = NAT64_PREFIX if behavior.nat64 else _EVERYWHERE_IPV4
+        machine.routes.append(Route(translated, inward.index))
         self._user_nats.append(UserNat(router, inward, self._cables[-1]))
 
     def _route_untranslated(self, nat: Nat, inside: IPv4Network) -> None:

@@ -9,13 +9,9 @@ from typing import Any
 
 import trio
 
-from netlab.addresses import NAT64_PREFIX
+from netlab.dns64 import IPV4_ONLY, IPV4_ONLY_NAME, synthesize
 from netlab.drops import Address
 from netlab.simulated.host import SimulatedHost, current_host
-
-# RFC 7050: the name whose AAAA records reveal a NAT64's prefix.
-_IPV4_ONLY_NAME = "ipv4only.arpa"
-_IPV4_ONLY = (bytes((192, 0, 0, 170)), bytes((192, 0, 0, 171)))
 
 
 class Resolver(trio.abc.HostnameResolver):
@@ -66,11 +62,8 @@ class Resolver(trio.abc.HostnameResolver):
     def _addresses(self, name: str, asking: SimulatedHost) -> tuple[Address, ...]:
         if name == "localhost":
             return bytes(15) + b"\1", b"\x7f\0\0\1"
-        found = _IPV4_ONLY if name == _IPV4_ONLY_NAME else self.records.get(name, ())
-        if self._is_behind_nat64(asking) and all(len(address) == 4 for address in found):
-            prefix = NAT64_PREFIX.network_address.packed[:12]
-            return tuple(prefix + address for address in found)
-        return found
+        found = IPV4_ONLY if name == IPV4_ONLY_NAME else self.records.get(name, ())
+        return synthesize(found) if self._is_behind_nat64(asking) else found
 
     async def getnameinfo(self, sockaddr: Any, flags: int) -> tuple[str, str]:
         """Return the name that has the address, else the address itself."""

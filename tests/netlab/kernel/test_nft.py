@@ -257,10 +257,15 @@ def test_the_choice_can_be_overridden() -> None:
     assert fidelity.reasons
 
 
-def test_nat64_is_refused_with_the_way_out() -> None:
-    """The kernel back end has none, and says who has."""
-    with pytest.raises(ModelError, match=r'nat "n": nat64: .* use the simulated one'):
-        plan_wiring(home(NatBehavior(nat64=True, ipv6=Ipv6.ROUTED)))
+def test_nat64_is_for_the_user_engine() -> None:
+    """It gets the IPv4 in IPv6 of its inside; nftables is refused with the way out."""
+    topology = home(NatBehavior(nat64=True, ipv6=Ipv6.ROUTED))
+    (nat,) = plan_wiring(topology).user_nats
+    assert nat.inside_mtu_bytes == 1520
+    routes = plan_wiring(topology).machines["n"].routes
+    assert "64:ff9b::/96" in [str(route.destination) for route in routes]
+    with pytest.raises(ModelError, match=r'nat "n": nat64: .* use the engine "user"'):
+        plan_wiring(topology, engines={"n": Engine.NFT})
 
 
 def test_a_user_nats_router_never_sees_external_addresses() -> None:

@@ -77,7 +77,7 @@ async def measure(
 
 @pytest.mark.parametrize("engine", [None, Engine.USER], ids=["by fidelity", "user"])
 async def test_every_preset_keeps_its_claims(engine: Engine | None) -> None:
-    """All presets but NAT64's, each on the engine faithful to it, and on the user engine."""
+    """All but NAT64's (see test_nat64.py), each on the engine faithful to it, and on the user's."""
     chains: dict[str, list[NatBehavior]] = {}
     presets = {name.replace("/", "-"): nat_preset(name) for name in nat_presets()}
     presets = {name: preset for name, preset in presets.items() if not preset.behavior.nat64}
