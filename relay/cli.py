@@ -16,6 +16,7 @@ import click
 from relay.config import Config, ConfigError
 from relay.config_schema import DERP_PORT
 from relay.demo import demo_command
+from relay.edge.cli import edge_command
 from relay.loadtest import loadtest_command
 from relay.map_entry import PRIVATE_REGION_ID, build_map
 from relay.probe import probe_command
@@ -447,7 +448,7 @@ def token_issue(
         click.echo(f"id {claims.id}", err=True)
 
 
-for command in (demo_command, probe_command, loadtest_command, top_command):
+for command in (demo_command, edge_command, probe_command, loadtest_command, top_command):
     main.add_command(command)
 
 if __name__ == "__main__":

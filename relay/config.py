@@ -26,6 +26,7 @@ from relay.config_schema import (
     AdminConfig,
     AdmissionConfig,
     BootstrapDnsConfig,
+    EdgeConfig,
     FilePath,
     HookConfig,
     LimitsConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "AdminConfig",
     "AdmissionConfig",
     "BootstrapDnsConfig",
+    "EdgeConfig",
     "HookConfig",
     "LimitsConfig",
     "ListenConfig",
@@ -96,6 +98,7 @@ class Config(Section, frozen=True):
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     bootstrap_dns: BootstrapDnsConfig = field(default_factory=BootstrapDnsConfig)
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -319,6 +322,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         )
     if admission.hook.url and not _is_web_url(admission.hook.url):
         yield "admission.hook.url", "must be an http(s) URL, without user and password"
+    if bool(config.edge.cert_file) != bool(config.edge.key_file):
+        yield "edge.cert_file", "and edge.key_file go together; give both or neither"
+    if config.edge.listen and not config.edge.directory:
+        yield "edge.directory", "is empty; the tunnels need a place"
     if config.mesh.peers and not server.mesh_key_file:
         yield "mesh.peers", "needs server.mesh_key_file, the key that the region's servers share"
 

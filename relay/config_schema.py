@@ -216,6 +216,20 @@ class BootstrapDnsConfig(Section, frozen=True):
     """"name" or "name/txtname"."""
 
 
+class EdgeConfig(Section, frozen=True):
+    """[edge]: tunnels of connectors such as cloudflared (edge tunnel specification)."""
+
+    listen: tuple[ListenAddress, ...] = ()
+    """Where connectors connect, usually ":7844", TCP and UDP. Empty: there is no edge."""
+    directory: FilePath = FilePath("/var/lib/underpass-relay/edge")
+    """Holds the tunnels and, unless `cert_file` is given, an authority of the edge's own."""
+    cert_file: FilePath = FilePath("")
+    key_file: FilePath = FilePath("")
+    """A certificate for h2.cftunnel.com, quic.cftunnel.com and probe.cftunnel.com."""
+    location: str = "edge01"
+    """What connectors show in their logs as the place that they are connected to."""
+
+
 class AdminConfig(Section, frozen=True):
     """[admin]"""
 

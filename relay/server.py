@@ -27,6 +27,9 @@ from relay.certificate_files import CertificateError, load_or_create_self_signed
 from relay.certificates import Certificates
 from relay.config import Config, ConfigError, ListenAddress, diff_reload
 from relay.derper_files import load_or_create_server_key, read_mesh_key, read_server_key
+from relay.edge.certificates import EdgeCertificates
+from relay.edge.service import Edge
+from relay.edge.tunnel_files import credentials_files, read_tunnel
 from relay.endpoints import plain_http_responder
 from relay.file_watch import POLL_SECONDS, FileWatch
 from relay.http import Responder, serve_http
@@ -74,6 +77,7 @@ class Bound:
     http: tuple[tuple[str, int], ...]
     admin: tuple[tuple[str, int], ...]
     pin: str
+    edge: tuple[tuple[str, int], ...] = ()
 
 
 def load_identity(config: Config) -> Identity:
@@ -121,6 +125,10 @@ def check_files(config: Config) -> list[str]:
         attempt(lambda: Certificates(config.tls, server.hostname, key))
     if config.tls.mode == "acme":
         attempt(lambda: AcmeRenewer(config.tls.acme, server.hostname))
+    if config.edge.listen:
+        attempt(lambda: EdgeCertificates(config.edge))
+        for path in credentials_files(config.edge.directory):
+            attempt(partial(read_tunnel, path))
     attempt(lambda: _stun_server(config))
     attempt(lambda: _admin_token(config))
     return problems
@@ -182,6 +190,9 @@ class _Relay:
                 more = [self._open(ports, reuse_port=True) for _ in range(workers - 1)]
                 self._plane = WorkerPool(config, identity, [self._derp, *more])
             self._stun = _stun_server(config)
+            self._edge = None
+            if config.edge.listen:
+                self._edge = Edge(config, self._open(config.edge.listen))
         except BaseException:
             self.close()
             raise
@@ -234,6 +245,8 @@ class _Relay:
         stun: list[tuple[str, int]] = []
         if self._stun is not None:
             stun = await nursery.start(self._stun.serve)
+        if self._edge is not None:
+            await nursery.start(self._edge.run)
         tls = self._config.tls
         plain = plain_http_responder(
             acme_answer=partial(http_challenge_answer, tls.acme.state_directory),
@@ -260,14 +273,19 @@ class _Relay:
             http=_places(self._http),
             admin=_places(self._admin),
             pin=(certificate.pin or "") if certificate is not None else "",
+            edge=() if self._edge is None else self._edge.addresses,
         )
 
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")
-        try:
-            await self._plane.drain(self._config.server.drain_seconds)
-        except WorkerError as error:
-            logger.error("there is nobody left to drain: %s", error)
+        seconds = self._config.server.drain_seconds
+        async with trio.open_nursery() as nursery:
+            if self._edge is not None:
+                nursery.start_soon(self._edge.drain, seconds)
+            try:
+                await self._plane.drain(seconds)
+            except WorkerError as error:
+                logger.error("there is nobody left to drain: %s", error)
         everything.cancel()
 
     async def _watch_config(self) -> NoReturn:
@@ -285,9 +303,13 @@ class _Relay:
         except (ConfigError, WorkerError) as error:
             logger.error("the old configuration stays in use: %s", error)
             return
+        if self._edge is not None:
+            self._edge.reconfigure(reload.config)
         self._config = reload.config
         self._admin_token = admin_token
         set_level(reload.config.log)
+        if self._edge is not None:
+            self._edge.reload_files()
         try:
             await self._plane.reload_files()
         except WorkerError as error:

@@ -62,12 +62,13 @@ class _Served:
 
 
 class Registry:
-    """The edge's tunnels and connections. Nothing here waits, but for the two `wait_` methods."""
+    """The edge's tunnels and connections. Nothing here waits, but for the `wait_` methods."""
 
     def __init__(self) -> None:
         self._tunnels: dict[UUID, _Served] = {}
         self._turn = 0
         self._last_turn: dict[TunnelConnection, int] = {}
+        self._is_empty = trio.lowlevel.ParkingLot()
 
     # ---- tunnels
 
@@ -149,6 +150,8 @@ class Registry:
         key = connection.connector_id, connection.index
         if served is not None and served.connections.get(key) is connection:
             del served.connections[key]
+        if not any(served.connections for served in self._tunnels.values()):
+            self._is_empty.unpark_all()
 
     def connections(self, tunnel_id: UUID | None = None) -> Iterator[TunnelConnection]:
         """Those of a tunnel, or all."""
@@ -192,6 +195,12 @@ class Registry:
             if any(c.is_usable and c.serves_requests for c in served.connections.values()):
                 return
             await served.is_usable.park()
+
+    async def wait_empty(self) -> None:
+        """Return when no tunnel has a connection."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while any(served.connections for served in self._tunnels.values()):
+            await self._is_empty.park()
 
     async def wait_configuration(self, tunnel_id: UUID, version: int) -> RemoteConfiguration | None:
         """The tunnel's remote configuration as soon as it is newer; None if the tunnel is gone."""

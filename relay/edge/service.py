@@ -1,0 +1,153 @@
+"""The edge: listeners for connectors, and what they share.
+
+It runs in the process that the operator started: with several workers, in their parent, which has
+little else to do. Connectors and visitors then meet in one process, and no request crosses another.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from typing import Final, NoReturn
+from uuid import uuid4
+
+import trio
+
+from relay.config import Config
+from relay.edge.certificates import EdgeCertificates
+from relay.edge.http2_session import READ_BYTES, serve_http2
+from relay.edge.registration import EdgeStage, Registrar
+from relay.edge.registry import Registry
+from relay.edge.tunnel_files import TunnelFiles
+from relay.limits import ConnectionCounter
+from relay.listeners import accept_loop
+from relay.refusals import Refusals
+from traversal.io.stream import HandshakeStream, StreamEndedError
+
+logger = logging.getLogger("underpass.relay.edge")
+
+HANDSHAKE_SECONDS: Final = 15.0
+"""A connector allows as long for its side of the TLS handshake."""
+HANDSHAKES: Final = 500
+HANDSHAKES_PER_SOURCE: Final = 100
+"""TLS handshakes under way; a connector that starts makes four, one a second."""
+LOOK_SECONDS: Final = 1.0
+
+
+class Edge:
+    """Everything of the edge that runs. Construction raises CertificateError and ConfigError.
+
+    Args:
+        listeners: where connectors connect; non-blocking, closed by whoever opened them.
+
+    Attributes:
+        addresses: (host, port) pairs of the listeners.
+        registry: the tunnels and their connections.
+        registrar: decides who may serve a tunnel.
+    """
+
+    def __init__(self, config: Config, listeners: Sequence[socket.socket]) -> None:
+        now = trio.current_time()
+        self.registry = Registry()
+        self.refusals = Refusals(EdgeStage, now)
+        self.registrar = Registrar(
+            self.registry,
+            self.refusals,
+            location=config.edge.location,
+            drain_seconds=config.server.drain_seconds,
+            new_id=uuid4,
+        )
+        self.certificates = EdgeCertificates(config.edge)
+        self._listeners = listeners
+        self.addresses = tuple(sock.getsockname()[:2] for sock in listeners)
+        self._files = TunnelFiles(config.edge.directory, self.registry)
+        self._handshakes = ConnectionCounter(HANDSHAKES, HANDSHAKES_PER_SOURCE)
+        self._accepting = trio.CancelScope()
+        self._note_problems(self._files.reload())
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `drain` ends the accepting but not this."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.certificates.run)
+            nursery.start_soon(self._watch_files)
+            nursery.start_soon(self._accept, nursery)
+            logger.info("%d tunnels can be served", len(self.registry.tunnels()))
+            task_status.started()
+
+    async def _accept(self, connections: trio.Nursery) -> None:
+        async def start(sock: trio.socket.SocketType) -> None:
+            connections.start_soon(self._handle_connection, sock)
+
+        try:
+            with self._accepting:
+                async with trio.open_nursery() as nursery:
+                    for listener in self._listeners:
+                        nursery.start_soon(accept_loop, listener, start)
+        finally:
+            # A connector whose attempt is refused at once tries another edge at once.
+            for listener in self._listeners:
+                listener.close()
+
+    async def drain(self, seconds: float) -> None:
+        """Take no more connectors, and let those that are here finish what is under way.
+
+        Returns when all are gone, after `seconds` at most.
+        """
+        self._accepting.cancel()
+        self.registrar.is_draining = True
+        self.registrar.drain_seconds = seconds
+        for connection in self.registry.connections():
+            connection.drain("the edge is about to stop")
+        with trio.move_on_after(seconds):
+            await self.registry.wait_empty()
+
+    def reconfigure(self, config: Config) -> None:
+        """Take over what can change while it runs."""
+        self.registrar.drain_seconds = config.server.drain_seconds
+
+    def reload_files(self) -> None:
+        """Read certificate and tunnels again, whether they look changed or not (SIGHUP)."""
+        self.certificates.reload()
+        self._note_problems(self._files.reload())
+
+    async def _watch_files(self) -> NoReturn:
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            problems = self._files.poll()
+            if problems is not None:
+                logger.info("tunnels were read again: %d", len(self.registry.tunnels()))
+                self._note_problems(problems)
+
+    def _note_problems(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            logger.error("a tunnel stays as it was: %s", problem)
+
+    async def _handle_connection(self, sock: trio.socket.SocketType) -> None:
+        try:
+            source = sock.getpeername()[0].partition("%")[0].removeprefix("::ffff:")
+        except OSError:  # it is gone already
+            sock.close()
+            return
+        stream = HandshakeStream(sock, read_bytes=READ_BYTES)
+        try:
+            if await self._start_tls(stream, source):
+                await serve_http2(stream, self.registrar, source=source)
+        finally:
+            stream.close()
+
+    async def _start_tls(self, stream: HandshakeStream, source: str) -> bool:
+        """Whether there is a TLS connection now; a failure has been noted."""
+        if self._handshakes.refusal(source) is not None:
+            self.registrar.refuse(EdgeStage.LIMITS, source, "too many TLS handshakes are under way")
+            return False
+        try:
+            with trio.fail_after(HANDSHAKE_SECONDS):
+                await stream.start_tls(self.certificates.context, server_side=True)
+        except (StreamEndedError, trio.TooSlowError) as error:
+            reason = str(error) or f"no TLS handshake within {HANDSHAKE_SECONDS:.0f} s"
+            self.registrar.refuse(EdgeStage.TLS, source, reason)
+            return False
+        finally:
+            self._handshakes.remove(source)
+        return True
