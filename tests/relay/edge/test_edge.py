@@ -293,9 +293,8 @@ async def test_no_tls(tmp_path: Path) -> None:
                 while await stream.receive_some():
                     pass
         assert edge.refusals.counts[EdgeStage.TLS] == 1
-        silent = [
-            await trio.open_tcp_stream(*edge.addresses[0]) for _ in range(HANDSHAKES_PER_SOURCE)
-        ]
+        place = edge.addresses[0]
+        silent = [await trio.open_tcp_stream(*place) for _ in range(HANDSHAKES_PER_SOURCE)]
         with trio.fail_after(5):
             async with await trio.open_tcp_stream(*place) as stream:
                 assert await stream.receive_some() == b""
