@@ -510,6 +510,8 @@ class Node:
         now = trio.current_time()
         for session in list(self._sessions.values()):
             session.machine.set_local_networks(self._endpoints.local_networks)
+            if session.search is not None:
+                session.search.handle_rebind(now)
             session.machine.handle_rebind(now)
             session.carry_out()
         self._ice.set_local_networks(self._endpoints.local_networks)

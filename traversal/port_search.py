@@ -96,6 +96,11 @@ class PortSearch:
         self._puncher.set_own_side(own, now)
         self._carry_out()
 
+    def handle_rebind(self, now: float) -> None:
+        """Before the machine is told: it should ping by the fresh socket."""
+        self._puncher.handle_rebind(now)
+        self._carry_out()
+
     def set_peer_side(self, peer: PeerSide, now: float) -> None:
         """The peer introduced itself, or called."""
         self._puncher.set_peer_side(peer, now)

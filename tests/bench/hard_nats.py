@@ -42,7 +42,7 @@ from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.presets import nat_preset
 from tests.interop.tailcat import be_admitted, program
 from tests.system.kernel_world import START_SECONDS, start_relay
-from tests.system.world import World
+from tests.system.world import World, make_flows
 from traversal import Address, Node, PathKind, RelayMap
 from traversal.paths.punch_facts import PunchFacts
 from traversal.paths.punch_strategy import PunchPolicy
@@ -131,16 +131,6 @@ def topology(cell: Cell, seed: int) -> Topology:
     return Topology(hosts=tuple(hosts), nats=tuple(nats), servers=(server,), seed=seed)
 
 
-async def make_flows(lab: KernelLab, host: str, per_second: float, generator: Any) -> None:
-    """One packet from a fresh socket, again and again."""
-    server = lab.host("r0").addresses[0]
-    async with lab.host(host):
-        while True:
-            await trio.sleep(generator.expovariate(per_second))
-            with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as sock:
-                await sock.sendto(b"flow", (server, 9))
-
-
 async def run_pair(world: World, cell: Cell, pair: int, turn: trio.Lock) -> Try:
     """Open two nodes, let them learn their NATs, and when it is their turn let them talk."""
     async with trio.open_nursery() as nursery:
@@ -153,9 +143,10 @@ async def run_pair(world: World, cell: Cell, pair: int, turn: trio.Lock) -> Try:
         await trio.sleep(DISCOVERY_SECONDS)
         async with turn:
             if cell.flows_per_second:
+                server = world.lab.host("r0").addresses[0]
                 for host in (f"xa{pair}", f"xb{pair}"):
                     nursery.start_soon(
-                        make_flows, world.lab, host, cell.flows_per_second, world.random
+                        make_flows, world.lab, host, server, cell.flows_per_second, world.random
                     )
             if cell.is_right_stock:
                 result = await meet_stock(nodes[0], stock)

@@ -42,8 +42,12 @@ def topology(
     relay_addresses: int = 1,
     seed: int = 1,
     wire: Wire = WIRE,
+    neighbors: bool = False,
 ) -> Topology:
-    """Hosts h0, h1, ... each behind a NAT n0, n1, ... (None: on the internet), servers r0, ..."""
+    """Hosts h0, h1, ... each behind a NAT n0, n1, ... (None: on the internet), servers r0, ...
+
+    With `neighbors` there is a host x0, x1, ... behind each NAT besides.
+    """
     hosts = []
     nats = []
     for number, behavior in enumerate(behaviors):
@@ -52,6 +56,8 @@ def topology(
             uplink = Uplink(network=f"n{number}", link=wire)
             nats.append(Nat(name=f"n{number}", behavior=behavior))
         hosts.append(Host(name=f"h{number}", uplinks=(uplink,)))
+        if neighbors and behavior is not None:
+            hosts.append(Host(name=f"x{number}", uplinks=(uplink,)))
     servers = (Server(name=f"r{number}", addresses=relay_addresses) for number in range(relays))
     return Topology(hosts=tuple(hosts), servers=tuple(servers), nats=tuple(nats), seed=seed)
 
@@ -128,6 +134,17 @@ class World:
         """Nodes on two hosts (h0 and h1 by default) that talk."""
         a, b = await self.open_nodes(*(hosts or ("h0", "h1")), **options)
         return await self.introduce(a, b)
+
+
+async def make_flows(
+    lab: Any, host: str, server: str, per_second: float, generator: random.Random
+) -> None:
+    """A packet from a fresh socket to a server, again and again, until cancelled."""
+    async with lab.host(host):
+        while True:
+            await trio.sleep(generator.expovariate(per_second))
+            with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as sock:
+                await sock.sendto(b"flow", (server, 9))
 
 
 class Flow:

@@ -65,7 +65,7 @@ class NatDiscovery:
         """Ask `server`; None if it does not answer or has one address only.
 
         `local` is our socket's own address, where it is known: seeing it means that there is no
-        NAT. Takes up to 10 s.
+        NAT. Takes up to 8 s, 3 s behind a NAT that filters and a server that answers.
         """
         first = await self._ask(server)
         if first is None or first.other_address is None:
@@ -73,10 +73,7 @@ class NatDiscovery:
         reflexive = Address(*first.mapped_address)
         other = Address(*first.other_address)
         is_natted = reflexive != local
-        from_elsewhere = await self._ask(server, change_ip=True, change_port=True) is not None
-        from_other_port = None
-        if not from_elsewhere:
-            from_other_port = await self._ask(server, change_port=True) is not None
+        from_elsewhere, from_other_port = await self._try_filter(server)
         second = third = None
         if is_natted:
             second = await self._reflexive(Address(other.host, server.port))
@@ -90,6 +87,22 @@ class NatDiscovery:
                 from_other_port=from_other_port,
             ),
         )
+
+    async def _try_filter(self, server: Address) -> tuple[bool, bool | None]:
+        """Who gets in: the server's other address, and if not, its other port. Both are asked at
+        once, since neither request opens anything."""
+        heard: dict[bool, bool] = {}
+
+        async def listen(change_ip: bool) -> None:
+            answer = await self._ask(server, change_ip=change_ip, change_port=True)
+            heard[change_ip] = answer is not None
+            if change_ip and heard[True]:
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listen, True)
+            nursery.start_soon(listen, False)
+        return heard[True], None if heard[True] else heard[False]
 
     async def _reflexive(self, server: Address) -> Address | None:
         answer = await self._ask(server)

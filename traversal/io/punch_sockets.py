@@ -76,6 +76,11 @@ class PunchSockets:
         # What arrives is copied out at once, so all sockets can share it.
         self._buffer = bytearray(1 << 16)
 
+    @property
+    def open_count(self) -> int:
+        """How many of the budget are in use."""
+        return self._open_count
+
     def open(
         self, sockets: SocketSet, handle_opened: Callable[[], None], handle: HandleBatch
     ) -> None:

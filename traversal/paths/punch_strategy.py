@@ -132,6 +132,8 @@ def choose(
         return Choice(Strategy.RELAY, "a firewall blocks UDP on one side")
     if own.offers_mapping and not was_mapping_tried:
         return Choice(Strategy.PORT_MAPPING, "our router may map a port, which ends all guessing")
+    if peer.session is not None and not peer.can_search:
+        return Choice(Strategy.RELAY, "the port search is switched off on the peer's side")
     choice = _choose_for_ours(own, peer) if peer.is_ours else _choose_for_stock(own, peer)
     if choice.strategy is Strategy.RELAY:
         return choice

@@ -161,6 +161,12 @@ class Puncher:
             self._asked_until = math.inf
         self._consider(now)
 
+    def handle_rebind(self, now: float) -> None:
+        """The node's sockets are fresh ones, perhaps in another network: what was found or is being
+        searched with the old ones is void."""
+        self._abandon(now, "our sockets were replaced")
+        self._release()
+
     def set_policy(self, policy: PunchPolicy, now: float) -> None:
         """The owner changed what is allowed; switched off, a running search ends at once."""
         self._policy = policy
