@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 from uuid import UUID
+
+import trio
 
 from traversal.wire.tunnel.registration import (
     FEATURE_PEERS,
@@ -17,6 +20,8 @@ from traversal.wire.tunnel.registration import (
     ConnectionOptions,
     RegisterConnection,
 )
+
+logger = logging.getLogger("underpass.relay.edge")
 
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case; no pseudo-headers."""
@@ -161,6 +166,9 @@ class TunnelConnection(ABC):
         self.local_configuration = b""
         self.active = 0
         self.requests = 0
+        self._is_leaving = trio.Event()
+        self._is_closed = False
+        self._idle = trio.lowlevel.ParkingLot()
 
     @property
     def connector_id(self) -> UUID:
@@ -200,11 +208,54 @@ class TunnelConnection(ABC):
 
         Raises ConnectionFailedError."""
 
+    @property
     @abstractmethod
+    def is_connected(self) -> bool:
+        """Whether what it runs over still works."""
+
+    @abstractmethod
+    def _close_transport(self, reason: str) -> None:
+        """Close what the connection runs over; harmless when repeated."""
+
+    # ---- leaving, the same over both transports
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._is_leaving.is_set()
+
     def drain(self, reason: str) -> None:
         """Take no new requests, and close when those under way are done, or late; harmless when
         repeated."""
+        if not self._is_leaving.is_set():
+            logger.info("%r takes no more requests: %s", self, reason)
+            self._is_leaving.set()
 
-    @abstractmethod
     def close(self, reason: str) -> None:
         """Close at once; harmless when repeated."""
+        if not self._is_closed:
+            logger.info("%r is closed: %s", self, reason)
+        self._is_closed = True
+        self._is_leaving.set()
+        self._close_transport(reason)
+        self._idle.unpark_all()
+
+    async def wait_leaving(self) -> None:
+        """Return when the connection is closed, or was told to drain."""
+        await self._is_leaving.wait()
+
+    async def wait_over(self, drain_seconds: float) -> None:
+        """Return when the connection is closed, or was told to drain and has nothing to do any
+        more, or did not come to that in time."""
+        await self._is_leaving.wait()
+        with trio.move_on_after(drain_seconds):
+            while self.active and not self._is_closed:
+                await self._idle.park()
+
+    def _begin_exchange(self) -> None:
+        self.active += 1
+
+    def _end_exchange(self) -> None:
+        self.active -= 1
+        if not self.active:
+            self._idle.unpark_all()

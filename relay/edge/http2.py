@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Final
 
 import msgspec
-import trio
 
 from relay.edge.connection import (
     ConnectionFailedError,
@@ -35,8 +33,6 @@ from traversal.wire.tunnel.headers import (
 )
 from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
 
-logger = logging.getLogger("underpass.relay.edge.http2")
-
 MAX_CONFIGURATION_ANSWER: Final = 16 << 10
 
 
@@ -60,14 +56,16 @@ class Http2TunnelConnection(TunnelConnection):
     ) -> None:
         super().__init__(request, details, source=source, now=now)
         self._http2 = http2
-        self._is_leaving = trio.Event()
-        self._is_closed = False
-        self._idle = trio.lowlevel.ParkingLot()
 
     @property
     def is_usable(self) -> bool:
         """Whether new requests may be given to it."""
-        return not self._is_leaving.is_set() and self._http2.is_usable
+        return not self.is_leaving and self._http2.is_usable
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether what it runs over still works."""
+        return self._http2.failure is None
 
     async def request(self, head: RequestHead) -> Exchange:
         """Send a request's head; doesn't wait for the response. Raises ConnectionFailedError."""
@@ -110,49 +108,24 @@ class Http2TunnelConnection(TunnelConnection):
                 f"the configuration was answered with {response.status} and no version"
             ) from None
 
-    def drain(self, reason: str) -> None:
-        """Take no new requests, and close when those under way are done, or late."""
-        if not self._is_leaving.is_set():
-            logger.info("%r takes no more requests: %s", self, reason)
-            self._is_leaving.set()
-
-    def close(self, reason: str) -> None:
-        """Close at once; harmless when repeated."""
-        if not self._is_closed:
-            logger.info("%r is closed: %s", self, reason)
-        self._is_closed = True
-        self._is_leaving.set()
+    def _close_transport(self, reason: str) -> None:
         self._http2.close()
-        self._idle.unpark_all()
-
-    async def wait_over(self, drain_seconds: float) -> None:
-        """Return when the connection is closed, or was told to drain and has nothing to do any
-        more, or did not come to that in time."""
-        await self._is_leaving.wait()
-        with trio.move_on_after(drain_seconds):
-            while self.active and not self._is_closed:
-                await self._idle.park()
 
     async def _open(
         self, headers: list[tuple[bytes, bytes]], *, end_stream: bool = False
     ) -> Http2Stream:
-        self.active += 1
+        self._begin_exchange()
         try:
             stream = await self._http2.open(headers, end_stream=end_stream)
         except Http2Error as error:
-            self._note_exchange_end()
+            self._end_exchange()
             # Nothing was sent.
             raise ConnectionFailedError(str(error), is_unprocessed=True) from None
         except BaseException:
-            self._note_exchange_end()
+            self._end_exchange()
             raise
         self.requests += 1
         return stream
-
-    def _note_exchange_end(self) -> None:
-        self.active -= 1
-        if not self.active:
-            self._idle.unpark_all()
 
 
 class _Http2Exchange(Exchange):
@@ -206,7 +179,7 @@ class _Http2Exchange(Exchange):
         if not self._is_over:
             self._is_over = True
             self._stream.discard()
-            self._connection._note_exchange_end()
+            self._connection._end_exchange()
 
 
 def internal_request(

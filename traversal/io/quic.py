@@ -24,7 +24,7 @@ from qh3.quic.connection import QuicConnectionError
 
 from traversal.io.quic_engine import QuicEngine, RetryTokens, parse_initial
 from traversal.io.spool import Spool
-from traversal.io.udp import DONT_FRAGMENT, Batch, Source, UdpSocket, bind_socket
+from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Batch, Source, UdpSocket, bind_socket
 from traversal.relay_map import Family
 
 SEND_BUFFER_BYTES: Final = 512 << 10
@@ -209,9 +209,17 @@ class QuicConnection:
 
     # ---- datagrams
 
+    @property
+    def max_datagram_bytes(self) -> int:
+        """The longest DATAGRAM that fits into a packet now; 0 if the other side takes none."""
+        return self._engine.max_datagram_bytes
+
     def send_datagram(self, data: bytes) -> None:
-        """Send a DATAGRAM frame; like UDP's it may get lost. Raises QuicError."""
+        """Send a DATAGRAM frame; like UDP's it may get lost. Raises QuicError, also for one that is
+        longer than `max_datagram_bytes`."""
         self._check()
+        if len(data) > self._engine.max_datagram_bytes:
+            raise QuicError("QUIC: the datagram is too long for the path")
         try:
             self._engine.send_datagram_frame(data)
         except QuicConnectionError as error:
@@ -497,7 +505,9 @@ class QuicListener:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; closes the socket and every connection."""
-        self._sock.set_path_mtu_mode(DONT_FRAGMENT)
+        # qh3 searches the path's MTU as client only. As server its packets keep the size that they
+        # have from the beginning, and on a path that is narrower IP has to fragment them.
+        self._sock.set_path_mtu_mode(MAY_FRAGMENT)
         try:
             async with trio.open_nursery() as nursery:
                 task_status.started()

@@ -32,6 +32,10 @@ RETRY_TOKEN_SECONDS: Final = 10.0
 
 _T = TypeVar("_T")
 _VERSION_1: Final = 1
+_FRAME_OVERHEAD: Final = 3
+"""A DATAGRAM frame's type and length (RFC 9221 4)."""
+_DATAGRAM_OVERHEAD: Final = 1 + MAX_CONNECTION_ID_BYTES + 4 + 16 + _FRAME_OVERHEAD
+"""The longest header, packet number and tag of a packet, too (RFC 9000 17.3)."""
 _INITIAL_SALT: Final = bytes.fromhex("38762cf7f55934b34d179ae6a4c80cadccbb7f0a")
 """RFC 9001 5.2."""
 
@@ -152,6 +156,17 @@ class QuicEngine(_Connection):
         self._is_paused = value
         if not value and self._core is not None:
             self._drain_core()
+
+    @property
+    def max_datagram_bytes(self) -> int:
+        """The longest DATAGRAM frame that fits into a packet of the path now; 0 if the other side
+        takes none. A longer one would end the connection."""
+        if self._core is None or not self._remote_max_datagram_frame_size:
+            return 0
+        *_, path_bytes = self._core.active_path
+        return min(
+            path_bytes - _DATAGRAM_OVERHEAD, self._remote_max_datagram_frame_size - _FRAME_OVERHEAD
+        )
 
     def _call_core(self, operation: Callable[..., _T], *args: Any) -> _T:
         # The door to the native core, which has two errors for one thing.

@@ -40,8 +40,9 @@ Batch = list[tuple[bytes, Source]]
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _SOL_UDP, _UDP_SEGMENT, _UDP_GRO = 17, 103, 104
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
-DONT_FRAGMENT, _PMTUDISC_OMIT = 3, 5
-"""Modes of `set_path_mtu_mode`: the first for protocols that find the path's MTU themselves."""
+MAY_FRAGMENT, DONT_FRAGMENT, _PMTUDISC_OMIT = 1, 3, 5
+"""Modes of `set_path_mtu_mode`: the second is for protocols that find the path's MTU themselves,
+the first for those that can't."""
 _ANCILLARY_BYTES: Final = 64
 _SEGMENT: Final = struct.Struct("=H")
 _NO_OFFLOAD: Final = frozenset({errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP})
@@ -315,6 +316,8 @@ class _KernelSocket:
         self.set_path_mtu_mode(_PMTUDISC_OMIT)
 
     def set_path_mtu_mode(self, mode: int) -> None:
+        if self._family == 4 and mode == MAY_FRAGMENT:
+            mode = _PMTUDISC_OMIT  # routers do it; those of IPv6 only tell the kernel to
         try:
             if self._family == 4:
                 self._sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, mode)

@@ -55,6 +55,13 @@ class Subject(TunnelConnection):
     def is_usable(self) -> bool:
         return self.usable
 
+    @property
+    def is_connected(self) -> bool:
+        return self.usable
+
+    def _close_transport(self, reason: str) -> None:
+        raise NotImplementedError
+
     async def request(self, head: RequestHead) -> Exchange:
         raise NotImplementedError
 
