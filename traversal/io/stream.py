@@ -107,6 +107,20 @@ class HandshakeStream:
                 raise StreamEndedError(str(error)) from None
             await self._flush(self._tls)
 
+    async def send_eof(self) -> None:
+        """Nothing more from us; the other side may go on (over TLS, a close alert).
+
+        Raises StreamEndedError.
+        """
+        async with self._sending:
+            if self._tls is not None:
+                self._tls.close()
+                await self._flush(self._tls)
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise StreamEndedError(error.strerror or type(error).__name__) from None
+
     def detach(self) -> tuple[socket.socket, TlsEngine | None]:
         """Give up the socket (non-blocking) and the TLS state; the caller owns them from now on."""
         sock = socket.socket(fileno=self._sock.detach())
