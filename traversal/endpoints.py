@@ -448,7 +448,7 @@ class Endpoints:
                 address.network for i in self.state.interfaces for address in i.addresses
             ),
             public_ips=frozenset(a.host for a in self.report.reflexive_addresses()),
-            excluded=self._interfaces.denied_networks,
+            excluded=(*self._interfaces.denied_networks, *self.state.excluded),
             has_ipv4=self._udp.port(4) is not None,
             has_ipv6=self._udp.port(6) is not None,
             nat64_prefixes=self._nat64_prefixes,

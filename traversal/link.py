@@ -18,7 +18,7 @@ from traversal.paths.statistics import PeerStatistics
 from traversal.paths.verdict import Verdict, judge
 from traversal.session import Session
 from traversal.wire.address import Address
-from traversal.wire.classify import is_plain_data
+from traversal.wire.classify import WIREGUARD, is_plain_data
 from traversal.wire.derp import MAX_PACKET_LENGTH
 
 MAX_DATAGRAM_BYTES: Final = 65507
@@ -215,14 +215,22 @@ class Link:
 
         Raises as `send`; then none was sent.
         """
-        for datagram in datagrams:
-            self._check(datagram)
-        route = self._machine.route
-        if route.path is None or route.relay or route.path.is_edge:
-            for datagram in datagrams:
-                await self.send(datagram)
+        if self._takes_runs(self._machine.route):
+            self.send_many_nowait(datagrams)
+            await trio.lowlevel.checkpoint()
             return
-        if datagrams:
+        self._check_all(datagrams)
+        for datagram in datagrams:
+            await self.send(datagram)
+
+    def send_many_nowait(self, datagrams: Sequence[bytes]) -> None:
+        """`send_many` without a checkpoint, for those who make their own."""
+        self._check_all(datagrams)
+        route = self._machine.route
+        if not self._takes_runs(route):
+            for datagram in datagrams:
+                self.send_nowait(datagram)
+        elif datagrams and route.path is not None:
             self._machine.sent += len(datagrams)
             self._sent += len(datagrams)
             if route.path.vni:
@@ -230,7 +238,11 @@ class Link:
             else:
                 fault = self._session.udp.send_many(datagrams, route.path.address)
             self._follow_up(route, fault)
-        await trio.lowlevel.checkpoint()
+
+    @staticmethod
+    def _takes_runs(route: Route) -> bool:
+        """Whether datagrams leave by UDP and by nothing else."""
+        return route.path is not None and not route.relay and not route.path.is_edge
 
     async def _let_others_run(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -260,6 +272,11 @@ class Link:
         if fault or route.wake:
             self._follow_up(route, fault)
 
+    def _check_all(self, datagrams: Sequence[bytes]) -> None:
+        for datagram in datagrams:
+            if datagram[1:4] != WIREGUARD or len(datagram) > MAX_DATAGRAM_BYTES or self._is_closed:
+                self._check(datagram)
+
     def _check(self, datagram: bytes) -> None:
         if self._is_closed:
             raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
@@ -267,7 +284,7 @@ class Link:
             raise LinkError(
                 f"a datagram has at most {MAX_DATAGRAM_BYTES} bytes, not {len(datagram)}"
             )
-        if not is_plain_data(datagram):
+        if datagram[1:4] != WIREGUARD and not is_plain_data(datagram):
             raise LinkError(
                 "a datagram that begins like STUN, disco, Geneve or an introduction would be "
                 "taken for one by the peer; put a header of your own in front"

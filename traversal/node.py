@@ -50,7 +50,7 @@ from traversal.port_searches import PortSearches
 from traversal.relay_map import Family, RelayMap
 from traversal.session import Session, Wiring
 from traversal.wire.address import Address
-from traversal.wire.classify import Kind, classify
+from traversal.wire.classify import WIREGUARD, Kind, classify
 from traversal.wire.disco import MAGIC, DiscoError, Message, Ping, is_disco
 from traversal.wire.introduction import (
     Capability,
@@ -71,9 +71,6 @@ HOME_PATIENCE_SECONDS: Final = 2.0
 ANNOUNCE_AT_ONCE: Final = 16
 ANNOUNCE_PAUSE_SECONDS: Final = 0.05
 """A relay queue holds 32 packets: announcements to a thousand peers must not overrun it."""
-
-_WIREGUARD: Final = b"\0\0\0"
-"""Bytes 1 to 3 of every WireGuard packet, and of nothing else that comes by UDP here."""
 
 Admit = Callable[[NodePublic], bool]
 """Whether a peer that is not connected yet may open a link to us."""
@@ -524,7 +521,7 @@ class Node:
         # source; most of it is told by the zero bytes of WireGuard, without a call.
         data: dict[Source, list[bytes]] = {}
         for datagram, source in batch:
-            kind = Kind.DATA if datagram[1:4] == _WIREGUARD else classify(datagram)
+            kind = Kind.DATA if datagram[1:4] == WIREGUARD else classify(datagram)
             if kind is Kind.DATA:
                 if source in data:
                     data[source].append(datagram)

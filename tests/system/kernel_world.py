@@ -22,7 +22,7 @@ START_SECONDS: Final = 20.0
 async def start_relay(lab: KernelLab, server: str = "r0") -> AsyncIterator[RelayMap]:
     """`underpass-relay` on a server, until the lab ends; with two addresses it does RFC 5780."""
     host = lab.host(server)
-    address, *others = host.addresses
+    address, *others = (address for address in host.addresses if ":" not in address)
     command = [sys.executable, "-m", "relay.cli", "serve", "--dev"]
     command += ["--hostname", address, "--derp", f"{address}:443"]
     command += ["--stun", f"{address}:3478", "--http", "off", "--admin", "off"]

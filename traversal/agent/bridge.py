@@ -12,6 +12,7 @@ import trio
 from traversal.io.udp import Batch, UdpSockets
 from traversal.link import Link, LinkError
 from traversal.wire.address import Address
+from traversal.wire.classify import WIREGUARD
 
 
 async def run_bridge(
@@ -31,13 +32,12 @@ async def run_bridge(
         async with trio.open_nursery() as nursery:
 
             def handle(batch: Batch) -> None:
-                for datagram, source in batch:
-                    # Anybody on this host can send here; only WireGuard's packets travel.
-                    if source == wireguard:
-                        try:
-                            link.send_nowait(datagram)
-                        except LinkError:
-                            pass  # no WireGuard packet, or the link has just been closed
+                # Anybody on this host can send here; only WireGuard's packets travel.
+                packets = [d for d, source in batch if source == wireguard and d[1:4] == WIREGUARD]
+                try:
+                    link.send_many_nowait(packets)
+                except LinkError:
+                    pass  # the link has just been closed
 
             nursery.start_soon(sockets.receive, handle)
             task_status.started()

@@ -38,21 +38,26 @@ _PROBE_ADDRESSES: Final = ("192.0.2.1", "2001:db8::1")
 class InterfaceFilter:
     """Which interfaces and addresses to use.
 
+    Overlays are left alone by default: a path through a tunnel that itself travels over the link
+    would be a loop. Networks of interfaces that are left alone are not pinged either.
+
     Attributes:
         denied_names: prefixes of interface names to leave alone.
+        denied_kinds: drivers whose interfaces are left alone, as `ip -d link` names them.
         allowed_names: if not empty, only interfaces with one of these prefixes.
         denied_networks: ranges whose addresses are neither advertised nor pinged.
     """
 
-    denied_names: tuple[str, ...] = ("zt", "wt0", "tailscale")
+    denied_names: tuple[str, ...] = ("zt", "wt0", "tailscale", "wg")
+    denied_kinds: tuple[str, ...] = ("wireguard",)
     allowed_names: tuple[str, ...] = ()
     denied_networks: tuple[IPNetwork, ...] = ()
 
-    def admits(self, name: str) -> bool:
+    def admits(self, name: str, kind: str = "") -> bool:
         """Whether an interface may be used."""
         if self.allowed_names:
             return name.startswith(self.allowed_names)
-        return not name.startswith(self.denied_names)
+        return not name.startswith(self.denied_names) and kind not in self.denied_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +72,11 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class NetworkState:
-    """What the host has now. `default_*` name the interface of the default route."""
+    """What the host has now. `default_*` name the interface of the default route, `excluded` are
+    the networks of interfaces that must be left alone."""
 
     interfaces: tuple[Interface, ...] = ()
+    excluded: tuple[IPNetwork, ...] = ()
     default_ipv4: str | None = None
     default_ipv6: str | None = None
     gateway_ipv4: str | None = None
@@ -105,9 +112,11 @@ async def read_network_state(admitted: InterfaceFilter) -> NetworkState:
     except OSError:
         return await _probe_network_state()
     names = {link.index: link.name for link in links}
+    denied = [link for link in links if not admitted.admits(link.name, link.kind)]
+    denied_indices = {link.index for link in denied}
     best: dict[int, netlink.DefaultRoute] = {}
     for route in sorted(routes, key=lambda route: route.priority):
-        if admitted.admits(names.get(route.interface_index, "")):
+        if route.interface_index not in denied_indices:
             best.setdefault(route.family, route)
     interfaces = tuple(
         Interface(
@@ -121,11 +130,17 @@ async def read_network_state(admitted: InterfaceFilter) -> NetworkState:
             mtu_bytes=link.mtu_bytes,
         )
         for link in links
-        if link.is_up and admitted.admits(link.name)
+        if link.is_up and link.index not in denied_indices
     )
     v4, v6 = best.get(4), best.get(6)
     return NetworkState(
         interfaces=interfaces,
+        excluded=tuple(
+            address.network
+            for link in denied
+            for address in link.addresses
+            if not (address.is_link_local or address.is_loopback)
+        ),
         default_ipv4=names.get(v4.interface_index) if v4 else None,
         default_ipv6=names.get(v6.interface_index) if v6 else None,
         gateway_ipv4=v4.gateway if v4 else None,

@@ -25,7 +25,7 @@ _ADDRESS: Final = struct.Struct("=BBBBI")
 _ROUTE: Final = struct.Struct("=BBBBBBBBI")
 _ATTRIBUTE: Final = struct.Struct("=HH")
 _U32: Final = struct.Struct("=I")
-_IFLA_IFNAME, _IFLA_MTU = 3, 4
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_INFO_KIND = 3, 4, 18, 1
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_TABLE = 4, 5, 6, 15
 _IFA_F_TENTATIVE, _IFA_F_DEPRECATED = 0x40, 0x20
@@ -47,6 +47,8 @@ class Link:
     is_up: bool
     is_loopback: bool
     mtu_bytes: int
+    kind: str = ""
+    """The driver's name for virtual interfaces, such as "wireguard", "tun" and "veth"."""
     addresses: list[InterfaceAddress] = field(default_factory=list)
 
 
@@ -130,11 +132,16 @@ def _parse_link(body: bytes) -> Link:
     attributes = _attributes(body, _LINK.size)
     return Link(
         index=index,
-        name=attributes.get(_IFLA_IFNAME, b"").rstrip(b"\0").decode(errors="replace"),
+        name=_text(attributes.get(_IFLA_IFNAME, b"")),
         is_up=bool(flags & _IFF_UP),
         is_loopback=bool(flags & _IFF_LOOPBACK),
         mtu_bytes=_U32.unpack(attributes[_IFLA_MTU])[0] if _IFLA_MTU in attributes else 1500,
+        kind=_text(_attributes(attributes.get(_IFLA_LINKINFO, b""), 0).get(_IFLA_INFO_KIND, b"")),
     )
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace")
 
 
 def _parse_address(body: bytes) -> tuple[int, InterfaceAddress | None]:

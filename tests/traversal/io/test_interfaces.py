@@ -68,3 +68,11 @@ def test_which_changes_need_fresh_sockets() -> None:
     assert state("192.0.2.2/24", default_ipv4="wlan0").needs_rebind(before)
     virtual = Interface("virbr0", (IPv4Interface("192.0.2.130/25"),))
     assert not state("192.0.2.2/24", (virtual,)).needs_rebind(before)
+
+
+def test_overlays_are_left_alone() -> None:
+    """WireGuard's interfaces are no way to a peer, whatever they are called, unless allowed."""
+    assert not InterfaceFilter().admits("wg0", "tun")
+    assert not InterfaceFilter().admits("office", "wireguard")
+    assert InterfaceFilter().admits("tun0", "tun")
+    assert InterfaceFilter(allowed_names=("office",)).admits("office", "wireguard")
