@@ -17,6 +17,7 @@ import trio
 from relay.config import Config
 from relay.edge.certificates import EdgeCertificates
 from relay.edge.http2_session import READ_BYTES, serve_http2
+from relay.edge.quic_listeners import QuicListeners
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry
 from relay.edge.tunnel_files import TunnelFiles
@@ -42,7 +43,8 @@ class Edge:
         listeners: where connectors connect; non-blocking, closed by whoever opened them.
 
     Attributes:
-        addresses: (host, port) pairs of the listeners.
+        addresses: (host, port) pairs of the listeners, for TCP and UDP.
+        quic: the UDP side of them.
         registry: the tunnels and their connections.
         registrar: decides who may serve a tunnel.
     """
@@ -61,14 +63,16 @@ class Edge:
         self.certificates = EdgeCertificates(config.edge)
         self._listeners = listeners
         self.addresses = tuple(sock.getsockname()[:2] for sock in listeners)
+        self.quic = QuicListeners(self.addresses, self.certificates, self.registrar)
         self._files = TunnelFiles(config.edge.directory, self.registry)
         self._handshakes = ConnectionCounter(HANDSHAKES, HANDSHAKES_PER_SOURCE)
         self._accepting = trio.CancelScope()
         self._note_problems(self._files.reload())
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled; `drain` ends the accepting but not this."""
+        """Serve until cancelled; `drain` ends the accepting but not this. Raises ListenError."""
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.quic.run)
             nursery.start_soon(self.certificates.run)
             nursery.start_soon(self._watch_files)
             nursery.start_soon(self._accept, nursery)

@@ -23,8 +23,8 @@ _CONNECTION_WINDOW: Final = 30 << 20
 """What the reference allows at most; as receiver it needs time to get there, we don't."""
 
 
-def edge_configuration(chain_file: str, key_file: str) -> QuicConfiguration:
-    """For the edge's listener. Raises OSError, ValueError."""
+def edge_configuration(chain_pem: bytes, key_pem: bytes) -> QuicConfiguration:
+    """For the edge's listener. Raises ValueError for what is no certificate chain and its key."""
     configuration = QuicConfiguration(
         is_client=False,
         alpn_protocols=[ALPN],
@@ -34,7 +34,7 @@ def edge_configuration(chain_file: str, key_file: str) -> QuicConfiguration:
         max_data=_CONNECTION_WINDOW,
         max_stream_data=_STREAM_WINDOW,
     )
-    configuration.load_cert_chain(chain_file, key_file)
+    configuration.load_cert_chain(chain_pem, key_pem)
     return configuration
 
 
