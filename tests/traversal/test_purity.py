@@ -13,13 +13,17 @@ FORBIDDEN = {
     "asyncio", "random", "secrets", "select", "selectors", "socket", "ssl", "subprocess",
     "threading", "time", "trio", "urllib.request", "os",
 }  # fmt: skip
+PURE_IN_TUNNEL = (
+    "addresses", "backoff", "checking", "configuration_file", "control", "ingress",
+    "origin_options", "services", "transport_choice",
+)  # fmt: skip
 ROOT = Path(traversal.__file__).parent
 MODULES = sorted(
     [
         *ROOT.glob("wire/**/*.py"),
         *ROOT.glob("paths/*.py"),
         ROOT / "relay_map.py",
-        ROOT / "tunnel" / "control.py",
+        *(ROOT / "tunnel" / f"{name}.py" for name in PURE_IN_TUNNEL),
     ]
 )
 

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from traversal.wire.tunnel.errors import TunnelError
+from traversal.wire.tunnel.path_patterns import compile_path_pattern
 
 MAX_RULES: Final = 1000
 
@@ -84,7 +85,7 @@ class IngressRule(Struct, frozen=True, rename="camel", omit_defaults=True):
 
     Attributes:
         hostname: exact or `*.suffix`; empty: any.
-        path: a regular expression that is searched for in the path; empty: any.
+        path: an expression that is searched for in the path (`path_patterns`); empty: any.
     """
 
     service: str
@@ -153,9 +154,9 @@ def _problem(rule: IngressRule, *, is_last: bool) -> str:
         return f'the hostname "{rule.hostname}" is neither a name nor "*." and a name'
     if rule.path:
         try:
-            re.compile(rule.path)
-        except re.error as error:
-            return f'the path "{rule.path}" is no regular expression: {error}'
+            compile_path_pattern(rule.path)
+        except TunnelError as error:
+            return f'path "{rule.path}": {error}'
     return _service_problem(rule.service)
 
 
