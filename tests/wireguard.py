@@ -56,6 +56,11 @@ class Tunnel:
         peer = ("peer", key.public, "allowed-ips", allowed, "endpoint", endpoint)
         await self.host.run_process(["wg", "set", self.name, *peer], capture_stderr=True)
 
+    async def close(self) -> None:
+        """End it."""
+        self.process.terminate()
+        await self.process.wait()
+
     async def transferred(self) -> int:
         """Bytes that came through the tunnel."""
         done = await self.host.run_process(

@@ -46,7 +46,7 @@ class Programs:
     def __init__(self, lab: KernelLab, home: Path) -> None:
         self.lab = lab
         self._home = home
-        self._running: list[trio.Process] = []
+        self._running: list[tuple[str, tuple[str, ...], trio.Process]] = []
 
     def home(self, name: str) -> Path:
         home = self._home / name
@@ -71,7 +71,7 @@ class Programs:
                 stderr=subprocess.STDOUT,
                 **self._options(host, **environment),
             )
-        self._running.append(process)
+        self._running.append((host, command, process))
         with trio.move_on_after(START_SECONDS):
             while process.poll() is None:
                 found = re.search(ready, log.read_text(errors="replace"))
@@ -91,11 +91,18 @@ class Programs:
             )
         return done.returncode, done.stdout.decode()
 
+    async def stop(self, host: str, *command: str) -> None:
+        """End, as a service manager would, what was started on a host by such a command."""
+        for where, what, process in self._running:
+            if where == host and what[: len(command)] == command and process.poll() is None:
+                process.terminate()
+                await process.wait()
+
     async def end(self) -> None:
-        for process in self._running:
+        for _, _, process in self._running:
             process.kill()
         with trio.CancelScope(shield=True):
-            for process in self._running:
+            for _, _, process in self._running:
                 await process.wait()
 
 
