@@ -30,7 +30,8 @@ from traversal.relay_map import Family
 SEND_BUFFER_BYTES: Final = 512 << 10
 """A stream's writer waits while this much of it was not sent once."""
 MAX_WAITING_DATAGRAMS: Final = 1024
-"""DATAGRAM frames that nobody has received yet; beyond it the oldest is dropped."""
+"""DATAGRAM frames that nobody has received yet, and of those that the network has no room for;
+beyond it the oldest is dropped."""
 SPOOLED_BYTES: Final = 1 << 30
 HANDSHAKE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0
@@ -94,6 +95,7 @@ class QuicConnection:
         """Streams of the other side that we gave up and that it has not ended yet."""
         self._opened: deque[QuicStream] = deque()
         self._datagrams: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
+        self._outgoing: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
         self._foreign = 0 if engine.configuration.is_client is False else 1
         """The two low bits of the other side's bidirectional streams (RFC 9000 2.1)."""
         self._note_id: Callable[[bytes, QuicConnection], None] | None = None
@@ -220,10 +222,7 @@ class QuicConnection:
         self._check()
         if len(data) > self._engine.max_datagram_bytes:
             raise QuicError("QUIC: the datagram is too long for the path")
-        try:
-            self._engine.send_datagram_frame(data)
-        except QuicConnectionError as error:
-            raise QuicError(f"QUIC: {error.reason_phrase}") from None
+        self._outgoing.append(data)
         self._wake.set()
 
     async def receive_datagrams(self) -> list[bytes]:
@@ -238,8 +237,26 @@ class QuicConnection:
 
     # ---- inside
 
+    def _queue_datagrams(self) -> None:
+        """Hand DATAGRAMs to the library as far as the congestion window allows: the library itself
+        sends them whatever that says (RFC 9221 5.4)."""
+        if not self._outgoing:
+            return
+        engine = self._engine
+        room = engine.congestion_room
+        longest = engine.max_datagram_bytes
+        while self._outgoing and room > 0:
+            datagram = self._outgoing.popleft()
+            room -= len(datagram)
+            if len(datagram) <= longest:  # the path may have become narrower
+                engine.send_datagram_frame(datagram)
+
     async def _transmit(self) -> None:
-        while datagrams := self._engine.datagrams_to_send(trio.current_time()):
+        while True:
+            self._queue_datagrams()
+            datagrams = self._engine.datagrams_to_send(trio.current_time())
+            if not datagrams:
+                return
             start = 0
             while start < len(datagrams):
                 address = datagrams[start][1][:2]
@@ -422,6 +439,9 @@ class QuicStream:
         try:
             self._connection._engine.send_stream_data(self.stream_id, data, is_end)
         except QuicConnectionError as error:
+            # Perhaps the other side stopped reading, and that is still among the events.
+            self._connection._handle_events()
+            self._check_sending()
             raise QuicError(f"QUIC: {error.reason_phrase}") from None
         self._connection._wake.set()
 

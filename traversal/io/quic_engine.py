@@ -168,6 +168,12 @@ class QuicEngine(_Connection):
             path_bytes - _DATAGRAM_OVERHEAD, self._remote_max_datagram_frame_size - _FRAME_OVERHEAD
         )
 
+    @property
+    def congestion_room(self) -> int:
+        """Bytes that may be sent before something is acknowledged; below 0 if too much was sent."""
+        core = self._require_core()
+        return core.congestion_window - core.bytes_in_flight
+
     def _call_core(self, operation: Callable[..., _T], *args: Any) -> _T:
         # The door to the native core, which has two errors for one thing.
         try:

@@ -222,6 +222,34 @@ async def test_datagrams(configurations: tuple[QuicConfiguration, QuicConfigurat
         assert await near.receive_datagrams() == [bytes(1000)]
 
 
+async def test_datagrams_that_do_not_fit(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """The longest datagram arrives; one byte more is refused and harms nobody."""
+    async with joined(configurations) as (near, far, _):
+        length = far.max_datagram_bytes
+        assert length >= 1180
+        with pytest.raises(QuicError):
+            far.send_datagram(bytes(length + 1))
+        far.send_datagram(bytes(length))
+        assert await near.receive_datagrams() == [bytes(length)]
+
+
+async def test_a_flood_of_datagrams(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """Datagrams wait for the congestion window; of more than may wait, the oldest are dropped."""
+    async with joined(configurations) as (near, far, _):
+        for number in range(3 * quic.MAX_WAITING_DATAGRAMS):
+            near.send_datagram(number.to_bytes(4, "big") + bytes(1000))
+        got: list[bytes] = []
+        while not got or got[-1][:4] != (3 * quic.MAX_WAITING_DATAGRAMS - 1).to_bytes(4, "big"):
+            got += await far.receive_datagrams()
+        assert got[0][:4] == (2 * quic.MAX_WAITING_DATAGRAMS).to_bytes(4, "big")
+        assert len(got) <= quic.MAX_WAITING_DATAGRAMS
+        assert near._engine.congestion_room > -2000
+
+
 async def test_close_reaches_the_other_side(
     configurations: tuple[QuicConfiguration, QuicConfiguration],
 ) -> None:
