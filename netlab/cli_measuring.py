@@ -80,6 +80,10 @@ def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_
     if error_console.is_terminal:
         error_console.print("\r" + " " * 40 + "\r", end="")
     console.print(verify_table(findings, back_end))
+    for one in findings:
+        why = one.skipped or "; ".join(one.disagreements)
+        if why:
+            console.print(f"[red]{escape(one.name)}[/]: {escape(why)}")
     skipped = sum(bool(finding.skipped) for finding in findings)
     measured = len(findings) - skipped
     console.print(

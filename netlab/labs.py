@@ -156,6 +156,13 @@ class Lab:
         """
         raise NotImplementedError
 
+    async def let_pass(self, nats: Collection[str], seconds: float) -> None:
+        """Let so much time pass for NATs and their mappings.
+
+        Simulated time passes for all; in the kernel only these NATs' clocks jump ahead.
+        """
+        await trio.sleep(seconds)
+
     def engine(self, nat: str) -> str:
         """Return what translates for a NAT on the kernel back end: nft or user."""
         return ""
@@ -318,6 +325,11 @@ class RunningKernelLab(Lab):
         except BaseException:
             process.kill()
             raise
+
+    async def let_pass(self, nats: Collection[str], seconds: float) -> None:
+        for name in nats:
+            self.lab.nat(name).advance(seconds)
+        await trio.lowlevel.checkpoint()
 
     def engine(self, nat: str) -> str:
         return str(self.lab.nat(nat).engine)

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import socket as stdlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from netlab.behavior import (
 from netlab.stun import Request, Response, StunError, parse
 
 Address = tuple[str, int]
+Pause = Callable[[float], Awaitable[None]]
 
 # Sockets opened one after the other to see how ports are assigned; fewer could preserve all
 # ports or keep a step by chance.
@@ -129,11 +130,16 @@ class _Prober:
     """One probe run: its sockets' common settings and everything seen so far."""
 
     def __init__(
-        self, servers: ProbeServers, timeout_seconds: float, generator: random.Random
+        self,
+        servers: ProbeServers,
+        timeout_seconds: float,
+        generator: random.Random,
+        pause: Pause,
     ) -> None:
         self.servers = servers
         self.timeout_seconds = timeout_seconds
         self.generator = generator
+        self.pause = pause
         self.family = stdlib.AF_INET6 if ":" in servers.addresses[0] else stdlib.AF_INET
         self.seen: dict[Address, None] = {}
 
@@ -159,16 +165,18 @@ class _ProbeSocket:
             transaction = self._prober.generator.randbytes(12)
             request = Request(transaction=transaction, **options)
             await self.sock.sendto(request.encode(), server)
-            response = await self.hear(transaction)
+            response = await self.hear(transaction, self._prober.timeout_seconds)
             if response is not None:
                 external = (response[0].address, response[0].port)
                 self._prober.seen[external] = None
                 return external
         return None
 
-    async def hear(self, transaction: bytes) -> tuple[Response, Address] | None:
+    async def hear(
+        self, transaction: bytes, timeout_seconds: float
+    ) -> tuple[Response, Address] | None:
         """Wait for the response to a transaction; return it with its source."""
-        with trio.move_on_after(self._prober.timeout_seconds):
+        with trio.move_on_after(timeout_seconds):
             while True:
                 try:
                     data, source = await self.sock.recvfrom(2048)
@@ -186,6 +194,7 @@ async def probe_nat(
     generator: random.Random,
     timeout_seconds: float = 0.3,
     lifetime_limit_seconds: float | None = None,
+    pause: Pause = trio.sleep,
 ) -> ProbeReport:
     """Measure the NAT that the current host is behind.
 
@@ -195,11 +204,12 @@ async def probe_nat(
         timeout_seconds: how long silence takes to be believed; more than a round trip.
         lifetime_limit_seconds: measure the mapping lifetime and the refresh direction, up to
             this; None skips both, since they take several lifetimes.
+        pause: lets so many seconds pass for the NAT.
 
     Raises:
         OSError: the host has no network at all.
     """
-    prober = _Prober(servers, timeout_seconds, generator)
+    prober = _Prober(servers, timeout_seconds, generator, pause)
     with prober.socket() as sock:
         if await sock.ask(prober.at(0, 0)) is None:
             return ProbeReport(reachable=False)
@@ -292,7 +302,7 @@ async def _measure_hairpin(prober: _Prober) -> Hairpin | None:
             target = f"{NAT64_PREFIX.network_address}{target[0]}", target[1]
         for _ in range(_ATTEMPTS):
             await y.sock.sendto(probe.encode(), target)
-            heard = await x.hear(transaction)
+            heard = await x.hear(transaction, prober.timeout_seconds)
             if heard is not None:
                 external = {address for address, _ in prober.seen}
                 return Hairpin.EXTERNAL if heard[1][0] in external else Hairpin.INTERNAL
@@ -319,7 +329,8 @@ async def _is_alive(prober: _Prober, x: _ProbeSocket, external: Address) -> bool
             transaction = prober.generator.randbytes(12)
             request = Request(transaction=transaction, response_port=external[1])
             await y.sock.sendto(request.encode(), prober.at(0, 0))
-            if await x.hear(transaction) is not None:
+            # A lifetime takes many looks, half of them in vain: together they wait once.
+            if await x.hear(transaction, prober.timeout_seconds / _ATTEMPTS) is not None:
                 return True
     return False
 
@@ -332,7 +343,7 @@ async def _measure_lifetime(prober: _Prober, limit_seconds: float) -> float | No
             external = await x.ask(prober.at(0, 0))
             if external is None:
                 return False
-            await trio.sleep(seconds)
+            await prober.pause(seconds)
             return await _is_alive(prober, x, external)
 
     if await survives(limit_seconds):
@@ -355,7 +366,7 @@ async def _measure_refresh(prober: _Prober, lifetime_seconds: float) -> Refresh 
             return None
         # Well before the end each time; a last look in the middle of the third lifetime.
         for _ in range(math.ceil(2.5 / 0.4)):
-            await trio.sleep(0.4 * lifetime_seconds)
+            await prober.pause(0.4 * lifetime_seconds)
             if not await _is_alive(prober, x, external):
                 return Refresh.OUTBOUND
         return Refresh.BOTH

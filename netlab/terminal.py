@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -25,7 +26,9 @@ from netlab.timeline import (
 )
 from netlab.verify import Finding
 
-console = Console(highlight=False, soft_wrap=True)
+# A file or a pipe has no width, and cutting tables to a terminal's would only lose words.
+_WIDTH = None if sys.stdout.isatty() else 200
+console = Console(highlight=False, soft_wrap=True, width=_WIDTH)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -125,10 +128,9 @@ def verify_table(findings: Sequence[Finding], back_end: BackEnd) -> Table:
     """Return the table of `underpass-lab verify`."""
     table = Table(box=None, pad_edge=False)
     for heading in ("", "NAT", "claims", "measured", "idle UDP", "ports kept", "hairpin"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading in ("", "NAT", "claims"))
     if back_end is BackEnd.KERNEL:
         table.add_column("engine")
-    table.add_column("", overflow="fold")
     for one in findings:
         mark = "[green]agrees[/]" if one.agrees else "[bold red]differs[/]"
         if one.skipped:
@@ -138,7 +140,7 @@ def verify_table(findings: Sequence[Finding], back_end: BackEnd) -> Table:
         row = [mark, one.name, one.claims, one.measured, lifetime, kept, one.hairpin or ""]
         if back_end is BackEnd.KERNEL:
             row.append(one.engine)
-        table.add_row(*row, escape(one.skipped or "; ".join(one.disagreements)))
+        table.add_row(*row)
     return table
 
 

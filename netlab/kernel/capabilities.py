@@ -23,10 +23,11 @@ from netlab.behavior import (
     PortAssignment,
 )
 from netlab.kernel.builder import BuildError, open_tun, write_sysctl
+from netlab.kernel.conntrack import flush_conntrack
 from netlab.kernel.fidelity import Engine
 from netlab.kernel.jail import JailCallError, JailError, call_in_jail
 from netlab.kernel.namespaces import NetworkNamespace, create_namespaces
-from netlab.kernel.netfilter import NftError, flush_conntrack, load_ruleset, nft_way
+from netlab.kernel.netfilter import NftError, load_ruleset, nft_way
 from netlab.kernel.netlink import LinkEnd, Netlink, NetlinkError, add_link_kind, add_veth
 from netlab.kernel.wiring import plan_wiring
 from netlab.model import Nat, Topology

@@ -158,9 +158,8 @@ class Fabric:
         self._in_flight = 0
         self._rest_until = 0.0
         self._started = time.monotonic()
-        # The NATs' clock: real seconds since the start times the scale, plus what was skipped.
+        # The NATs' clock: real seconds since the start times the scale. Each may be ahead of it.
         self._scale = 1.0
-        self._skipped = 0.0
         self._nat_now = 0.0
         self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
         self._lost_events = 0
@@ -222,14 +221,14 @@ class Fabric:
         if now >= self._next_budget:
             self._next_budget = now + 1.0
             self._drop_budget = _MAX_DROP_EVENTS_PER_SECOND
-        nat_now = self._nat_time(now)
         for nat in self._nats.values():
+            nat_now = self._nat_time(now) + nat.ahead_seconds
             deadline = nat.translator.next_deadline()
             if deadline is not None and deadline <= nat_now:
                 nat.translator.on_time(nat_now)
 
     def _nat_time(self, now: float) -> float:
-        seconds = (now - self._started) * self._scale + self._skipped
+        seconds = (now - self._started) * self._scale
         return int(seconds * _NAT_TICKS_PER_SECOND) / _NAT_TICKS_PER_SECOND
 
     # --- links ---------------------------------------------------------------------------
@@ -358,7 +357,7 @@ class Fabric:
             changed = bytearray(packet) if siit is None else siit.to_ipv4(packet)
             if changed is None:
                 return
-            leaves = handle(changed, Side.INSIDE, self._nat_now)
+            leaves = handle(changed, Side.INSIDE, self._nat_now + nat.ahead_seconds)
             if leaves is not None:
                 carry[leaves](changed, now)
 
@@ -367,7 +366,7 @@ class Fabric:
                 to_router(packet, now)
                 return
             changed = bytearray(packet)
-            leaves = handle(changed, Side.OUTSIDE, self._nat_now)
+            leaves = handle(changed, Side.OUTSIDE, self._nat_now + nat.ahead_seconds)
             if leaves is not None:
                 carry[leaves](changed, now)
 
@@ -376,21 +375,24 @@ class Fabric:
 
     def reboot(self, _: list[int], name: str) -> None:
         """Make a NAT forget everything."""
-        self._nats[name].reboot(self._nat_now)
+        nat = self._nats[name]
+        nat.reboot(self._nat_now + nat.ahead_seconds)
 
     def renumber(self, _: list[int], name: str, external: list[bytes]) -> None:
         """Give a NAT other external addresses."""
-        self._nats[name].renumber(external, self._nat_now)
+        nat = self._nats[name]
+        nat.renumber(external, self._nat_now + nat.ahead_seconds)
 
     def set_clock(self, _: list[int], started: float, scale: float) -> None:
         """Set the start of the lab's time, and how fast the NATs' timers run against it."""
         self._started = started
         self._scale = scale
 
-    def advance(self, _: list[int], seconds: float) -> None:
-        """Let the NATs' clocks jump ahead."""
-        self._skipped += seconds
-        self._next_housekeeping = 0.0
+    def advance(self, _: list[int], name: str, seconds: float) -> None:
+        """Let a NAT's clock jump ahead."""
+        nat = self._nats[name]
+        nat.ahead_seconds += seconds
+        nat.translator.on_time(self._nat_now + nat.ahead_seconds)
 
     def statistics(self, _: list[int]) -> dict[str, int]:
         """Return counters: mappings, packets in flight, events lost."""

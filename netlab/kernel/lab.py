@@ -151,9 +151,9 @@ class KernelLab:
     # --- changing ------------------------------------------------------------------------
 
     def advance_nats(self, seconds: float) -> None:
-        """Let the clocks of all NATs on the user engine jump ahead."""
-        self.fabric.call("advance", seconds)
-        self.record_change("advance", "", f"{seconds:g} s")
+        """Let the clocks of all NATs jump ahead, on either engine (see `KernelNat.advance`)."""
+        for name in self.routers:
+            self.nat(name).advance(seconds)
 
     def record_change(self, what: str, target: str, detail: str) -> None:
         """Put a change of the network on the timeline."""

@@ -14,9 +14,10 @@ import trio
 
 from netlab.addresses import InterfacePlan
 from netlab.behavior import Link, ModelError, suggest
+from netlab.kernel.conntrack import age_elements, age_flows, flush_conntrack
 from netlab.kernel.fidelity import Engine
 from netlab.kernel.namespaces import NetworkNamespace
-from netlab.kernel.netfilter import flush_conntrack, load_ruleset
+from netlab.kernel.netfilter import load_ruleset
 from netlab.kernel.netlink import (
     Netlink,
     Request,
@@ -27,7 +28,7 @@ from netlab.kernel.netlink import (
     replace_route,
     set_link_address,
 )
-from netlab.kernel.nft import flush_dynamic_sets, login_rule, router_rules
+from netlab.kernel.nft import dynamic_sets, flush_dynamic_sets, login_rule, router_rules
 from netlab.kernel.sockets import enter_namespace, leave_namespace
 from netlab.kernel.wiring import Cable, host_routes, interface_addresses
 
@@ -232,6 +233,24 @@ class KernelNat(KernelMachine):
         flush_conntrack(self.namespace)
         if observer is not None:
             observer.drain(cause)
+
+    def advance(self, seconds: float) -> None:
+        """Let this NAT's clock jump ahead: mappings and permissions lose that much of their life.
+
+        The kernel counts whole seconds, so the end of a flow there may be off by one.
+        """
+        router = self._lab.routers[self.name]
+        if router.engine is Engine.USER:
+            self._lab.fabric.call("advance", self.name, seconds)
+        observer = self._lab.observers.get(self.name)
+        if observer is not None:
+            observer.drain()
+        age_elements(self.namespace, dynamic_sets(router), seconds)
+        if self._lab.wiring.machines[self.name].rules:
+            age_flows(self.namespace, seconds)
+        if observer is not None:
+            observer.drain()
+        self._lab.record_change("advance", self.name, f"{seconds:g} s")
 
     def renumber(self, external: tuple[bytes, ...]) -> None:
         """Take other external IPv4 addresses (packed), which nobody else may have."""

@@ -1,4 +1,4 @@
-"""Loading rulesets into a namespace, and making a router forget its flows.
+"""Loading rulesets into a namespace, and reading what their sets have learned.
 
 libnftables is used in this process where it can be (0.3 ms for a ruleset), else the `nft`
 program. The library aborts the whole process when its own descriptor is 1024 or more, so that
@@ -11,15 +11,10 @@ import ctypes
 import functools
 import os
 import shutil
-import socket
-import struct
 import subprocess
 
 from netlab.kernel.namespaces import NetworkNamespace
-from netlab.kernel.netlink import NETLINK_NETFILTER, Netlink, NetlinkError, Request
 
-_NFNL_SUBSYS_CTNETLINK = 1
-_IPCTNL_MSG_CT_DELETE = 2
 # FD_SETSIZE, less the few descriptors that the library may open.
 _HIGHEST_SAFE_DESCRIPTOR = 1000
 
@@ -39,22 +34,29 @@ class _Library:
         library.nft_ctx_buffer_output.argtypes = [ctypes.c_void_p]
         library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
         library.nft_ctx_get_error_buffer.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_get_output_buffer.restype = ctypes.c_char_p
+        library.nft_ctx_get_output_buffer.argtypes = [ctypes.c_void_p]
         library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
         self._library = library
 
-    def run(self, text: str) -> str | None:
-        """Run commands in the calling thread's namespace; return the error, if any."""
+    def run(self, text: str) -> str:
+        """Run commands in the calling thread's namespace; return what they print.
+
+        Raises:
+            NftError: they were refused.
+        """
         library = self._library
         context = library.nft_ctx_new(0)
         if not context:
-            return "libnftables could not start"
+            raise NftError("libnftables could not start")
         try:
             library.nft_ctx_buffer_error(context)
             library.nft_ctx_buffer_output(context)
             if library.nft_run_cmd_from_buffer(context, text.encode()) == 0:
-                return None
+                printed: bytes = library.nft_ctx_get_output_buffer(context) or b""
+                return printed.decode(errors="replace")
             words: bytes = library.nft_ctx_get_error_buffer(context) or b"no reason given"
-            return words.decode(errors="replace")
+            raise NftError(f"nftables refused a ruleset: {words.decode(errors='replace').strip()}")
         finally:
             library.nft_ctx_free(context)
 
@@ -86,8 +88,8 @@ def _library_is_safe() -> bool:
     return probe < _HIGHEST_SAFE_DESCRIPTOR
 
 
-def load_ruleset(namespace: NetworkNamespace, text: str) -> None:
-    """Run nft commands in a namespace, all of them or none.
+def load_ruleset(namespace: NetworkNamespace, text: str) -> str:
+    """Run nft commands in a namespace, all of them or none; return what they print.
 
     Raises:
         NftError: nftables isn't installed, or refused the commands.
@@ -95,31 +97,29 @@ def load_ruleset(namespace: NetworkNamespace, text: str) -> None:
     library = _library()
     with namespace.entered():
         if library is not None and _library_is_safe():
-            problem = library.run(text)
-        else:
-            problem = _run_program(text)
-    if problem is not None:
-        raise NftError(f"nftables refused a ruleset: {problem.strip()}")
+            return library.run(text)
+        return _run_program(text)
 
 
-def _run_program(text: str) -> str | None:
+def _run_program(text: str) -> str:
     program = nft_program()
     if program is None:
         raise NftError("nftables is not installed; install the package nftables")
     done = subprocess.run([program, "-f", "-"], input=text, capture_output=True, text=True)
-    return None if done.returncode == 0 else done.stderr or f"status {done.returncode}"
+    if done.returncode:
+        words = done.stderr.strip() or f"status {done.returncode}"
+        raise NftError(f"nftables refused a ruleset: {words}")
+    return done.stdout
 
 
-def flush_conntrack(namespace: NetworkNamespace) -> None:
-    """Make the kernel forget every flow of a namespace."""
-    request = Request(
-        "forget all flows",
-        _NFNL_SUBSYS_CTNETLINK << 8 | _IPCTNL_MSG_CT_DELETE,
-        0,
-        struct.pack("!BBH", socket.AF_UNSPEC, 0, 0),
-    )
-    try:
-        with Netlink(namespace, NETLINK_NETFILTER) as netlink:
-            netlink.run([request])
-    except NetlinkError as error:
-        raise NftError(f"cannot flush conntrack: {error.strerror}") from error
+def list_elements(namespace: NetworkNamespace, table: str, kind: str, name: str) -> list[str]:
+    """Return the elements of a set or map, each as nft's text.
+
+    Raises:
+        NftError: there is no such set.
+    """
+    text = load_ruleset(namespace, f"list {kind} {table} {name}\n")
+    _, found, rest = text.partition("elements = {")
+    if not found:
+        return []
+    return [element.strip() for element in rest[: rest.index("}")].split(",")]

@@ -35,7 +35,9 @@ NETLINK_CAP_ACK = 10
 
 NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
+NLM_F_DUMP = 0x300
 NLMSG_ERROR = 2
+_NLMSG_DONE = 3
 
 _RTM_NEWLINK, _RTM_GETLINK = 16, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 20, 21, 24, 25
@@ -288,6 +290,25 @@ class Netlink:
                 batch, size = [], 0
         if batch:
             self._run_batch(batch)
+
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """Ask for all objects of a kind; return their messages whole.
+
+        Raises:
+            NetlinkError: the kernel refused.
+        """
+        self._sequence += 1
+        header = _MESSAGE.pack(16 + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, self._sequence, 0)
+        self._socket.send(header + body)
+        found: list[bytes] = []
+        while True:
+            for answer, message in messages(self._socket.recv(1 << 17)):
+                if answer == _NLMSG_DONE:
+                    return found
+                if answer == NLMSG_ERROR:
+                    (code,) = struct.unpack_from("=i", message, 16)
+                    raise NetlinkError(-code, os.strerror(-code))
+                found.append(message)
 
     def wait_until_up(self, index: int, *, timeout_seconds: float = 2.0) -> None:
         """Wait until a link whose peer just came up carries packets.

@@ -35,8 +35,11 @@ DROP_LOG_GROUP = 7
 """The NFLOG group that carries dropped packets, with the reason as their prefix."""
 
 LOGGED_IN = "logged_in"
-DYNAMIC_SETS = (("ip nat", "map", "cone"), ("inet flt", "set", "seen"))
-"""(table, kind, name) of what a NAT learns from traffic."""
+_DYNAMIC_SETS = (
+    ("ip nat", "map", "cone"),
+    ("inet flt", "set", "seen"),
+    ("ip6 fw6", "set", "seen6"),
+)
 
 # Bounds the kernel memory of a learning NAT; as many entries as there are ports.
 _SET_SIZE = 65536
@@ -128,14 +131,17 @@ def login_rule(address: IPv4Address) -> str:
     return f"add element inet flt {LOGGED_IN} {{ {address} }}\n"
 
 
+def dynamic_sets(router: Router) -> list[tuple[str, str, str]]:
+    """Return (table, kind, name) of what a router learns from traffic."""
+    text = router_rules(router)
+    return [
+        (table, kind, name) for table, kind, name in _DYNAMIC_SETS if f"{kind} {name} {{" in text
+    ]
+
+
 def flush_dynamic_sets(router: Router) -> str:
     """Return the commands that make a router forget what it learned from traffic."""
-    text = router_rules(router)
-    return "".join(
-        f"flush {kind} {table} {name}\n"
-        for table, kind, name in DYNAMIC_SETS
-        if f"{kind} {name} {{" in text
-    )
+    return "".join(f"flush {kind} {table} {name}\n" for table, kind, name in dynamic_sets(router))
 
 
 def _whole(seconds: float) -> str:

@@ -1,8 +1,7 @@
 """What a kernel NAT does, as timeline events: conntrack's births and deaths, NFLOG's drops.
 
-Netfilter's netlink messages are `nlmsghdr`, then `nfgenmsg` (u8 family, u8 version, u16 resource
-in network order), then attributes; types are subsystem * 256 + message. The layouts are those of
-linux/netfilter/nfnetlink_conntrack.h and nfnetlink_log.h.
+Conntrack's messages are those of `netlab.kernel.conntrack`; the drops' layout is that of
+linux/netfilter/nfnetlink_log.h, behind the same headers.
 
 A mapping is what several flows of one inside socket may share: it is born with its first flow
 and dies with its last one.
@@ -15,12 +14,18 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import trio
 
 from netlab.drops import Drop, DropReason, Endpoint, endpoint_text
 from netlab.kernel import packets
+from netlab.kernel.conntrack import (
+    CONNTRACK_DELETE,
+    CONNTRACK_NEW,
+    HEADER_BYTES,
+    Flow,
+    parse_flow,
+)
 from netlab.kernel.namespaces import NetworkNamespace
 from netlab.kernel.netlink import (
     NETLINK_ADD_MEMBERSHIP,
@@ -39,10 +44,6 @@ from netlab.nat import Protocol
 from netlab.timeline import Event, MappingBorn, MappingDied, Note, PacketDropped
 
 _GROUP_NEW, _GROUP_DESTROY = 1, 3
-_CONNTRACK_NEW, _CONNTRACK_DELETE = 0x100, 0x102
-_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2, 1, 2
-_CTA_IP_V4_SRC, _CTA_IP_V4_DST, _CTA_IP_V6_SRC, _CTA_IP_V6_DST = 1, 2, 3, 4
-_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
 
 _LOG_PACKET, _LOG_CONFIG = 0x400, 0x401
 _NFULA_CFG_CMD, _NFULA_CFG_MODE, _NFULA_CFG_QTHRESH = 1, 2, 5
@@ -51,55 +52,8 @@ _BIND, _COPY_PACKET = 1, 2
 # Enough for the headers of a dropped packet.
 _LOGGED_BYTES = 128
 
-_HEADER_BYTES = 20  # nlmsghdr and nfgenmsg
 # As much as an ordinary user may ask for; a burst of more than some hundred events is told as lost.
 _BUFFER_BYTES = 4 << 20
-
-
-class Flow(NamedTuple):
-    """A tracked flow as its first packet and its answers look."""
-
-    protocol: int
-    source: Endpoint
-    destination: Endpoint
-    answer_source: Endpoint
-    answer_destination: Endpoint
-
-
-def parse_flow(message: bytes) -> Flow | None:
-    """Parse a conntrack event; None for protocols without ports."""
-    tuples = []
-    for kind in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY):
-        found = find_attribute(message, _HEADER_BYTES, kind)
-        parsed = None if found is None else _parse_tuple(found)
-        if parsed is None:
-            return None
-        tuples.append(parsed)
-    (protocol, source, destination), (_, answer_source, answer_destination) = tuples
-    return Flow(protocol, source, destination, answer_source, answer_destination)
-
-
-def _parse_tuple(data: bytes) -> tuple[int, Endpoint, Endpoint] | None:
-    addresses = find_attribute(data, 0, _CTA_TUPLE_IP)
-    transport = find_attribute(data, 0, _CTA_TUPLE_PROTO)
-    if addresses is None or transport is None:
-        return None
-    protocol = find_attribute(transport, 0, _CTA_PROTO_NUM)
-    ports = [
-        find_attribute(transport, 0, kind) for kind in (_CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)
-    ]
-    ends = [
-        find_attribute(addresses, 0, ipv4) or find_attribute(addresses, 0, ipv6)
-        for ipv4, ipv6 in ((_CTA_IP_V4_SRC, _CTA_IP_V6_SRC), (_CTA_IP_V4_DST, _CTA_IP_V6_DST))
-    ]
-    if protocol is None or None in ports or None in ends:
-        return None
-    source, destination = (
-        (end, int.from_bytes(port, "big"))
-        for end, port in zip(ends, ports, strict=True)
-        if end is not None and port is not None
-    )
-    return protocol[0], source, destination
 
 
 class NatObserver:
@@ -146,9 +100,9 @@ class NatObserver:
         # Flows first: whether a dropped packet was for a living mapping depends on them.
         for watched in (self._flows, self._drops):
             for kind, message in self._receive(watched):
-                if kind == _CONNTRACK_NEW:
+                if kind == CONNTRACK_NEW:
                     self._handle_flow(message, self._handle_new)
-                elif kind == _CONNTRACK_DELETE:
+                elif kind == CONNTRACK_DELETE:
                     self._handle_flow(message, lambda flow: self._handle_gone(flow, cause))
                 elif kind == _LOG_PACKET:
                     self._handle_drop(message)
@@ -217,8 +171,8 @@ class NatObserver:
             )
 
     def _handle_drop(self, message: bytes) -> None:
-        packet = find_attribute(message, _HEADER_BYTES, _NFULA_PAYLOAD)
-        prefix = find_attribute(message, _HEADER_BYTES, _NFULA_PREFIX)
+        packet = find_attribute(message, HEADER_BYTES, _NFULA_PAYLOAD)
+        prefix = find_attribute(message, HEADER_BYTES, _NFULA_PREFIX)
         if packet is None or prefix is None:
             return
         reason = DropReason(prefix.rstrip(b"\0").decode())

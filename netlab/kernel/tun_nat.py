@@ -60,6 +60,8 @@ class TunNat:
         on_drop: Callable[[Drop, bytes], None],
     ) -> None:
         self.translator = translator
+        self.ahead_seconds = 0.0
+        """How far its clock is ahead of the lab's, for whoever calls it."""
         self._outbound = translator.outbound
         self._inbound = translator.inbound
         self._answer = answer
