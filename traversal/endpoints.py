@@ -111,6 +111,8 @@ class Endpoints:
         self._evidence = MappingEvidence()
         self._behavior: NatBehavior | None = None
         self._samples: PortSamples | None = None
+        self._tested_network = ("-", "-")
+        self._public_host = "-"
         self._discovery_wanted = trio.Event()
         self._discovered = trio.Event()
         self._chooser = HomeChooser(home, relay_map.home_scores)
@@ -189,11 +191,13 @@ class Endpoints:
         self._rebind_wanted.set()
 
     async def rebind(self) -> None:
-        """Fresh sockets now; all that was measured is void."""
+        """Fresh sockets now; what was measured through the old ones is void, and what was found of
+        the NAT too if the network is another one."""
         await self._udp.rebind()
         self._book.forget()
         self._evidence = MappingEvidence()
-        self._behavior = self._samples = None
+        if self._network() != self._tested_network:
+            self._behavior = self._samples = None
         self._discovered = trio.Event()
         self._discovery_wanted.set()
         self._update_local_networks()
@@ -240,6 +244,7 @@ class Endpoints:
         while True:
             self._discovery_wanted = trio.Event()
             servers = self._check.answering_servers()
+            self._tested_network = self._network()
             if servers:
                 await self._sample_ports(servers[0])
             local = self._local_ipv4()
@@ -371,12 +376,18 @@ class Endpoints:
             evidence=self._evidence.mapping,
         )
 
+    def _network(self) -> tuple[str, str]:
+        """The IPv4 gateway and our address towards it."""
+        own = self._addresses_of(self.state.default_ipv4, 4)
+        return self.state.gateway_ipv4 or "-", own[0] if own else "-"
+
     def _fingerprint(self) -> str:
         """Names the network that we are in: gateway, our address in it, public IP."""
-        own = self._addresses_of(self.state.default_ipv4, 4)
         public = public_ipv4(address for _, address in self.own_addresses)
-        parts = self.state.gateway_ipv4, own[0] if own else None, public and public.host
-        return " ".join(part or "-" for part in parts)
+        if public is not None:
+            self._public_host = public.host
+        # A check that nobody answered does not mean that we moved.
+        return " ".join((*self._network(), self._public_host))
 
     def _external_address(self) -> Address | None:
         return self._port_mapping.external if self._port_mapping is not None else None

@@ -95,6 +95,9 @@ class PortSearch:
         """A net check is over."""
         self._puncher.set_own_side(own, now)
         self._carry_out()
+        if self._session.machine.state is not PathState.DIRECT:
+            # The peer may wait for this, though we have nothing to send to it.
+            self._session.announce_nat(now)
 
     def handle_rebind(self, now: float) -> None:
         """Before the machine is told: it should ping by the fresh socket."""

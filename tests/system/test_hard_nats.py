@@ -316,3 +316,40 @@ async def test_what_worked_begins_at_once(autojump_clock: MockClock) -> None:
         assert record.worked is Strategy.BIRTHDAY_HARD
         kept = PunchMemory.from_dict(memory.to_dict())
         assert kept.recall(fingerprint, nodes[1].public_key.raw).worked is Strategy.BIRTHDAY_HARD
+
+
+@pytest.mark.parametrize("talker", [0, 1])
+async def test_nodes_that_just_started(talker: int, autojump_clock: MockClock) -> None:
+    """Nodes that learn what their NATs are like only after they met tell each other, also when one
+    has nothing to send: direct as soon as the tests of the NATs are over."""
+    async with simulate(topology(RANDOM, EASY, relay_addresses=2)) as world:
+        nodes = await world.open_nodes("h0", "h1")
+        speaker, listener = nodes[talker], nodes[1 - talker]
+        link = await speaker.connect(listener.public_key, relay=listener.home_region)
+        began = trio.current_time()
+        with trio.fail_after(12):
+            while link.path.kind is not PathKind.DIRECT:
+                await link.send(b"data")
+                await trio.sleep(0.1)
+        print(f"LAB direct {trio.current_time() - began:.2f} s after starting")
+
+
+async def test_rebound_sockets(autojump_clock: MockClock) -> None:
+    """When a node replaces its sockets the found one goes too, and another is found at once."""
+    async with simulate(topology(RANDOM, EASY, relay_addresses=2)) as world:
+        nodes = await world.open_nodes("h0", "h1")
+        await trio.sleep(DISCOVERY_SECONDS)
+        conversation = await world.introduce(*nodes)
+        await conversation.until_direct(6)
+        await trio.sleep(5)
+        old = conversation.right.path.address
+        began = trio.current_time()
+        async with world.lab.host("h0"):
+            await nodes[0].rebind()
+        await conversation.until(
+            lambda: conversation.right.path.address not in (old, None), 12, "the new path"
+        )
+        await conversation.until_direct(12)
+        print(f"LAB direct again {trio.current_time() - began:.2f} s after the rebind")
+        await trio.sleep(2)
+        assert conversation.lost_seconds(began - 0.1) < 1.5

@@ -112,7 +112,7 @@ async def programs(home: Path) -> AsyncIterator[Programs]:
     topology = Topology(
         nats=tuple(Nat(name=f"nat-{n}", behavior=class_behavior(c)) for n, c in NATS.items()),
         hosts=tuple(Host(name=n, uplinks=(Uplink(network=f"nat-{n}"),)) for n in NATS),
-        servers=(Server(name="relay"),),
+        servers=(Server(name="relay", addresses=2),),
     )
     async with KernelLab(topology) as lab:
         running = Programs(lab, home)
@@ -124,12 +124,13 @@ async def programs(home: Path) -> AsyncIterator[Programs]:
 
 async def start_relay(running: Programs) -> Path:
     """Start our relay on the server; return the file of its map, with the certificate's pin."""
-    address = running.lab.host("relay").addresses[0]
+    address, other = running.lab.host("relay").addresses[:2]
     file = running.home("relay") / "derpmap.json"
     await running.start(
         "relay",
         *(sys.executable, "-m", "relay.cli", "serve", "--dev", "--dev-map", str(file)),
         *("--hostname", address, "--derp", f"{address}:443", "--stun", f"{address}:3478"),
+        *("--set", f"listen.stun_alternate={other}:3479"),
         ready="Relay map to give",
     )
     return file
@@ -166,7 +167,7 @@ def write_agent_files(running: Programs, relay_map: Path) -> None:
 class TestOurs:
     async def test_agents_find_their_paths(self, tmp_path: Path) -> None:
         """Relay, agents and pings are processes. Two easy NATs: direct, and both sides know. An
-        easy and a symmetric one: not direct, but the relay carries the pings."""
+        easy and a symmetric one: direct by the port search, which both sides tell of."""
         async with programs(tmp_path) as running:
             relay_map = await start_relay(running)
             assert only_node(relay_map).certificate_name.startswith("sha256-raw:")
@@ -186,14 +187,16 @@ class TestOurs:
             bobs_nat = str(running.lab.nat("nat-bob").external[0])
             assert found["path"]["address"].startswith(f"{bobs_nat}:")
 
-            status, output = await running.run("alice", *ping, str(SEARCH_SECONDS), "carol")
+            status, output = await running.run("alice", *ping, str(START_SECONDS - 2), "carol")
             found = json.loads(output)
-            assert (status, found["path"]["kind"]) == (1, "relay"), output
-            assert found["pings"][-1]["latency_seconds"] is not None
+            assert (status, found["path"]["kind"]) == (0, "direct"), output
+            assert found["verdict"]["port_search"]["strategy"] == "birthday-easy", output
 
             _, output = await running.run("bob", *UNDERPASS, "status", "--json")
             kinds = {peer["name"]: peer["path"]["kind"] for peer in json.loads(output)["peers"]}
             assert kinds["alice"] == "direct", output
+            _, output = await running.run("carol", *UNDERPASS, "status")
+            assert re.search(r"alice: .* port search \(birthday-hard\) found it", output), output
 
 
 @pytest.mark.interop

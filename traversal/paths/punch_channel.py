@@ -8,6 +8,7 @@ node keys) nor replay it, in this life of both nodes or in a later one.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from traversal.paths.punch_effects import SendPunchMessage
 from traversal.paths.punch_strategy import OwnSide, PeerSide
@@ -20,6 +21,8 @@ from traversal.wire.punching import (
     PunchMessage,
     PunchMethod,
 )
+
+UNKNOWN_PORTS: Final = PortAllocation(PortPattern.UNKNOWN)
 
 
 class PunchChannel:
@@ -46,8 +49,15 @@ class PunchChannel:
         is_new = peer.session != self.peer.session
         if is_new:
             self._peer_serial = 0
-        elif peer.nat.ports.pattern is PortPattern.UNKNOWN:
-            peer = replace(peer, nat=replace(peer.nat, ports=self.peer.nat.ports))
+        else:
+            known = self.peer.nat
+            nat = replace(
+                peer.nat,
+                mapping=peer.nat.mapping or known.mapping,
+                filtering=peer.nat.filtering or known.filtering,
+                ports=known.ports if peer.nat.ports == UNKNOWN_PORTS else peer.nat.ports,
+            )
+            peer = replace(peer, nat=nat)
         self.peer = peer
         return is_new
 
@@ -70,8 +80,8 @@ class PunchChannel:
         self.peer = replace(
             self.peer,
             nat=NatFacts(
-                mapping=nat.mapping or message.mapping,
-                filtering=nat.filtering or message.filtering,
+                mapping=message.mapping or nat.mapping,
+                filtering=message.filtering or nat.filtering,
                 ports=nat.ports if pattern is PortPattern.UNKNOWN else ports,
                 hairpins=nat.hairpins,
                 is_udp_blocked=nat.is_udp_blocked,

@@ -154,8 +154,10 @@ def choose(
 
 def _choose_for_ours(own: OwnSide, peer: PeerSide) -> Choice:
     ours, theirs = own.nat, peer.nat
-    if MappingClass.UNKNOWN in (ours.mapping, theirs.mapping):
-        return Choice(Strategy.RELAY, "one of the NATs is not known yet, so nothing can be planned")
+    if ours.mapping is MappingClass.UNKNOWN:
+        return Choice(Strategy.RELAY, "our NAT is not known yet, so nothing can be planned")
+    if theirs.mapping is MappingClass.UNKNOWN:
+        return Choice(Strategy.ASK, "the peer must say what its NAT is like")
     if ours.is_hard and theirs.is_hard:
         return _choose_for_hard_pair(ours, theirs)
     if not ours.is_hard and not theirs.is_hard:

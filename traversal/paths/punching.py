@@ -51,11 +51,15 @@ from traversal.paths.punch_strategy import (
 )
 from traversal.wire.address import Address
 from traversal.wire.disco import TRANSACTION_ID_LENGTH
+from traversal.wire.introduction import MappingClass
 from traversal.wire.punching import PunchKind, PunchMessage, PunchMethod
 
 ASK_AGAIN_SECONDS: Final = 1.0
 ASK_PATIENCE_SECONDS: Final = 0.9
-"""For a hard peer to say how its NAT picks ports; the decision for the relay takes no longer."""
+"""For a peer to say what its NAT is like; the decision for the relay takes no longer."""
+POSTPONE_SECONDS: Final = 3.0
+"""Before we ask again a peer that does not know its NAT, or not again after a move: the tests take
+three seconds."""
 ACCEPT_SHARE: Final = 0.5
 """Of our own pause after a failure: then the peer may ask for another attempt. Less than the whole,
 because both sides' pauses began at slightly different times."""
@@ -315,6 +319,11 @@ class Puncher:
         elif message.method is not PunchMethod.NONE:
             attempt.search.handle_stop(message.address, now)
             self._collect(now)
+        elif message.mapping is MappingClass.UNKNOWN and not attempt.search.outbox.sent:
+            # It will tell when it knows, or plan by itself.
+            self._paused_until = now + POSTPONE_SECONDS
+            self._abandon(now, "the peer does not know its NAT yet")
+            self._consider(now)
         elif not attempt.search.is_confirming:
             self._fail(attempt, "the peer ended the search or did not take part in it", now)
 
@@ -351,7 +360,7 @@ class Puncher:
         choice = self._choose(has_plain_failed=now >= plain_until)
         if choice.strategy is Strategy.ASK and self._asked_until <= now:
             choice = Choice(
-                Strategy.RELAY, "both NATs are hard, and the peer did not say how its picks ports"
+                Strategy.RELAY, "the peer did not say what its NAT is like and how it picks ports"
             )
         self._facts = replace(
             self._facts,
