@@ -165,18 +165,16 @@ class _ProbeSocket:
             transaction = self._prober.generator.randbytes(12)
             request = Request(transaction=transaction, **options)
             await self.sock.sendto(request.encode(), server)
-            response = await self.hear(transaction, self._prober.timeout_seconds)
+            response = await self.hear(transaction)
             if response is not None:
                 external = (response[0].address, response[0].port)
                 self._prober.seen[external] = None
                 return external
         return None
 
-    async def hear(
-        self, transaction: bytes, timeout_seconds: float
-    ) -> tuple[Response, Address] | None:
+    async def hear(self, transaction: bytes) -> tuple[Response, Address] | None:
         """Wait for the response to a transaction; return it with its source."""
-        with trio.move_on_after(timeout_seconds):
+        with trio.move_on_after(self._prober.timeout_seconds):
             while True:
                 try:
                     data, source = await self.sock.recvfrom(2048)
@@ -302,7 +300,7 @@ async def _measure_hairpin(prober: _Prober) -> Hairpin | None:
             target = f"{NAT64_PREFIX.network_address}{target[0]}", target[1]
         for _ in range(_ATTEMPTS):
             await y.sock.sendto(probe.encode(), target)
-            heard = await x.hear(transaction, prober.timeout_seconds)
+            heard = await x.hear(transaction)
             if heard is not None:
                 external = {address for address, _ in prober.seen}
                 return Hairpin.EXTERNAL if heard[1][0] in external else Hairpin.INTERNAL
@@ -329,8 +327,7 @@ async def _is_alive(prober: _Prober, x: _ProbeSocket, external: Address) -> bool
             transaction = prober.generator.randbytes(12)
             request = Request(transaction=transaction, response_port=external[1])
             await y.sock.sendto(request.encode(), prober.at(0, 0))
-            # A lifetime takes many looks, half of them in vain: together they wait once.
-            if await x.hear(transaction, prober.timeout_seconds / _ATTEMPTS) is not None:
+            if await x.hear(transaction) is not None:
                 return True
     return False
 

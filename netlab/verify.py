@@ -22,7 +22,7 @@ NO_UDP, PORTAL = "no-udp", "portal"
 """Claims of NATs that let no probe through, the second before the login only."""
 
 # All at once would wait for one another, and the probe takes silence for an answer.
-_AT_ONCE = 14
+_AT_ONCE = 8
 _SERVER = "probe-server"
 # Longer than the longest lifetime of a preset, so that it is measured; such time costs nothing.
 _LIFETIME_LIMIT_SECONDS = 700.0
