@@ -1,0 +1,562 @@
+"""Our edge with the real connector. Opt in: CLOUDFLARED_BIN=/path/to/cloudflared.
+
+Each test runs in a network namespace with nothing but loopback, where the program can't reach
+anybody else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import h11
+import pytest
+import trio
+import wsproto
+
+from relay.config import Config
+from relay.edge.certificates import authority_path
+from relay.edge.connection import Exchange, RequestHead, TunnelConnection
+from relay.edge.registration import EdgeStage
+from relay.edge.registry import Tunnel
+from relay.edge.service import Edge
+from relay.edge.tunnel_files import create_tunnel, tunnels_directory
+from relay.listeners import open_listeners
+from traversal.wire.tunnel.credentials import Credentials
+
+PROGRAM = os.environ.get("CLOUDFLARED_BIN", "")
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.jail,
+    pytest.mark.skipif(not PROGRAM, reason="CLOUDFLARED_BIN names no cloudflared"),
+]
+
+HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
+"""One for each connection: the connector never makes two to one address."""
+PORT = 7844
+BULK_BYTES = 20_000_000
+
+
+@pytest.fixture(params=["http2"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What the connector runs over."""
+    return str(request.param)
+
+
+# --- The origin ----------------------------------------------------------------------------------
+
+
+class Origin:
+    """An HTTP/1.1 server, by h11 and wsproto, and a TCP echo server."""
+
+    def __init__(self) -> None:
+        self.requests: list[h11.Request] = []
+        self.go_on = trio.Event()
+        """Set: `/slow` ends."""
+        self.port = 0
+        self.tcp_port = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        async with trio.open_nursery() as nursery:
+            http, tcp = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(2)]
+            self.port = http.socket.getsockname()[1]
+            self.tcp_port = tcp.socket.getsockname()[1]
+            nursery.start_soon(trio.serve_listeners, self._serve, [http])
+            nursery.start_soon(trio.serve_listeners, self._echo, [tcp])
+            task_status.started()
+
+    async def _echo(self, stream: trio.SocketStream) -> None:
+        async for data in stream:
+            await stream.send_all(data)
+        await stream.send_eof()
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        connection = h11.Connection(h11.SERVER)
+
+        async def send(event: h11.Event) -> None:
+            data = connection.send(event)
+            if data:
+                try:
+                    await stream.send_all(data)
+                except trio.BrokenResourceError:
+                    raise ConnectionError from None
+
+        async def receive() -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+            while True:
+                event = connection.next_event()
+                if event is not h11.NEED_DATA:
+                    return event
+                try:
+                    connection.receive_data(await stream.receive_some(65536))
+                except trio.BrokenResourceError:
+                    raise ConnectionError from None
+
+        try:
+            while True:
+                request = await receive()
+                if not isinstance(request, h11.Request):
+                    return
+                self.requests.append(request)
+                if dict(request.headers).get(b"upgrade") == b"websocket":
+                    await self._websocket(stream, request)
+                    return
+                await self._answer(request, receive, send)
+                if connection.our_state is h11.MUST_CLOSE:
+                    return
+                connection.start_next_cycle()
+        except (ConnectionError, h11.ProtocolError):
+            pass
+
+    async def _answer(self, request: h11.Request, receive, send) -> None:
+        url = urlsplit(request.target.decode())
+        chunked = [("Transfer-Encoding", "chunked"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
+        match url.path:
+            case "/echo":
+                await send(h11.Response(status_code=200, headers=chunked))
+                while isinstance(event := await receive(), h11.Data):
+                    await send(h11.Data(data=bytes(event.data)))
+                await send(h11.EndOfMessage())
+                return
+            case "/bytes":
+                size = int(parse_qs(url.query)["n"][0])
+                headers = [("Content-Length", str(size))]
+                await send(h11.Response(status_code=200, headers=headers))
+                sent = 0
+                while sent < size:
+                    piece = pattern(sent, min(65536, size - sent))
+                    await send(h11.Data(data=piece))
+                    sent += len(piece)
+                await send(h11.EndOfMessage())
+            case "/trailers":
+                headers = [*chunked, ("Trailer", "X-Checksum")]
+                await send(h11.Response(status_code=200, headers=headers))
+                await send(h11.Data(data=b"body"))
+                await send(h11.EndOfMessage(headers=[("X-Checksum", "1")]))
+            case "/slow":
+                await send(h11.Response(status_code=200, headers=chunked))
+                await send(h11.Data(data=b"begun;"))
+                await self.go_on.wait()
+                await send(h11.Data(data=b"done"))
+                await send(h11.EndOfMessage())
+            case _:
+                body = url.path.encode()
+                headers = [("Content-Length", str(len(body))), ("X-Origin", "yes")]
+                await send(h11.Response(status_code=200, headers=headers))
+                await send(h11.Data(data=body))
+                await send(h11.EndOfMessage())
+        while not isinstance(await receive(), h11.EndOfMessage):
+            pass
+
+    async def _websocket(self, stream: trio.SocketStream, request: h11.Request) -> None:
+        connection = wsproto.WSConnection(wsproto.ConnectionType.SERVER)
+        connection.initiate_upgrade_connection(list(request.headers), request.target.decode())
+        while True:
+            for event in connection.events():
+                match event:
+                    case wsproto.events.Request():
+                        answer: wsproto.events.Event = wsproto.events.AcceptConnection()
+                    case wsproto.events.TextMessage():
+                        answer = wsproto.events.TextMessage(event.data.upper())
+                    case wsproto.events.CloseConnection():
+                        return
+                await stream.send_all(connection.send(answer))
+            connection.receive_data(await stream.receive_some(65536) or None)
+
+
+def pattern(start: int, size: int) -> bytes:
+    """Bytes that differ by their position."""
+    block = b"".join(i.to_bytes(4, "big") for i in range(start // 4, (start + size) // 4 + 2))
+    return block[start % 4 : start % 4 + size]
+
+
+# --- The stage -----------------------------------------------------------------------------------
+
+
+class Stage:
+    """An edge, an origin, a tunnel, and connectors for it."""
+
+    def __init__(self, directory: Path, transport: str, origin: Origin, tunnel: Tunnel) -> None:
+        self.directory = directory
+        self.transport = transport
+        self.origin = origin
+        self.tunnel = tunnel
+        self.edge: Edge
+
+    @contextmanager
+    def connector(
+        self,
+        *arguments: str,
+        connections: int = 1,
+        credentials: Credentials | None = None,
+        hosts: list[str] = HOSTS,
+    ) -> Iterator[Cloudflared]:
+        """A running program; it is ended when the block is left."""
+        credentials_path = self.directory / "credentials.json"
+        credentials_path.write_text((credentials or self.tunnel.credentials).to_file())
+        arguments = arguments or ("--url", f"http://127.0.0.1:{self.origin.port}")
+        command = [PROGRAM, "tunnel", "--protocol", self.transport, "--no-prechecks"]
+        command += ["--no-autoupdate", "--ha-connections", str(connections)]
+        command += ["--cacert", str(authority_path(self.directory)), "--metrics", "127.0.0.1:0"]
+        command += ["--grace-period", "20s", "--loglevel", "debug"]
+        command += [part for host in hosts for part in ("--edge", f"{host}:{PORT}")]
+        command += ["run", "--credentials-file", str(credentials_path), *arguments]
+        command.append(str(self.tunnel.id))
+        log_path = self.directory / "cloudflared.log"
+        environment = {"PATH": os.environ["PATH"], "HOME": str(self.directory)}
+        with log_path.open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            yield Cloudflared(process, log_path)
+        finally:
+            process.kill()
+            process.wait()
+
+    @asynccontextmanager
+    async def running_edge(self, drain_seconds: float = 5.0) -> AsyncIterator[Edge]:
+        config = Config.dev(
+            {
+                "edge.listen": [f"{host}:{PORT}" for host in HOSTS],
+                "edge.directory": str(self.directory),
+                "server.drain_seconds": drain_seconds,
+            }
+        )
+        listeners = [sock for place in config.edge.listen for sock in open_listeners(place)]
+        self.edge = Edge(config, listeners)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.edge.run)
+            yield self.edge
+            nursery.cancel_scope.cancel()
+
+    async def usable(self, count: int = 1) -> TunnelConnection:
+        """Some connection, when there are so many."""
+        with trio.fail_after(20):
+            while True:
+                connections = list(self.edge.registry.connections(self.tunnel.id))
+                if len(connections) >= count:
+                    assert all(c.transport == self.transport for c in connections)
+                    picked = self.edge.registry.pick(self.tunnel.id)
+                    assert picked is not None
+                    return picked
+                await trio.sleep(0.05)
+
+
+class Cloudflared:
+    """The program."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self.process = process
+        self._log_path = log_path
+
+    def log(self) -> str:
+        return self._log_path.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """As an operator does it: once."""
+        self.process.send_signal(signal.SIGINT)
+
+    async def exit_status(self) -> int:
+        return await trio.to_thread.run_sync(self.process.wait, abandon_on_cancel=True)
+
+
+@asynccontextmanager
+async def staged(
+    tmp_path: Path, transport: str, drain_seconds: float = 5.0
+) -> AsyncIterator[Stage]:
+    origin = Origin()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(origin.run)
+        stage = Stage(tmp_path, transport, origin, create_tunnel(str(tmp_path), "web", os.urandom))
+        async with stage.running_edge(drain_seconds):
+            yield stage
+        nursery.cancel_scope.cancel()
+
+
+def get(path: str, **headers: str) -> RequestHead:
+    pairs = tuple(
+        (name.replace("_", "-").encode(), text.encode()) for name, text in headers.items()
+    )
+    return RequestHead("GET", "https", "app.example.com", path, pairs)
+
+
+def post(path: str, *headers: tuple[bytes, bytes]) -> RequestHead:
+    return RequestHead("POST", "https", "app.example.com", path, headers, has_body=True)
+
+
+async def read_all(exchange: Exchange) -> bytes:
+    body = bytearray()
+    while data := await exchange.receive():
+        body += data
+    return bytes(body)
+
+
+async def fetch(connection: TunnelConnection, head: RequestHead) -> tuple[int, bytes]:
+    async with await connection.request(head) as exchange:
+        return (await exchange.response()).status, await read_all(exchange)
+
+
+async def eventually(condition: Callable[[], Awaitable[bool] | bool]) -> None:
+    """Another program has to do its part: nothing here tells when."""
+    with trio.fail_after(20):
+        while True:
+            result = condition()
+            if result if isinstance(result, bool) else await result:
+                return
+            await trio.sleep(0.05)
+
+
+# --- The matrix ----------------------------------------------------------------------------------
+
+
+async def test_get(tmp_path: Path, transport: str) -> None:
+    """A request reaches the origin with the visitor's headers, and the answer comes back."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            assert connection.options.version
+            async with await connection.request(get("/a?b=c", (b"x-own", b"1"))) as exchange:
+                response = await exchange.response()
+                assert response.status == 200
+                assert not response.is_from_connector
+                assert (b"x-origin", b"yes") in response.headers
+                assert await read_all(exchange) == b"/a"
+            (request,) = stage.origin.requests
+            headers = dict(request.headers)
+            assert (request.target, headers[b"host"]) == (b"/a?b=c", b"app.example.com")
+            assert headers[b"x-own"] == b"1"
+            # It reports its configuration, since it isn't remotely managed.
+            await eventually(lambda: bool(connection.local_configuration))
+            assert "ingress" in json.loads(connection.local_configuration)
+
+
+async def test_repeated_headers(tmp_path: Path, transport: str) -> None:
+    """Two cookies stay two headers."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            head = post("/echo", (b"content-length", b"0"))
+            async with await connection.request(head) as exchange:
+                await exchange.send_end()
+                response = await exchange.response()
+                cookies = [value for name, value in response.headers if name == b"set-cookie"]
+                assert sorted(cookies) == [b"a=1", b"b=2"]
+
+
+async def test_large_bodies(tmp_path: Path, transport: str) -> None:
+    """20 MB down, and 20 MB up that come back while they are sent, arrive unchanged."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            status, body = await fetch(connection, get(f"/bytes?n={BULK_BYTES}"))
+            assert (status, body) == (200, pattern(0, BULK_BYTES))
+            head = post("/echo", (b"content-length", str(BULK_BYTES).encode()))
+            async with await connection.request(head) as exchange, trio.open_nursery() as nursery:
+
+                async def send() -> None:
+                    for start in range(0, BULK_BYTES, 1 << 18):
+                        await exchange.send(body[start : start + (1 << 18)])
+                    await exchange.send_end()
+
+                nursery.start_soon(send)
+                assert (await exchange.response()).status == 200
+                assert await read_all(exchange) == body
+
+
+async def test_body_of_unknown_length(tmp_path: Path, transport: str) -> None:
+    """A chunked upload streams: what was sent comes back before the rest is."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            head = post("/echo")
+            async with await connection.request(head) as exchange:
+                await exchange.send(b"one")
+                assert (await exchange.response()).status == 200
+                assert await exchange.receive() == b"one"
+                await exchange.send(b"two")
+                await exchange.send_end()
+                assert await read_all(exchange) == b"two"
+
+
+async def test_trailers(tmp_path: Path, transport: str) -> None:
+    """The origin's trailers arrive over HTTP/2; the reference drops them over QUIC."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            async with await connection.request(get("/trailers")) as exchange:
+                assert await read_all(exchange) == b"body"
+                expected = ((b"x-checksum", b"1"),) if transport == "http2" else ()
+                assert exchange.trailers == expected
+
+
+async def test_unreachable_origin(tmp_path: Path, transport: str) -> None:
+    """The connector's own 502 is told from one of the origin."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector("--url", "http://127.0.0.1:1"):
+            connection = await stage.usable()
+            async with await connection.request(get("/")) as exchange:
+                response = await exchange.response()
+                assert (response.status, response.is_from_connector) == (502, True)
+
+
+async def test_websocket(tmp_path: Path, transport: str) -> None:
+    """A websocket is accepted with 101 and carries messages both ways until it is closed."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            client = wsproto.connection.Connection(wsproto.ConnectionType.CLIENT)
+            headers = (
+                (b"sec-websocket-key", b"dGhlIHNhbXBsZSBub25jZQ=="),
+                (b"sec-websocket-version", b"13"),
+            )
+            head = RequestHead("GET", "https", "app.example.com", "/ws", headers, kind="websocket")
+            async with await connection.request(head) as exchange:
+                response = await exchange.response()
+                assert response.status == 101
+                accept = dict(response.headers)[b"sec-websocket-accept"]
+                assert accept == b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+                for text in ("hello", "again"):
+                    await exchange.send(client.send(wsproto.events.TextMessage(text)))
+                    events: list[wsproto.events.Event] = []
+                    while not events:
+                        client.receive_data(await exchange.receive())
+                        events = list(client.events())
+                    assert events[0] == wsproto.events.TextMessage(text.upper())
+
+
+async def test_tcp(tmp_path: Path, transport: str) -> None:
+    """The connector dials an address that the edge names and carries bytes both ways; a port where
+    nobody listens is refused."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            destination = f"127.0.0.1:{stage.origin.tcp_port}"
+            async with await connection.connect_tcp(destination, "192.0.2.1:5") as exchange:
+                assert (await exchange.response()).status == 200
+                for text in (b"SSH-2.0", b"x" * 1_000_000):
+                    await exchange.send(text)
+                    received = b""
+                    while len(received) < len(text):
+                        received += await exchange.receive()
+                    assert received == text
+                await exchange.send_end()
+                assert await exchange.receive() == b""
+            async with await connection.connect_tcp("127.0.0.1:1", "192.0.2.1:5") as exchange:
+                response = await exchange.response()
+                assert (response.status, response.is_from_connector) == (502, True)
+
+
+async def test_configuration_push(tmp_path: Path, transport: str) -> None:
+    """A tunnel that is configured at the edge gets its rules from there, and each change."""
+    async with staged(tmp_path, transport) as stage:
+        path = tunnels_directory(str(tmp_path)) / "web.config.json"
+
+        def configure(status: int) -> None:
+            path.write_text(json.dumps({"ingress": [{"service": f"http_status:{status}"}]}))
+            stage.edge.reload_files()
+
+        configure(418)
+        with stage.connector():
+            connection = await stage.usable()
+            assert connection.is_remotely_managed
+            for status in (418, 419):
+                configure(status)
+
+                async def is_applied(status: int = status) -> bool:
+                    return (await fetch(connection, get("/")))[0] == status
+
+                await eventually(is_applied)
+            assert stage.edge.refusals.counts[EdgeStage.PROTOCOL] == 0
+
+
+async def test_four_connections(tmp_path: Path, transport: str) -> None:
+    """A connector has four, all serve, and when one is cut the others do, and it comes back."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector(connections=4):
+            await stage.usable(4)
+            registry = stage.edge.registry
+            connections = list(registry.connections(stage.tunnel.id))
+            assert sorted(connection.index for connection in connections) == [0, 1, 2, 3]
+            assert len({connection.connector_id for connection in connections}) == 1
+            for connection in connections:
+                assert await fetch(connection, get("/")) == (200, b"/")
+            connections[1].close("test")
+            for _ in range(20):
+                picked = registry.pick(stage.tunnel.id)
+                assert picked is not None
+                assert await fetch(picked, get("/")) == (200, b"/")
+            await stage.usable(4)
+
+
+async def test_graceful_stop(tmp_path: Path, transport: str) -> None:
+    """A connector that is told to stop finishes its request and exits as soon as that is done."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector() as connector:
+            connection = await stage.usable()
+            async with await connection.request(get("/slow")) as exchange:
+                assert await exchange.receive() == b"begun;"
+                connector.stop()
+                await eventually(lambda: not connection.is_usable)
+                assert stage.edge.registry.pick(stage.tunnel.id) is None
+                stage.origin.go_on.set()
+                assert await read_all(exchange) == b"done"
+            with trio.fail_after(5):
+                assert await connector.exit_status() == 0
+
+
+async def test_edge_restart(tmp_path: Path, transport: str) -> None:
+    """An edge that stops lets a long request finish; the connector comes back to the next one."""
+    async with staged(tmp_path, transport, drain_seconds=20) as stage:
+        with stage.connector():
+            connection = await stage.usable()
+            async with await connection.request(get("/slow")) as exchange:
+                assert await exchange.receive() == b"begun;"
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stage.edge.drain, 20)
+                    await trio.sleep(0.5)
+                    assert stage.edge.registry.pick(stage.tunnel.id) is None
+                    stage.origin.go_on.set()
+                    assert await read_all(exchange) == b"done"
+                    exchange.reset()
+            async with stage.running_edge():
+                connection = await stage.usable()
+                assert await fetch(connection, get("/again")) == (200, b"/again")
+
+
+async def test_wrong_credentials(tmp_path: Path, transport: str) -> None:
+    """They are refused; over HTTP/2 the program then exits, over QUIC it goes on trying."""
+    async with staged(tmp_path, transport) as stage:
+        wrong = Credentials(stage.tunnel.id, stage.tunnel.credentials.account_tag, b"wrong" * 8)
+        with stage.connector(credentials=wrong) as connector:
+            refused = stage.edge.refusals.counts
+            if transport == "http2":
+                with trio.fail_after(20):
+                    assert await connector.exit_status() == 1
+            await eventually(lambda: refused[EdgeStage.REGISTRATION] > 0)
+            assert "does not know this tunnel" in connector.log()
+        assert list(stage.edge.registry.connections()) == []
+
+
+async def test_registration_put_off(tmp_path: Path, transport: str) -> None:
+    """An edge that takes nobody at the moment is tried again, and succeeds later."""
+    async with staged(tmp_path, transport) as stage:
+        stage.edge.registrar.is_draining = True
+        with stage.connector() as connector:
+            await eventually(lambda: stage.edge.refusals.counts[EdgeStage.REGISTRATION] > 0)
+            stage.edge.registrar.is_draining = False
+            with trio.fail_after(40):
+                await stage.edge.registry.wait_usable(stage.tunnel.id)
+            assert connector.process.poll() is None
+
+
+async def test_probes(tmp_path: Path, transport: str) -> None:
+    """The program's checks before it starts find the edge, and are no failure in our counts."""
+    async with staged(tmp_path, transport) as stage:
+        with stage.connector():
+            await stage.usable()
+            assert sum(stage.edge.refusals.counts.values()) == 0
