@@ -1,10 +1,11 @@
 """Who may serve a tunnel: decides on registrations, for both transports.
 
-What an answer does to the reference connector (edge tunnel specification 6.6) differs: over HTTP/2
-an error on its first connection makes the program exit, over QUIC it tries again for ever. So only
-wrong credentials are answered with an error. Everything that may pass by itself is not answered:
-the connection is closed, and the connector comes again. Nobody is told `EDUPCONN`: the same
-connector may have all its connections here.
+What an answer does to the reference connector (edge tunnel specification 6.6) was seen in runs with
+it. Over QUIC it tries again whatever it is told. Over HTTP/2, on its first connection, every error
+makes the program exit, and so does a connection that is closed without an answer; only `EDUPCONN`
+makes it try again, at another address. So wrong credentials get an error of their own, and
+everything that may pass by itself gets `EDUPCONN`. Duplicates need no answer: the same connector
+may have all its connections here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from relay.edge.connection import ConnectionFailedError, TunnelConnection
 from relay.edge.registry import Registry, Tunnel
 from relay.refusals import Refusals
 from traversal.wire.tunnel.registration import (
+    DUPLICATE_CONNECTION,
     ConnectionDetails,
     ConnectionRefusal,
     RegisterConnection,
@@ -57,14 +59,12 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Deferred:
-    """Close the connection without an answer; the connector will come again."""
-
-    reason: str
+Decision: TypeAlias = Accepted | Refused
 
 
-Decision: TypeAlias = Accepted | Refused | Deferred
+def _put_off(reason: str) -> Refused:
+    """Have the connector try again, elsewhere if it can."""
+    return Refused(ConnectionRefusal(DUPLICATE_CONNECTION, should_retry=True), reason)
 
 
 class Registrar:
@@ -96,7 +96,7 @@ class Registrar:
     def decide(self, request: RegisterConnection) -> Decision:
         """What to do about a registration."""
         if self.is_draining:
-            return Deferred("the edge is about to stop")
+            return _put_off("the edge is about to stop")
         tunnel = self.registry.authenticate(request)
         if tunnel is None:
             return Refused(
@@ -104,9 +104,9 @@ class Registrar:
                 f"wrong credentials for tunnel {request.tunnel_id}",
             )
         if not self.registry.has_room(request):
-            return Deferred(f"tunnel {tunnel.name} has as many connections as one may have")
+            return _put_off(f"tunnel {tunnel.name} has as many connections as one may have")
         if sum(1 for _ in self.registry.connections()) >= CONNECTIONS:
-            return Deferred(f"the edge has {CONNECTIONS} connections")
+            return _put_off(f"the edge has {CONNECTIONS} connections")
         self.accepted += 1
         return Accepted(
             tunnel,

@@ -21,6 +21,7 @@ from relay.edge.quic_listeners import QuicListeners
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry
 from relay.edge.tunnel_files import TunnelFiles
+from relay.file_watch import POLL_SECONDS
 from relay.limits import ConnectionCounter
 from relay.listeners import accept_loop
 from relay.refusals import Refusals
@@ -33,7 +34,6 @@ HANDSHAKE_SECONDS: Final = 15.0
 HANDSHAKES: Final = 500
 HANDSHAKES_PER_SOURCE: Final = 100
 """TLS handshakes under way; a connector that starts makes four, one a second."""
-LOOK_SECONDS: Final = 1.0
 
 
 class Edge:
@@ -117,7 +117,7 @@ class Edge:
 
     async def _watch_files(self) -> NoReturn:
         while True:
-            await trio.sleep(LOOK_SECONDS)
+            await trio.sleep(POLL_SECONDS)
             problems = self._files.poll()
             if problems is not None:
                 logger.info("tunnels were read again: %d", len(self.registry.tunnels()))

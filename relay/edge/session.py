@@ -24,7 +24,7 @@ from relay.edge.control import (
     RegistrationRequested,
     UnregisterRequested,
 )
-from relay.edge.registration import Accepted, EdgeStage, Refused, Registrar
+from relay.edge.registration import Accepted, EdgeStage, Registrar
 from traversal.io.http2_engine import Http2Error
 from traversal.io.quic import QuicError
 from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
@@ -32,6 +32,7 @@ from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnec
 logger = logging.getLogger("underpass.relay.edge.session")
 
 TRANSPORT_ERRORS: Final = (Http2Error, QuicError)
+NOTICE_SECONDS: Final = 2.0
 Service = Callable[[], Awaitable[None]]
 
 
@@ -117,9 +118,9 @@ class _Session:
                             await self._flush(control)
                             return connection
                         self._refuse(EdgeStage.REGISTRATION, decision.reason)
-                        if isinstance(decision, Refused):
-                            server.answer(decision.refusal)
-                            await self._flush(control)
+                        server.answer(decision.refusal)
+                        await self._flush(control)
+                        await self._wait_noticed(control)
                         return None
                     case ControlEnded(failure):
                         self._refuse(EdgeStage.PROTOCOL, failure)
@@ -168,6 +169,19 @@ class _Session:
                 connection.drain(str(error))
             else:
                 connection.close(str(error))
+
+    async def _wait_noticed(self, control: ControlStream) -> None:
+        """Until the connector has ended the control stream.
+
+        One whose connection is closed before it has looked at its refusal takes it for a loss of
+        the connection, and does something else about it: the reference may then exit.
+        """
+        with trio.move_on_after(NOTICE_SECONDS):
+            try:
+                while await control.receive():
+                    pass
+            except TRANSPORT_ERRORS:
+                pass
 
     async def _flush(self, control: ControlStream) -> None:
         if data := self._server.data_to_send():

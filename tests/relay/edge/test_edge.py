@@ -35,7 +35,11 @@ from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
 from traversal.io.stream import HandshakeStream
 from traversal.wire.tunnel.credentials import parse_token
-from traversal.wire.tunnel.registration import ConnectionDetails
+from traversal.wire.tunnel.registration import (
+    DUPLICATE_CONNECTION,
+    ConnectionDetails,
+    ConnectionRefusal,
+)
 
 
 def config_of(directory: Path, **settings: object) -> Config:
@@ -263,9 +267,9 @@ async def test_drain(tmp_path: Path) -> None:
             assert edge.registry.pick(tunnel.id) is None
             with pytest.raises(Http2Error):
                 await connector.connection.accept()
-            # One that had not registered yet gets no answer, so that it tries elsewhere.
-            with pytest.raises(Http2Error):
-                await late.register(late.registration(tunnel.credentials))
+            # One that had not registered yet is sent elsewhere.
+            answer = await late.register(late.registration(tunnel.credentials))
+            assert answer == ConnectionRefusal(DUPLICATE_CONNECTION, should_retry=True)
         with pytest.raises(OSError, match="attempts to connect"):
             async with connected(edge, tmp_path):
                 pass

@@ -39,7 +39,11 @@ from traversal.wire.tunnel.headers import (
     ResponseMeta,
     serialize_headers,
 )
-from traversal.wire.tunnel.registration import ConnectionRefusal, RegistrationMethod
+from traversal.wire.tunnel.registration import (
+    DUPLICATE_CONNECTION,
+    ConnectionRefusal,
+    RegistrationMethod,
+)
 
 FROM_ORIGIN = ResponseMeta(is_from_origin=True).encode()
 WEBSOCKET_HEADERS = serialize_headers([(b"Sec-Websocket-Accept", b"x"), (b"Upgrade", b"websocket")])
@@ -387,12 +391,13 @@ async def test_wrong_credentials(autojump_clock: MockClock) -> None:
 
 
 async def test_registration_while_draining(autojump_clock: MockClock) -> None:
-    """It is not answered, so that the connector tries again instead of giving up."""
+    """The answer is the one that makes the connector try again instead of giving up."""
     registrar = make_registrar()
     registrar.is_draining = True
     async with dialled(registrar) as connector:
-        with pytest.raises(Http2Error):
-            await connector.register()
+        assert await connector.register() == ConnectionRefusal(
+            DUPLICATE_CONNECTION, should_retry=True
+        )
         await expect_closed(connector)
 
 

@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import trio
 
 from relay.edge.connection import Exchange, RequestHead, TunnelConnection
-from relay.edge.registration import Accepted, Deferred, Refused
+from relay.edge.registration import Accepted, Refused
 from relay.edge.registry import (
     CONNECTIONS_PER_TUNNEL,
     Registry,
@@ -18,6 +18,7 @@ from relay.edge.registry import (
 from tests.relay.edge.fake_connector import CREDENTIALS, TUNNEL_ID, make_registrar
 from traversal.wire.tunnel.credentials import Credentials
 from traversal.wire.tunnel.registration import (
+    DUPLICATE_CONNECTION,
     FEATURE_PEERS,
     ConnectionDetails,
     ConnectionOptions,
@@ -174,10 +175,14 @@ async def test_decisions() -> None:
     assert not wrong.refusal.should_retry
     for connector in range(CONNECTIONS_PER_TUNNEL):
         registrar.registry.add(Subject(connector))
-    assert isinstance(registrar.decide(request(connector=9999)), Deferred)
+    full = registrar.decide(request(connector=9999))
+    assert isinstance(full, Refused)
+    assert full.refusal.cause == DUPLICATE_CONNECTION
     assert isinstance(registrar.decide(request(connector=7)), Accepted)  # replaces its old one
     registrar.is_draining = True
-    assert isinstance(registrar.decide(request()), Deferred)
+    stopping = registrar.decide(request())
+    assert isinstance(stopping, Refused)
+    assert stopping.refusal.cause == DUPLICATE_CONNECTION
 
 
 async def test_waiting_for_a_connector(autojump_clock: trio.testing.MockClock) -> None:
