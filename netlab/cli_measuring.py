@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import sys
@@ -27,7 +28,8 @@ from netlab.cli_common import (
 )
 from netlab.labs import BackEnd
 from netlab.matrix import MatrixResult, ProgramPair, run_matrix
-from netlab.matrix_report import render_matrix
+from netlab.matrix_report import matrix_markdown, render_matrix
+from netlab.program_pairs import program_pair, program_version
 from netlab.punch import CLASSES
 from netlab.run_directory import DEFAULT_PARENT
 from netlab.scenario import find_nat
@@ -98,6 +100,13 @@ def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_
 @click.option("--nat", "names", multiple=True, help="A preset or class for both sides.")
 @click.option("--left-nat", "left_names", multiple=True, help="A preset or class for the left.")
 @click.option("--right-nat", "right_names", multiple=True, help="The same for the right.")
+@click.option(
+    "--programs",
+    "programs",
+    multiple=True,
+    metavar="NAME",
+    help="A well-known pair: underpass or tailcat. Several are shown side by side.",
+)
 @click.option("--left", "left", help="The left program's command line, or module:function ARGS.")
 @click.option("--right", "right", help="The right program's.")
 @click.option("--ready", help="A line of the left one (a regular expression) to wait for.")
@@ -114,8 +123,9 @@ def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_
     type=click.Path(path_type=Path, file_okay=False),
     default=DEFAULT_PARENT / "matrix",
     show_default=True,
-    help="Where matrix.json and matrix.html go.",
+    help="Where matrix.json and matrix.html go, or NAME.json and NAME.html of --programs.",
 )
+@click.option("--markdown", is_flag=True, help="Print a table for a document.")
 @backend_option
 @json_option
 @explain_errors
@@ -123,6 +133,7 @@ def matrix_command(
     names: tuple[str, ...],
     left_names: tuple[str, ...],
     right_names: tuple[str, ...],
+    programs: tuple[str, ...],
     left: str | None,
     right: str | None,
     ready: str | None,
@@ -134,17 +145,19 @@ def matrix_command(
     at_once: int,
     seed: int,
     output: Path,
+    markdown: bool,
     wish: Wish,
     as_json: bool,
 ) -> None:
     """Run a pair of programs over every pair of NATs.
 
-    Without --left and --right the pair is simple punching, and the exit status is 1 if a pair
-    comes out differently from the published table. Otherwise these are the command lines of any
-    programs, and it is 1 if a pair finds no path at all. Placeholders: ${left.address},
-    ${right.address}, ${server.address} (which offers STUN on port 3478), ${cell}, ${seed},
-    ${directory} (a new one, removed in the end), and ${left.NAME} and ${server.NAME} for the named
-    groups of --ready and --server-ready.
+    Without programs the pair is simple punching, and the exit status is 1 if a pair comes out
+    differently from the published table. Otherwise it is 1 if a pair finds no path at all.
+
+    --programs names well-known pairs of nodes. --left and --right are the command lines of any
+    others. Placeholders: ${left.address}, ${right.address}, ${server.address} (which offers STUN on
+    port 3478), ${server.address2}, ${cell}, ${seed}, ${directory} (a new one, removed in the end),
+    and ${left.NAME} and ${server.NAME} for the named groups of --ready and --server-ready.
 
     The nine classes are used unless --nat, or --left-nat and --right-nat, name others.
     """
@@ -153,25 +166,31 @@ def matrix_command(
     rights = list(right_names or names or CLASSES)
     if bool(left) != bool(right):
         refuse("--left and --right go together")
+    if programs and left:
+        refuse("give either --programs or --left and --right")
     if server and not left:
         refuse("--server is for the programs of --left and --right; give these too")
     if server_ready and not server:
         refuse("--server-ready is a line of the program that --server names; give this too")
-    pair = None
-    needs_kernel = False
-    if left is not None and right is not None:
+    pairs: list[ProgramPair | None] = [None]
+    needs_kernel = bool(programs)
+    if programs:
+        pairs = [program_pair(name, timeout) for name in dict.fromkeys(programs)]
+    elif left is not None and right is not None:
         lines = {"--left": left, "--right": right} | ({"--server": server} if server else {})
         _check_command_lines(lines)
-        pair = ProgramPair(
-            left=left,
-            right=right,
-            ready=_maybe_pattern("--ready", ready),
-            direct=_pattern("--direct", direct),
-            relay=_pattern("--relay", relay),
-            timeout_seconds=timeout,
-            server=server,
-            server_ready=_maybe_pattern("--server-ready", server_ready),
-        )
+        pairs = [
+            ProgramPair(
+                left=left,
+                right=right,
+                ready=_maybe_pattern("--ready", ready),
+                direct=_pattern("--direct", direct),
+                relay=_pattern("--relay", relay),
+                timeout_seconds=timeout,
+                server=server,
+                server_ready=_maybe_pattern("--server-ready", server_ready),
+            )
+        ]
         needs_kernel = not all(re.match(r"[\w.]+:\w+(\s|$)", line) for line in lines.values())
     back_end = choose_back_end(wish, needs_kernel=needs_kernel)
     if back_end is BackEnd.KERNEL:
@@ -183,42 +202,56 @@ def matrix_command(
         nonlocal done
         done += 1
         if not as_json and error_console.is_terminal:
-            error_console.print(f"\r{done} of {len(lefts) * len(rights)} pairs", end="")
+            total = len(lefts) * len(rights) * len(pairs)
+            error_console.print(f"\r{done} of {total} pairs", end="")
 
-    async def go() -> Any:
+    async def go(pair: ProgramPair | None) -> Any:
         return await run_matrix(
             lefts, rights, back_end, pair=pair, at_once=at_once, seed=seed, on_cell=show
         )
 
-    result: MatrixResult = run_trio(back_end, go)
+    results: list[MatrixResult] = [
+        run_trio(back_end, functools.partial(go, pair)) for pair in pairs
+    ]
+    pages = [
+        output / f"{name}.html" for name in (programs and dict.fromkeys(programs)) or ["matrix"]
+    ]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        encoded = msgspec.json.format(msgspec.json.encode(result))
-        (output / "matrix.json").write_bytes(encoded + b"\n")
-        (output / "matrix.html").write_text(render_matrix(result), encoding="utf-8")
+        for page, result in zip(pages, results, strict=True):
+            encoded = msgspec.json.format(msgspec.json.encode(result))
+            page.with_suffix(".json").write_bytes(encoded + b"\n")
+            page.write_text(render_matrix(result), encoding="utf-8")
     except OSError as error:
         refuse(f"cannot write to {output}: {error.strerror}")
-    if pair is None:
-        wrong = [cell for cell in result.cells if not cell.agrees]
+    if pairs == [None]:
+        wrong = [cell for cell in results[0].cells if not cell.agrees]
     else:
-        wrong = [cell for cell in result.cells if cell.path == "none"]
+        wrong = [cell for result in results for cell in result.cells if cell.path == "none"]
     if as_json:
-        print_json(result)
+        print_json(results[0] if len(results) == 1 else results)
         sys.exit(UNEXPECTED if wrong else AS_EXPECTED)
     if error_console.is_terminal:
         error_console.print("\r" + " " * 40 + "\r", end="")
-    console.print(matrix_table(result))
+    if markdown:
+        click.echo(matrix_markdown(results))
+    else:
+        console.print(matrix_table(results))
     for cell in wrong:
         console.print(
             f"[red]{escape(cell.left)} - {escape(cell.right)}[/]: {cell.path}, "
             f"predicted {cell.expected} {escape(cell.problem)}"
         )
-    direct_count = sum(cell.path == "direct" for cell in result.cells)
-    agreeing = sum(cell.agrees for cell in result.cells)
-    console.print(
-        f"\n{direct_count} of {len(result.cells)} direct, {agreeing} as simple punching predicts; "
-        f"{back_end} back end, {time.monotonic() - started:.1f} s; {output / 'matrix.html'}"
-    )
+    for result, page in zip(results, pages, strict=True):
+        direct_count = sum(cell.path == "direct" for cell in result.cells)
+        agreeing = sum(cell.agrees for cell in result.cells)
+        version = program_version(result.pair) + ": " if programs else ""
+        console.print(
+            f"\n{version}{direct_count} of {len(result.cells)} direct, {agreeing} as simple "
+            f"punching predicts; {back_end} back end, {result.seconds:.1f} s; {page}"
+        )
+    if len(results) > 1:
+        console.print(f"\nIn this order in each field. {time.monotonic() - started:.0f} s in all")
     sys.exit(UNEXPECTED if wrong else AS_EXPECTED)
 
 

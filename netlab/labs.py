@@ -303,7 +303,7 @@ class RunningKernelLab(Lab):
     async def run_program(
         self, host: str, command: tuple[str, ...], python: str, arguments: tuple[str, ...], say: Say
     ) -> int:
-        environment = dict(os.environ)
+        environment = {**os.environ, "PATH": program_path()}
         if python:
             load_entry(python)
             package = str(Path(netlab.__file__).parent.parent)
@@ -343,6 +343,13 @@ class RunningKernelLab(Lab):
             ["nsenter", f"--net={namespace}", "--", *command], stdin=None, check=False
         )
         return done.returncode
+
+
+def program_path() -> str:
+    """Return where programs are looked for: first beside this Python, so that those of its virtual
+    environment are found without activating it."""
+    own = str(Path(sys.executable).parent)
+    return os.pathsep.join(filter(None, (own, os.environ.get("PATH"))))
 
 
 async def _read_lines(stream: trio.abc.ReceiveStream, say: Say) -> None:

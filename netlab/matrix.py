@@ -46,7 +46,7 @@ class Cell(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """``direct``, ``relay`` or ``none``."""
     seconds: float | None
-    """From the start of the pair to a direct path, if there is one."""
+    """From the start of the right program to a direct path, if there is one."""
     expected: str
     """What simple punching comes to."""
     letter: str
@@ -72,9 +72,9 @@ class ProgramPair:
     """Two command lines and how their output is read.
 
     Placeholders in them: ``${left.address}``, ``${right.address}``, ``${server.address}``,
-    ``${cell}`` (the pair's number), ``${seed}``, ``${directory}`` (a new one, which is removed in
-    the end), and ``${left.NAME}`` and ``${server.NAME}`` for the named groups of the readiness
-    lines of the left program and the server's.
+    ``${server.address2}``, ``${cell}`` (the pair's number), ``${seed}``, ``${directory}`` (a new
+    one, which is removed in the end), and ``${left.NAME}`` and ``${server.NAME}`` for the named
+    groups of the readiness lines of the left program and the server's.
     """
 
     left: str
@@ -88,6 +88,8 @@ class ProgramPair:
     """What all pairs share, such as a relay: a program that runs on the server throughout."""
     server_ready: re.Pattern[str] | None = None
     """A line of the server's program after which the pairs start."""
+    title: str = ""
+    """What the pair is called in results; by default its command lines."""
 
 
 async def run_matrix(
@@ -120,7 +122,8 @@ async def run_matrix(
     values = {"seed": str(seed)}
     limiter = trio.CapacityLimiter(_PUNCHES_AT_ONCE if pair is None else at_once)
     async with _directory(values), open_lab(topology, back_end, record_packets=False) as lab:
-        values["server.address"] = lab.address(SERVER)
+        own = [address for address in lab.host(SERVER).addresses if ":" not in address]
+        values["server.address"], values["server.address2"] = own[:2]
 
         async def run_cell(number: int) -> None:
             async with limiter:
@@ -155,7 +158,7 @@ async def run_matrix(
             serving.cancel_scope.cancel()
     return MatrixResult(
         back_end=back_end,
-        pair="simple punching" if pair is None else f"{pair.left} | {pair.right}",
+        pair="simple punching" if pair is None else pair.title or f"{pair.left} | {pair.right}",
         seed=seed,
         seconds=round(seconds, 3),
         left=list(left),
@@ -309,14 +312,16 @@ async def _run_programs(
         if len(ended) == 2:
             nursery.cancel_scope.cancel()
 
-    started = lab.now()
     problem = ""
     ended: list[str] = []
-    with trio.move_on_after(pair.timeout_seconds):
+    started = lab.now()
+    with trio.move_on_after(pair.timeout_seconds) as limit:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, f"a{number}", pair.left, watch.hear_left)
             if pair.ready is not None:
                 await watch.ready.wait()
+                limit.deadline = trio.current_time() + pair.timeout_seconds
+            started = lab.now()
             nursery.start_soon(run, f"b{number}", pair.right, watch.hear)
             await watch.direct.wait()
             nursery.cancel_scope.cancel()

@@ -1,7 +1,8 @@
-"""A matrix as one HTML page that needs nothing else."""
+"""A matrix as one HTML page that needs nothing else, or as a table for a document."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from netlab.matrix import Cell, MatrixResult
@@ -62,3 +63,21 @@ def _cell(cell: Cell) -> str:
     if cell.problem:
         title += f"; {cell.problem}"
     return f'<td class="{css}" title="{escape(title)}">{cell.path}<small>{time}</small></td>'
+
+
+def matrix_markdown(results: Sequence[MatrixResult]) -> str:
+    """Return a table in Markdown. Each field has, of each result in turn, the seconds to a direct
+    path or how else datagrams travel."""
+    cells = [{(cell.left, cell.right): cell for cell in result.cells} for result in results]
+    rows = [["", *results[0].right], ["---"] * (len(results[0].right) + 1)]
+    for left in results[0].left:
+        row = [left]
+        for right in results[0].right:
+            here = (by_pair[left, right] for by_pair in cells)
+            row.append(
+                " / ".join(
+                    cell.path if cell.seconds is None else f"{cell.seconds:.1f} s" for cell in here
+                )
+            )
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

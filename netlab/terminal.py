@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from netlab.labs import BackEnd
-from netlab.matrix import MatrixResult
+from netlab.matrix import Cell, MatrixResult
 from netlab.run_directory import Summary
 from netlab.timeline import (
     Event,
@@ -144,19 +144,26 @@ def verify_table(findings: Sequence[Finding], back_end: BackEnd) -> Table:
     return table
 
 
-def matrix_table(result: MatrixResult) -> Table:
-    """Return the table of `underpass-lab matrix`."""
-    cells = {(cell.left, cell.right): cell for cell in result.cells}
+def matrix_table(results: Sequence[MatrixResult]) -> Table:
+    """Return the table of `underpass-lab matrix`; several results stand side by side, a single one
+    marks what simple punching does not predict."""
+    cells = [{(cell.left, cell.right): cell for cell in result.cells} for result in results]
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for right in result.right:
+    for right in results[0].right:
         table.add_column(right.replace("+", "+\n"), justify="right")
-    for left in result.left:
+    for left in results[0].left:
         row = []
-        for right in result.right:
-            cell = cells[left, right]
-            style = {"direct": "green", "relay": "yellow"}.get(cell.path, "bold red")
-            time = f"{cell.seconds * 1000:.0f} ms" if cell.seconds is not None else cell.path
-            row.append(f"[{style}]{time}[/]" + ("" if cell.agrees else "[bold red]![/]"))
+        for right in results[0].right:
+            here = [by_pair[left, right] for by_pair in cells]
+            text = " / ".join(map(_matrix_cell, here))
+            mark = "" if len(results) > 1 or here[0].agrees else "[bold red]![/]"
+            row.append(text + mark)
         table.add_row(left, *row)
     return table
+
+
+def _matrix_cell(cell: Cell) -> str:
+    style = {"direct": "green", "relay": "yellow"}.get(cell.path, "bold red")
+    time = f"{cell.seconds * 1000:.0f} ms" if cell.seconds is not None else cell.path
+    return f"[{style}]{time}[/]"

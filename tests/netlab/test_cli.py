@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,7 +14,11 @@ from click.testing import CliRunner, Result
 
 from netlab.choice import kernel_shortcomings
 from netlab.cli import main
+from netlab.labs import BackEnd
+from netlab.matrix import Cell, MatrixResult
+from netlab.matrix_report import matrix_markdown
 from netlab.run_directory import load_run
+from netlab.terminal import console, matrix_table
 from netlab.timeline import ProgramOutput, read_jsonl, write_jsonl
 
 SIMULATED = ["--backend", "simulated"]
@@ -150,6 +155,41 @@ def test_verify_and_matrix_tables(tmp_path: Path) -> None:
     assert (tmp_path / "matrix.html").exists()
 
 
+def test_several_results_in_one_table() -> None:
+    """Side by side in each field, for a terminal and for a document."""
+
+    def result(pair: str, path: str, seconds: float | None) -> MatrixResult:
+        cell = Cell(
+            left="home/linux", right="office/pf", path=path, seconds=seconds,
+            expected="relay", letter="B", agrees=path == "relay",
+        )  # fmt: skip
+        return MatrixResult(
+            back_end=BackEnd.KERNEL, pair=pair, seed=0, seconds=1.0,
+            left=["home/linux"], right=["office/pf"], cells=[cell],
+        )  # fmt: skip
+
+    results = [result("ours", "direct", 0.62), result("theirs", "relay", None)]
+    assert matrix_markdown(results).splitlines() == [
+        "|  | office/pf |",
+        "| --- | --- |",
+        "| home/linux | 0.6 s / relay |",
+    ]
+    with console.capture() as captured:
+        console.print(matrix_table(results))
+    assert "620 ms / relay" in captured.get()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_matrix_of_our_own_program(tmp_path: Path) -> None:
+    """The well-known pair of names finds its programs, its relay and its path."""
+    names = ("--nat", "home/linux", "--programs", "underpass", "-o", str(tmp_path))
+    done = kernel_call("matrix", *names, "--timeout", "30", "--markdown")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\| home/linux \| [0-9.]+ s \|", done.stdout), done.stdout
+    assert "1 of 1 direct" in done.stdout
+    assert (tmp_path / "underpass.html").exists()
+
+
 def test_doctor_tells_as_json() -> None:
     """The status says whether the kernel back end works."""
     result = call("doctor", "--json")
@@ -169,6 +209,9 @@ def test_doctor_tells_as_json() -> None:
         (("verify", "punch", "--nat", "home/linux"), "give either"),
         (("matrix", "--left", "x"), "--left and --right go together"),
         (("matrix", "--left", "'", "--right", "x"), "--left: No closing quotation"),
+        (("matrix", "--programs", "tailcta"), 'did you mean "tailcat"'),
+        (("matrix", "--programs", "underpass", "--left", "x", "--right", "y"), "give either"),
+        (("matrix", "--programs", "underpass", *SIMULATED), "run on the kernel back end only"),
         (
             ("matrix", "--left", "a:b", "--right", "a:b", "--direct", "("),
             "--direct is not a regular expression",
