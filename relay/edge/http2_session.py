@@ -16,6 +16,7 @@ from relay.edge.session import ControlStream, Service, Transport, run_session
 from traversal.io.http2 import ByteStream, Http2Connection, header
 from traversal.io.http2_engine import Http2Error, Http2Limits
 from traversal.wire.tunnel.headers import CONTROL_STREAM, UPGRADE
+from traversal.wire.tunnel.peers import PEERS
 from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
 
 READ_BYTES: Final = 128 << 10
@@ -40,14 +41,15 @@ async def serve_http2(stream: ByteStream, registrar: Registrar, *, source: str) 
     async with trio.open_nursery() as nursery:
         await nursery.start(http2.run)
         try:
-            await run_session(_Http2Transport(http2, source), registrar, source=source)
+            await run_session(_Http2Transport(http2, registrar, source), registrar, source=source)
         finally:
             http2.close()
 
 
 class _Http2Transport(Transport):
-    def __init__(self, http2: Http2Connection, source: str) -> None:
+    def __init__(self, http2: Http2Connection, registrar: Registrar, source: str) -> None:
         self._http2 = http2
+        self._registrar = registrar
         self._source = source
 
     async def open_control(self) -> ControlStream:
@@ -67,10 +69,25 @@ class _Http2Transport(Transport):
 
     def services(self, connection: TunnelConnection) -> Sequence[Service]:
         """See Transport."""
-        return [partial(self._watch, connection)]
+        watch = partial(self._watch, connection)
+        if connection.serves_requests:
+            return [watch]
+        return [watch, partial(self._serve_peers, connection)]
 
     async def hand_over(self, connection: TunnelConnection) -> None:
         """Nothing outlives a connection of this transport."""
+
+    async def _serve_peers(self, connection: TunnelConnection) -> None:
+        problem = "the channel for peers ended"
+        try:
+            async with await self._http2.open(internal_request(b"GET", (UPGRADE, PEERS))) as stream:
+                status = header(await stream.response(), b":status")
+                if status != b"200":
+                    raise Http2Error(f"the status of the channel for peers is {status!r}")
+                await self._registrar.peers.serve(stream, None, repr(connection))
+        except Http2Error as error:
+            problem = str(error)
+        connection.close(problem)
 
     async def _watch(self, connection: TunnelConnection) -> None:
         """Close the connection when its other end is gone without a word."""

@@ -19,6 +19,7 @@ from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import Struct
 from traversal.wire.tunnel.connect import RPC_SIGNATURE, SIGNATURE_LENGTH
 from traversal.wire.tunnel.errors import TunnelError
+from traversal.wire.tunnel.peers import PEERS_SIGNATURE
 from traversal.wire.tunnel.registration import (
     EMPTY_RESULTS,
     ConnectionDetails,
@@ -85,6 +86,8 @@ class _QuicTransport(Transport):
     def services(self, connection: TunnelConnection) -> Sequence[Service]:
         """See Transport."""
         assert isinstance(connection, QuicTunnelConnection)
+        if not connection.serves_requests:
+            return [partial(self._serve_peers, connection)]
         return [
             connection.flows.run,
             partial(self._serve_calls, connection),
@@ -105,6 +108,16 @@ class _QuicTransport(Transport):
                 await connection.flows.move_to(candidates[0].flows)
         finally:
             connection.flows.fail("the connector's connection is over")
+
+    async def _serve_peers(self, connection: QuicTunnelConnection) -> None:
+        problem = "the channel for peers ended"
+        try:
+            async with await self._quic.open_stream() as stream:
+                await stream.send(PEERS_SIGNATURE)
+                await self._registrar.peers.serve(stream, self._quic, repr(connection))
+        except QuicError as error:
+            problem = str(error)
+        connection.close(problem)
 
     async def _serve_calls(self, connection: QuicTunnelConnection) -> None:
         """Answer what the connector calls, each call on a stream of its own."""

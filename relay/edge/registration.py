@@ -19,6 +19,7 @@ from uuid import UUID
 import trio
 
 from relay.edge.connection import ConnectionFailedError, TunnelConnection
+from relay.edge.peer_channel import PeerChannels
 from relay.edge.registry import Registry, Tunnel
 from relay.refusals import Refusals
 from traversal.wire.tunnel.registration import (
@@ -73,6 +74,7 @@ class Registrar:
     Attributes:
         location: what connectors show in their logs as the place that they are connected to.
         drain_seconds: how long a connection that leaves may take to finish what is under way.
+        peers: serves connections that carry peers' packets.
         is_draining: the edge is about to stop; nobody new is taken.
     """
 
@@ -84,11 +86,13 @@ class Registrar:
         location: str,
         drain_seconds: float,
         new_id: Callable[[], UUID],
+        peers: PeerChannels,
     ) -> None:
         self.registry = registry
         self.refusals = refusals
         self.location = location
         self.drain_seconds = drain_seconds
+        self.peers = peers
         self.is_draining = False
         self.accepted = 0
         self._new_id = new_id

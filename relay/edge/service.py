@@ -7,6 +7,7 @@ little else to do. Connectors and visitors then meet in one process, and no requ
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from typing import Final, NoReturn
@@ -17,6 +18,7 @@ import trio
 from relay.config import Config
 from relay.edge.certificates import EdgeCertificates
 from relay.edge.http2_session import READ_BYTES, serve_http2
+from relay.edge.peer_channel import PeerChannels
 from relay.edge.quic_listeners import QuicListeners
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry
@@ -59,6 +61,7 @@ class Edge:
             location=config.edge.location,
             drain_seconds=config.server.drain_seconds,
             new_id=uuid4,
+            peers=PeerChannels(os.urandom),
         )
         self.certificates = EdgeCertificates(config.edge)
         self._listeners = listeners

@@ -33,6 +33,7 @@ MAX_WAITING_DATAGRAMS: Final = 1024
 """DATAGRAM frames that nobody has received yet, and of those that the network has no room for;
 beyond it the oldest is dropped."""
 SPOOLED_BYTES: Final = 1 << 30
+FEW_DATAGRAMS: Final = 32
 HANDSHAKE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0
 NO_ERROR: Final = 0
@@ -224,6 +225,13 @@ class QuicConnection:
             raise QuicError("QUIC: the datagram is too long for the path")
         self._outgoing.append(data)
         self._wake.set()
+
+    async def wait_datagram_room(self) -> None:
+        """Until few datagrams wait for the network. Raises QuicError."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while len(self._outgoing) > FEW_DATAGRAMS:
+            self._check()
+            await self._waiting.park()
 
     async def receive_datagrams(self) -> list[bytes]:
         """All that wait, at least one. Raises QuicError at the end."""

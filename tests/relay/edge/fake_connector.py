@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
@@ -11,6 +12,7 @@ from trio.testing import memory_stream_pair
 
 from relay.edge.connection import TunnelConnection
 from relay.edge.http2_session import serve_http2
+from relay.edge.peer_channel import PeerChannels
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry, RemoteConfiguration, Tunnel
 from relay.refusals import Refusals
@@ -72,6 +74,7 @@ def make_registrar(
         location="lab01",
         drain_seconds=drain_seconds,
         new_id=uuid4,
+        peers=PeerChannels(os.urandom),
     )
 
 

@@ -42,6 +42,9 @@ FEATURE_QUIC_EOF: Final = "support_quic_eof"
 FEATURE_MANAGEMENT_LOGS: Final = "management_logs"
 FEATURE_PEERS: Final = "underpass_peers"
 """Ours: the connection carries peers' packets and gets no requests."""
+FEATURE_DRAIN: Final = "underpass_drain"
+"""Ours: the end of the control stream means that the connection will be closed when it is idle, and
+is to be replaced."""
 
 DUPLICATE_CONNECTION: Final = "EDUPCONN"
 """The cause that makes a connector try another address (specification 6.6)."""
