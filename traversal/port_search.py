@@ -1,8 +1,9 @@
 """The port search for one peer inside a node: carries out what `traversal.paths.punching` wants.
 
-Made when a peer is first sent to by relay, or asks for a search; peers that go direct before that
-never have one. What arrives on extra sockets comes here; the found socket becomes the peer's way
-out (`Session.udp`), and what it brings is handled like everything else that comes by UDP.
+Made when a peer is sent to by relay, or asks for a search, and closed when it goes direct without
+one: such peers cost nothing afterwards. What arrives on extra sockets comes here; the found socket
+becomes the peer's way out (`Session.udp`), and what it brings is handled like everything else that
+comes by UDP.
 """
 
 from __future__ import annotations
@@ -88,6 +89,12 @@ class PortSearch:
     def own_extra(self) -> tuple[Address, ...]:
         """See `Puncher.own_extra`."""
         return self._puncher.own_extra
+
+    @property
+    def is_needless(self) -> bool:
+        """Whether the peer went direct without any search: then this may be closed."""
+        is_direct = self._session.machine.state is PathState.DIRECT
+        return is_direct and not self.facts.attempts
 
     # ---- command
 

@@ -454,9 +454,13 @@ class Session:
             for effect in effects:
                 self._carry_out(effect)
         self._wiring.deadlines.arm(self)
-        machine = self.machine
-        if self.search is not None:
-            self.search.follow(machine, trio.current_time())
+        machine, search = self.machine, self.search
+        if search is not None:
+            now = trio.current_time()
+            search.follow(machine, now)
+            if search is self.search and search.is_needless:
+                search.close(now)
+                self.search = None
         elif machine.is_active and machine.state is not PathState.DIRECT:
             now = trio.current_time()
             self._make_search(now).follow(machine, now)

@@ -44,7 +44,7 @@ from tests.interop.tailcat import be_admitted, program
 from tests.system.kernel_world import START_SECONDS, start_relay
 from tests.system.world import World, make_flows
 from traversal import Address, Node, PathKind, RelayMap
-from traversal.paths.punch_facts import PunchFacts
+from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.punch_strategy import PunchPolicy
 
 AT_ONCE: Final = 10
@@ -108,9 +108,11 @@ CELLS: Final = (
 
 @dataclass(frozen=True)
 class Try:
-    """What came of one pair. `probes` and `sockets` are of the costlier side."""
+    """What came of one pair: `probes` and `sockets` of the costlier side, `decided` when both sides
+    had decided for the relay."""
 
     seconds: float | None
+    decided: float | None
     lost: int
     probes: int
     sockets: int
@@ -118,9 +120,9 @@ class Try:
     why: str
 
 
-def topology(cell: Cell, seed: int) -> Topology:
+def topology(cell: Cell, seed: int, pairs: int) -> Topology:
     hosts, nats = [], []
-    for pair in range(AT_ONCE):
+    for pair in range(pairs):
         for side, behavior in (("a", cell.left), ("b", cell.right)):
             nat = f"n{side}{pair}"
             nats.append(Nat(name=nat, behavior=behavior))
@@ -158,14 +160,29 @@ async def run_pair(world: World, cell: Cell, pair: int, turn: trio.Lock) -> Try:
 
 async def converse(world: World, nodes: list[Any]) -> Try:
     conversation = await world.introduce(*nodes)
-    seconds = None
+    seconds = decided = None
     limit = 3.0 if all(node.nat.is_hard for node in nodes) else LIMIT_SECONDS
     if all(node.nat.is_hard and node.nat.ports.step for node in nodes):
         limit = LIMIT_SECONDS
-    try:
-        seconds = await conversation.until_direct(limit)
-    except AssertionError:
-        pass
+
+    async def watch() -> None:
+        nonlocal decided
+        began = trio.current_time()
+        with trio.move_on_after(limit):
+            while decided is None:
+                searches = [link._session.search for link in conversation.links]
+                choices = [search and search.facts.strategy for search in searches]
+                if choices == [Strategy.RELAY] * 2:
+                    decided = trio.current_time() - began
+                await trio.sleep(0.01)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        try:
+            seconds = await conversation.until_direct(limit)
+        except AssertionError:
+            pass
+        nursery.cancel_scope.cancel()
     await trio.sleep(LINGER_SECONDS)
     if seconds is not None and PathKind.RELAY in conversation.kinds:
         seconds = None
@@ -175,6 +192,7 @@ async def converse(world: World, nodes: list[Any]) -> Try:
     why = " | ".join(fact.failure or fact.reason for fact in facts)
     return Try(
         seconds=seconds,
+        decided=decided if seconds is None else None,
         lost=sum(len(flow.lost(0.0, now - 0.5)) for flow in conversation.flows),
         probes=max((fact.probes for fact in facts), default=0),
         sockets=max((fact.sockets for fact in facts), default=0),
@@ -252,6 +270,7 @@ async def meet_stock(node: Node, home: Path) -> Try:
     facts = PunchFacts() if search is None else search.facts
     return Try(
         seconds=seconds,
+        decided=None,
         lost=0,
         probes=facts.probes,
         sockets=facts.sockets,
@@ -276,8 +295,9 @@ async def serve_map(
         await trio.serve_tcp(answer, 80, host=host.addresses[0], task_status=task_status)
 
 
-async def run_lab(cell: Cell, seed: int) -> list[Try]:
-    of = topology(cell, seed)
+async def run_lab(cell: Cell, seed: int, pairs: int = AT_ONCE) -> list[Try]:
+    """Build a lab in the jail that this process is in, and try so many pairs."""
+    of = topology(cell, seed, pairs)
     engines = {nat.name: Engine.NFT for nat in of.nats}
     tries: list[Try] = []
     async with (
@@ -293,9 +313,9 @@ async def run_lab(cell: Cell, seed: int) -> list[Try]:
         async def run_one(pair: int) -> None:
             tries.append(await run_pair(world, cell, pair, turn))
 
-        async with trio.open_nursery() as pairs:
-            for pair in range(AT_ONCE):
-                pairs.start_soon(run_one, pair)
+        async with trio.open_nursery() as running:
+            for pair in range(pairs):
+                running.start_soon(run_one, pair)
         nursery.cancel_scope.cancel()
     return tries
 
@@ -342,8 +362,11 @@ def main() -> None:
             f"  ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
+        decided = [one.decided for one in tries if one.decided is not None]
+        if decided:
+            print(f"{'':26} {len(decided)} times relay, decided after {max(decided):.2f} s at most")
         for one in tries:
-            if one.why:
+            if one.why and one.decided is None:
                 print(f"    {one.strategy}: {one.why}", file=sys.stderr)
 
 

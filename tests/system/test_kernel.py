@@ -15,7 +15,7 @@ from netlab.kernel.jail import JailError, call_in_jail
 from netlab.kernel.lab import KernelLab
 from netlab.model import Link as Wire
 from netlab.model import Topology
-from netlab.presets import class_behavior
+from netlab.presets import class_behavior, nat_preset
 from tests.system.checks import (
     check_changed_nat,
     check_goes_direct,
@@ -25,10 +25,12 @@ from tests.system.checks import (
 )
 from tests.system.kernel_world import start_relay
 from tests.system.world import World, topology
+from traversal.wire.introduction import MappingClass
 
 SLACK_SECONDS: Final = 3.0
 """What a loaded machine may add to any time."""
 LIMIT_SECONDS: Final = 60.0
+DISCOVERY_SECONDS: Final = 8.0
 
 EASY = class_behavior("EIM+APDF")
 HARD = class_behavior("APDM+APDF")
@@ -76,6 +78,29 @@ def test_hard_pair() -> None:
     """As `check_stays_on_the_relay` says."""
     check = functools.partial(check_stays_on_the_relay, seconds=2)
     run_in_jail(topology(HARD, HARD, wire=PLAIN), check)
+
+
+def test_hard_nat() -> None:
+    """netfilter's random ports are found: direct within six seconds, nothing is lost, and all
+    sockets but one are closed."""
+
+    async def check(world: World) -> None:
+        nodes = await world.open_nodes("h0", "h1")
+        with trio.move_on_after(DISCOVERY_SECONDS):
+            while nodes[0].nat.mapping is MappingClass.UNKNOWN:  # noqa: ASYNC110  # no event tells
+                await trio.sleep(0.05)
+        conversation = await world.introduce(*nodes)
+        took = await conversation.until_direct(6 + SLACK_SECONDS)
+        print(f"LAB direct after {took:.2f}")
+        await trio.sleep(1)
+        assert conversation.lost_seconds(end=trio.current_time() - 0.5) == 0
+        search = conversation.left._session.search
+        assert search is not None
+        assert search.facts.has_succeeded
+        assert nodes[0]._port_searches.sockets.open_count == 0
+
+    of = topology(nat_preset("office/pf").behavior, EASY, wire=PLAIN, relay_addresses=2)
+    run_in_jail(of, check)
 
 
 @pytest.mark.slow
