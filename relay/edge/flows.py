@@ -53,6 +53,10 @@ does on its side."""
 REGISTRATION_SECONDS: Final = 5.0
 FIRST_REPEAT_SECONDS: Final = 0.25
 """Doubled each time."""
+REFRESH_SECONDS: Final = 2.0
+"""A flow of version 3 that has heard nothing for as long is registered again with its next
+datagram. The connector may have lost it without a word: it restarted, or the destination's answer
+was longer than the path's MTU as far as it was known (the reference ends the flow then)."""
 UNREGISTER_SECONDS: Final = 2.0
 
 Call = Callable[[int, int, Struct], Awaitable[Struct]]
@@ -70,6 +74,8 @@ class Flow(UdpFlow):
         self.host = host
         self.port = port
         self.idle_seconds = idle_seconds
+        self.alive_at = -math.inf
+        """When the connector showed, or was asked to show, that it has the flow."""
         self._failure: str | None = None
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._readers = trio.lowlevel.ParkingLot()
@@ -78,7 +84,7 @@ class Flow(UdpFlow):
         """Send a datagram. Raises ConnectionFailedError where the flow is over."""
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check()
-        self.carrier.send(self.flow_id, data)
+        self.carrier.send(self, data)
 
     async def receive(self) -> bytes:
         """The next datagram. Raises ConnectionFailedError where the flow is over."""
@@ -96,6 +102,7 @@ class Flow(UdpFlow):
 
     def deliver(self, data: bytes) -> None:
         """A datagram came."""
+        self.alive_at = trio.current_time()
         self._waiting.append(data)
         self._readers.unpark()
 
@@ -198,13 +205,19 @@ class Flows:
             flow.fail(reason)
         self._flows.clear()
 
-    def send(self, flow_id: UUID, data: bytes) -> None:
+    def send(self, flow: Flow, data: bytes) -> None:
         """Send a flow's datagram, or drop it."""
         if len(data) > MAX_PAYLOAD_BYTES:
             self.dropped += 1
             return
-        encode = encode_payload2 if self.version == 2 else encode_payload3
-        self._send(encode(flow_id, data))
+        if self.version == 2:
+            self._send(encode_payload2(flow.flow_id, data))
+            return
+        now = trio.current_time()
+        if now - flow.alive_at > REFRESH_SECONDS:
+            flow.alive_at = now
+            self._send(_registration(flow))
+        self._send(encode_payload3(flow.flow_id, data))
 
     def forget(self, flow: Flow, *, tell: bool) -> None:
         """The flow is not here any more. Version 3 has no word for that: it ends by idling."""
@@ -238,6 +251,10 @@ class Flows:
             case FlowAnswer(flow_id) if flow_id in self._answers:
                 self._answers[flow_id] = message
                 self._answered.unpark_all()
+            case FlowAnswer(flow_id, FlowCode.OK) if flow_id in self._flows:
+                pass  # repeated, or to a refresh
+            case FlowAnswer(flow_id) if flow_id in self._flows:
+                self._flows.pop(flow_id).fail(_refusal(message))
             case _:
                 self.dropped += 1
 
@@ -256,9 +273,8 @@ class Flows:
             raise ConnectionFailedError(f"the connector opens no flow: {response.error}")
 
     async def _register3(self, flow: Flow) -> None:
-        idle_seconds = min(math.ceil(flow.idle_seconds or DEFAULT_IDLE_SECONDS), MAX_IDLE_SECONDS)
         try:
-            datagram = RegisterFlow(flow.flow_id, flow.host, flow.port, idle_seconds).encode()
+            datagram = _registration(flow)
         except TunnelError as error:
             raise ConnectionFailedError(str(error), is_unprocessed=True) from None
         self._answers[flow.flow_id] = None
@@ -275,8 +291,8 @@ class Flows:
         finally:
             del self._answers[flow.flow_id]
         if answer.code != FlowCode.OK:
-            reason = answer.text or f"code {answer.code}"
-            raise ConnectionFailedError(f"the connector opens no flow: {reason}")
+            raise ConnectionFailedError(_refusal(answer))
+        flow.alive_at = trio.current_time()
 
     async def _unregister(self) -> None:
         """Tell the connector of flows that we closed."""
@@ -291,3 +307,13 @@ class Flows:
                         await self._call(rpc.SESSION_MANAGER, method, request.to_struct())
                 except ConnectionFailedError as error:
                     logger.debug("a UDP flow was not unregistered: %s", error)
+
+
+def _registration(flow: Flow) -> bytes:
+    """Raises TunnelError."""
+    idle_seconds = min(math.ceil(flow.idle_seconds or DEFAULT_IDLE_SECONDS), MAX_IDLE_SECONDS)
+    return RegisterFlow(flow.flow_id, flow.host, flow.port, idle_seconds).encode()
+
+
+def _refusal(answer: FlowAnswer) -> str:
+    return f"the connector opens no flow: {answer.text or f'code {answer.code}'}"

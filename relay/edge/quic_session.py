@@ -22,6 +22,7 @@ from traversal.wire.tunnel.errors import TunnelError
 from traversal.wire.tunnel.peers import PEERS_SIGNATURE
 from traversal.wire.tunnel.registration import (
     EMPTY_RESULTS,
+    FEATURE_DRAIN,
     ConnectionDetails,
     RegisterConnection,
 )
@@ -60,11 +61,13 @@ class _QuicTransport(Transport):
         self._registrar = registrar
         self._source = source
         self._new_id = new_id
+        self._control: QuicStream | None = None
 
     async def open_control(self) -> ControlStream | None:
         """See Transport."""
         try:
-            return await self._quic.accept_stream()
+            self._control = await self._quic.accept_stream()
+            return self._control
         except QuicError as error:
             if error.code == NO_ERROR:
                 return None  # a connector that looks whether it could connect (specification 4)
@@ -94,8 +97,15 @@ class _QuicTransport(Transport):
         ]
 
     async def hand_over(self, connection: TunnelConnection) -> None:
-        """Give the connection's UDP flows to another one, of the same connector if possible."""
+        """Tell a connector of ours; give the connection's UDP flows to another one, of the same
+        connector if possible."""
         assert isinstance(connection, QuicTunnelConnection)
+        # The reference drops the whole connection at once when its control stream ends.
+        if FEATURE_DRAIN in connection.options.features and self._control is not None:
+            try:
+                await self._control.send_end()
+            except QuicError:
+                pass
         candidates = [
             other
             for other in self._registrar.registry.connections(connection.tunnel_id)
