@@ -1,0 +1,375 @@
+"""What the edge costs, with a connector behind it: `python -m tests.bench.tunnel`.
+
+In a network namespace with nothing but loopback, made by this benchmark: an edge (in this process,
+which also plays the visitors, on the edge's inner interface), a connector, and an origin, each a
+process of its own. The connector is the real cloudflared where CLOUDFLARED_BIN names one.
+
+* bulk: MB/s down and up on one stream and on four, and the edge's CPU for a MB. Every byte is
+  compared.
+* requests: of a 13-byte answer, at 1 and 32 in flight: rate, latency, the edge's CPU for a request.
+* idle: memory of the edge for a connection that has registered and does nothing, measured with
+  connectors of a few lines in another process, over HTTP/2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+import trio
+
+from netlab.kernel.jail import call_in_jail
+from relay.config import Config
+from relay.edge.certificates import HTTP2_NAME, authority_path, load_or_create_authority
+from relay.edge.connection import RequestHead, TunnelConnection
+from relay.edge.registry import Tunnel
+from relay.edge.service import Edge
+from relay.edge.tunnel_files import create_tunnel, read_tunnel, tunnels_directory
+from relay.listeners import open_listeners
+from tests.relay.edge.fake_connector import FakeConnector
+from traversal.io.http2 import Http2Connection
+from traversal.io.stream import HandshakeStream
+
+HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
+PORT = 7844
+CHUNK = 256 << 10
+BLOCK = bytes(range(256)) * 4096
+"""What bodies consist of: any byte in the wrong place shows, if the error is not a whole block."""
+LIMIT_SECONDS = 600
+
+
+# ---- the origin: threads and blocking sockets, so that it is never what is measured
+
+
+def serve_origin() -> None:
+    """HTTP/1.1 for `GET /bytes/N`, `POST /sink` and `GET /hello`, as simple as it can be."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=_serve_origin_connection, args=(sock,), daemon=True).start()
+
+
+def _serve_origin_connection(sock: socket.socket) -> None:
+    reader = sock.makefile("rb", buffering=1 << 20)
+    while line := reader.readline():
+        _, path, _ = line.split()
+        length = 0
+        while (header := reader.readline()) not in (b"\r\n", b""):
+            if header.lower().startswith(b"content-length:"):
+                length = int(header.partition(b":")[2])
+        if path.startswith(b"/bytes/"):
+            left = int(path.rpartition(b"/")[2])
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % left)
+            while left:
+                left -= len(BLOCK)
+                sock.sendall(BLOCK)
+        else:
+            is_right = True
+            while length:
+                data = reader.read(min(length, len(BLOCK)))
+                is_right &= data == BLOCK[: len(data)]
+                length -= len(data)
+            body = b"Hello, world.\n" if is_right else b"Wrong bytes.\n"
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+# ---- connectors
+
+
+def cloudflared(directory: Path, tunnel: Tunnel, origin_port: int, transport: str) -> list[str]:
+    """The command of the real one."""
+    return [
+        os.environ["CLOUDFLARED_BIN"], "tunnel", "--protocol", transport, "--no-prechecks",
+        "--no-autoupdate", "--cacert", str(authority_path(directory)), "--metrics", "127.0.0.1:0",
+        *(part for host in HOSTS for part in ("--edge", f"{host}:{PORT}")),
+        "run", "--credentials-file", str(tunnels_directory(str(directory)) / f"{tunnel.name}.json"),
+        "--url", f"http://127.0.0.1:{origin_port}", str(tunnel.id),
+    ]  # fmt: skip
+
+
+async def hold_connections(directory: Path, count: int) -> None:
+    """Register connections as quickly as possible and keep them."""
+    tunnel = read_tunnel(next(tunnels_directory(str(directory)).glob("*.json")))
+    context = ssl.create_default_context(cafile=str(authority_path(directory)))
+
+    async def hold(nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
+        tcp = await trio.open_tcp_stream(HOSTS[0], PORT)
+        stream = HandshakeStream(tcp.socket)
+        await stream.start_tls(context, server_side=False, server_hostname=HTTP2_NAME)
+        http2 = Http2Connection(stream, client_side=False)
+        await nursery.start(http2.run)
+        connector = FakeConnector(http2, uuid4(), 0)
+        await connector.accept_control()
+        await connector.register(connector.registration(tunnel.credentials))
+        task_status.started()
+        await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            await nursery.start(hold, nursery)
+        print("ready", flush=True)
+
+
+# ---- measuring
+
+
+@dataclass(frozen=True)
+class BulkRow:
+    """Bodies of many megabytes."""
+
+    connector: str
+    transport: str
+    direction: str
+    streams: int
+    mb_per_second: float
+    edge_cpu_ms_per_mb: float
+
+
+@dataclass(frozen=True)
+class RequestsRow:
+    """Small requests."""
+
+    connector: str
+    transport: str
+    in_flight: int
+    requests_per_second: float
+    p50_ms: float
+    p99_ms: float
+    edge_cpu_us_per_request: float
+
+
+@dataclass(frozen=True)
+class IdleRow:
+    """What a connection costs that does nothing."""
+
+    transport: str
+    connections: int
+    kib_per_connection: float
+
+
+Pick = Callable[[], TunnelConnection]
+
+
+def get(path: str) -> RequestHead:
+    return RequestHead("GET", "https", "app.example.com", path, ())
+
+
+async def download(pick: Pick, size: int) -> None:
+    """One body, compared."""
+    async with await pick().request(get(f"/bytes/{size}")) as exchange:
+        assert (await exchange.response()).status == 200
+        at = 0
+        while data := await exchange.receive():
+            start = at % 256
+            # A block repeats every 256 bytes, so any stretch of it can be compared at once.
+            whole = BLOCK[start : start + len(data)]
+            if len(whole) < len(data):
+                whole = (BLOCK * 9)[start : start + len(data)]
+            assert data == whole
+            at += len(data)
+        assert at == size
+
+
+async def upload(pick: Pick, size: int) -> None:
+    """One body; the origin compares."""
+    headers = ((b"content-length", str(size).encode()),)
+    head = RequestHead("POST", "https", "app.example.com", "/sink", headers, has_body=True)
+    async with await pick().request(head) as exchange:
+        for start in range(0, size, CHUNK):
+            await exchange.send(BLOCK[start % len(BLOCK) : start % len(BLOCK) + CHUNK])
+        await exchange.send_end()
+        assert (await exchange.response()).status == 200
+        assert await exchange.receive() == b"Hello, world.\n"
+
+
+async def in_parallel(work: Callable[[], Awaitable[None]], count: int) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(work)
+
+
+async def measure_bulk(
+    name: str, transport: str, pick: Pick, streams: int, megabytes: int
+) -> list[BulkRow]:
+    size = megabytes * (1 << 20) // streams
+    rows = []
+    for direction, move in (("down", download), ("up", upload)):
+
+        async def work(move: Callable[[Pick, int], Awaitable[None]] = move) -> None:
+            await move(pick, size)
+
+        await move(pick, 1 << 20)
+        began, cpu = time.perf_counter(), time.process_time()
+        await in_parallel(work, streams)
+        elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
+        moved = size * streams / 1e6
+        rows.append(
+            BulkRow(name, transport, direction, streams, moved / elapsed, cpu / moved * 1e3)
+        )
+    return rows
+
+
+async def measure_requests(
+    name: str, transport: str, pick: Pick, in_flight: int, seconds: float
+) -> RequestsRow:
+    times: list[float] = []
+    until = time.perf_counter() + 0.5
+
+    async def work() -> None:
+        while (began := time.perf_counter()) < until:
+            async with await pick().request(get("/hello")) as exchange:
+                assert (await exchange.response()).status == 200
+                assert await exchange.receive() == b"Hello, world.\n"
+            times.append(time.perf_counter() - began)
+
+    await in_parallel(work, in_flight)
+    times.clear()
+    until = time.perf_counter() + seconds
+    began, cpu = time.perf_counter(), time.process_time()
+    await in_parallel(work, in_flight)
+    elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
+    cuts = statistics.quantiles(times, n=100)
+    return RequestsRow(
+        name,
+        transport,
+        in_flight,
+        len(times) / elapsed,
+        cuts[49] * 1e3,
+        cuts[98] * 1e3,
+        cpu / len(times) * 1e6,
+    )
+
+
+def _resident_kib() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+async def measure_idle(edge: Edge, directory: Path, count: int) -> IdleRow:
+    before = _resident_kib()
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--hold", str(count), str(directory)]
+    async with program(command) as process:
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stdout.readline)
+        assert sum(1 for _ in edge.registry.connections()) == count
+        grown = _resident_kib() - before
+    return IdleRow("http2", count, grown / count)
+
+
+# ---- the stage
+
+
+@asynccontextmanager
+async def program(command: Sequence[str]) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """A process, killed when the block is left."""
+    process = await trio.to_thread.run_sync(
+        partial(subprocess.Popen, command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@asynccontextmanager
+async def running_edge(directory: Path) -> AsyncIterator[Edge]:
+    settings = {
+        "edge.listen": [f"{host}:{PORT}" for host in HOSTS],
+        "edge.directory": str(directory),
+    }
+    config = Config.dev(settings)
+    listeners = [sock for place in config.edge.listen for sock in open_listeners(place)]
+    edge = Edge(config, listeners)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(edge.run)
+        yield edge
+        nursery.cancel_scope.cancel()
+
+
+async def run(options: argparse.Namespace, directory: Path) -> list[object]:
+    rows: list[object] = []
+    tunnel = create_tunnel(str(directory), "web", os.urandom)
+    load_or_create_authority(directory)
+    origin = [sys.executable, "-m", "tests.bench.tunnel", "--origin"]
+    async with running_edge(directory) as edge, program(origin) as process:
+        assert process.stdout is not None
+        origin_port = int(await trio.to_thread.run_sync(process.stdout.readline))
+
+        def pick() -> TunnelConnection:
+            connection = edge.registry.pick(tunnel.id)
+            assert connection is not None
+            return connection
+
+        for transport in options.transports:
+            if not os.environ.get("CLOUDFLARED_BIN"):
+                continue
+            name = "cloudflared"
+            async with program(cloudflared(directory, tunnel, origin_port, transport)):
+                with trio.fail_after(30):
+                    while sum(1 for _ in edge.registry.connections()) < 4:  # noqa: ASYNC110
+                        await trio.sleep(0.1)
+                for streams in (1, 4):
+                    rows += await measure_bulk(name, transport, pick, streams, options.megabytes)
+                for in_flight in (1, 32):
+                    rows.append(
+                        await measure_requests(name, transport, pick, in_flight, options.seconds)
+                    )
+            await edge.registry.wait_empty()
+        rows.append(await measure_idle(edge, directory, options.idle))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each requests row")
+    parser.add_argument("--megabytes", type=int, default=256, help="for each bulk row")
+    parser.add_argument(
+        "--idle", type=int, default=250, help="connections of the idle row, at most 256"
+    )
+    parser.add_argument("--transports", nargs="+", default=["http2", "quic"])
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.add_argument("--origin", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("directory", nargs="?", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.origin:
+        serve_origin()
+    if options.hold:
+        trio.run(hold_connections, Path(options.directory), options.hold)
+
+    def in_jail() -> bytes:
+        with tempfile.TemporaryDirectory() as directory:
+            rows = trio.run(run, options, Path(directory))
+        return json.dumps([{"kind": type(row).__name__, **asdict(row)} for row in rows]).encode()  # type: ignore[call-overload]
+
+    for row in json.loads(call_in_jail(in_jail, timeout_seconds=LIMIT_SECONDS)):
+        kind = row.pop("kind").removesuffix("Row").lower()
+        if options.json:
+            print(json.dumps({"kind": kind, **row}))
+            continue
+        cells = [f"{v:10.1f}" if isinstance(v, float) else f"{v!s:>11}" for v in row.values()]
+        names = ", ".join(name for name, v in row.items() if isinstance(v, float))
+        print(f"{kind:9}", *cells, f"  ({names})")
+
+
+if __name__ == "__main__":
+    main()
