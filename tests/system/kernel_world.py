@@ -35,8 +35,13 @@ async def start_relay(lab: KernelLab, server: str = "r0") -> AsyncIterator[Relay
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        with trio.fail_after(START_SECONDS):
-            while not (map_file.exists() and map_file.read_text().endswith("\n")):
-                assert relay.poll() is None, "the relay ended"
-                await trio.sleep(0.02)
-        yield RelayMap.parse(map_file.read_text())
+        try:
+            with trio.fail_after(START_SECONDS):
+                while not (map_file.exists() and map_file.read_text().endswith("\n")):
+                    assert relay.poll() is None, "the relay ended"
+                    await trio.sleep(0.02)
+            yield RelayMap.parse(map_file.read_text())
+        finally:
+            relay.kill()
+            with trio.CancelScope(shield=True):
+                await relay.wait()
