@@ -245,10 +245,10 @@ class _QuicExchange(Exchange):
 
 
 def _connect_request(head: RequestHead) -> ConnectRequest:
-    headers = [(_text(name), _text(value)) for name, value in head.headers]
-    if head.has_body and not any(name == b"content-length" for name, _ in head.headers):
+    headers = head.headers
+    if head.has_body and not any(name == b"content-length" for name, _ in headers):
         # Without either the connector takes the request for one without a body.
-        headers.append(("transfer-encoding", "chunked"))
+        headers = (*headers, (b"transfer-encoding", b"chunked"))
     metadata: Metadata = (
         (METHOD_KEY, head.method),
         (HOST_KEY, head.authority),
@@ -268,15 +268,7 @@ def _response_head(response: ConnectResponse) -> ResponseHead:
     status = metadata.get(STATUS_KEY, "200")  # TCP has none
     if len(status) != 3 or not (status.isascii() and status.isdigit()):
         raise TunnelError(f"the connector answered with status {status!r}")
-    headers = ((n.lower().encode(), v.encode()) for n, v in metadata_headers(response.metadata))
+    headers = metadata_headers(response.metadata)
     return ResponseHead(
         int(status), tuple(header for header in headers if not is_reserved(header[0]))
     )
-
-
-def _text(data: bytes) -> str:
-    """A header as Cap'n Proto's text, which is UTF-8: other bytes are taken for Latin-1."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return data.decode("latin-1")

@@ -154,6 +154,12 @@ class QuicConnection:
                 pass
             self._wake.set()
 
+    async def wait_over(self) -> None:
+        """Until the connection has ended; `failure` says why."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self.failure is None:
+            await self._waiting.park()
+
     async def wait_established(self) -> None:
         """Until the handshake is done. Raises QuicError."""
         while not self.is_established:

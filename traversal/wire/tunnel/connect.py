@@ -118,23 +118,31 @@ def parse_data_head(head: bytes) -> Struct:
     return parse_message(head[len(DATA_PREAMBLE) :])
 
 
-def header_metadata(headers: Iterable[tuple[str, str]]) -> Metadata:
+def header_metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
     """HTTP headers as metadata. Raises TunnelError for a name that the other side would misread."""
     entries = []
     for name, value in headers:
-        if ":" in name:
+        if b":" in name:
             raise TunnelError(f"connect: {name!r} is no header name")
-        entries.append((HEADER_PREFIX + name, value))
+        entries.append((HEADER_PREFIX + _decode_header(name), _decode_header(value)))
     return tuple(entries)
 
 
-def metadata_headers(metadata: Metadata) -> list[tuple[str, str]]:
-    """The HTTP headers among metadata."""
-    return [
-        (key.removeprefix(HEADER_PREFIX), value)
+def metadata_headers(metadata: Metadata) -> tuple[tuple[bytes, bytes], ...]:
+    """The HTTP headers among metadata, names in lower case."""
+    return tuple(
+        (key.removeprefix(HEADER_PREFIX).lower().encode(), value.encode())
         for key, value in metadata
         if key.startswith(HEADER_PREFIX)
-    ]
+    )
+
+
+def _decode_header(data: bytes) -> str:
+    """As Cap'n Proto's text, which is UTF-8: other bytes are taken for Latin-1."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def _metadata(entries: Metadata) -> Node:

@@ -237,12 +237,15 @@ def test_data_head_is_found_in_a_stream() -> None:
 
 def test_header_metadata() -> None:
     """Headers travel as metadata, one entry a value, and a colon in a name is refused."""
-    pairs = [("Set-Cookie", "a=1"), ("Set-Cookie", "b=2:3")]
+    pairs = ((b"Set-Cookie", b"a=1"), (b"set-cookie", b"b=2:3"), (b"x-name", "\u00fc".encode()))
     metadata = connect.header_metadata(pairs)
     assert metadata[0] == ("HttpHeader:Set-Cookie", "a=1")
-    assert connect.metadata_headers(((connect.STATUS_KEY, "200"), *metadata)) == pairs
+    assert connect.metadata_headers(((connect.STATUS_KEY, "200"), *metadata)) == tuple(
+        (name.lower(), value) for name, value in pairs
+    )
+    assert connect.header_metadata([(b"x", b"\xfc")]) == (("HttpHeader:x", "\u00fc"),)
     with pytest.raises(TunnelError):
-        connect.header_metadata([("a:b", "c")])
+        connect.header_metadata([(b"a:b", b"c")])
 
 
 def test_serialized_headers_example() -> None:
