@@ -388,9 +388,10 @@ def shell(scenario: str, host: str, command: tuple[str, ...]) -> None:
 @backend_option
 @explain_errors
 def demo(output: Path, wish: Wish) -> None:
-    """Watch two nodes find each other: relay, direct, a router's power cut, recovery.
+    """Watch Underpass nodes find each other: relay, direct, a router's power cut, recovery.
 
-    Takes about 14 seconds, on the kernel's network where that is possible, else in simulation.
+    A relay and three nodes run behind two easy NATs and a hard one: as processes in network
+    namespaces where the kernel allows it, else in a simulated internet. Takes 20 seconds.
     """
     from netlab.demo import DemoView, tell_story
     from netlab.report import write_report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -12,9 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from netlab.drops import DropReason
 from netlab.labs import BackEnd
 from netlab.model import Topology
 from netlab.plan import drawing
+from netlab.prediction import predict_outcome, simple_path
 from netlab.terminal import LiveView, console
 from netlab.timeline import (
     Event,
@@ -23,11 +26,15 @@ from netlab.timeline import (
     NetworkChanged,
     PacketDropped,
     PathChanged,
+    ProgramEnded,
+    ProgramOutput,
 )
 
 _STYLES = {"direct": "bold green", "relay": "bold yellow", "none": "bold red"}
 _BARS = "▁▂▃▄▅▆▇█"
 _SAMPLES = 30
+# What a program said last, should it end badly.
+_LAST_LINES = 12
 
 
 def _kind(path: str) -> str:
@@ -40,6 +47,7 @@ class DemoView:
     def __init__(self, topology: Topology, back_end: BackEnd) -> None:
         self._topology = topology
         self._lines = LiveView()
+        self._output: dict[str, deque[str]] = {}
         self._paths: dict[tuple[str, str], str] = {}
         self._latencies: dict[tuple[str, str], deque[float]] = {}
         self._mappings = self._drops = 0
@@ -48,7 +56,9 @@ class DemoView:
         self._live = Live(console=console, auto_refresh=False, transient=True)
         console.print(escape(drawing(topology)))
         where = "the kernel's namespaces" if back_end is BackEnd.KERNEL else "a simulated internet"
-        console.print(f"\n[dim]built in {where}; nothing of it reaches a real network[/]\n")
+        console.print(f"\n[dim]built in {where}; nothing of it reaches a real network[/]")
+        hosts = ", ".join(host.name for host in topology.hosts)
+        console.print(f"[dim]starting a relay, and nodes on {hosts} ...[/]")
 
     def __enter__(self) -> DemoView:
         if console.is_terminal:
@@ -63,42 +73,63 @@ class DemoView:
         """Take one event, as a sink of a timeline."""
         for caption in self._captions(event):
             console.print(f"\n[bold]{caption}[/]")
-        self._lines.watch(event)
         match event:
+            case ProgramOutput():
+                lines = self._output.setdefault(event.program, deque(maxlen=_LAST_LINES))
+                lines.append(event.line)
+            case ProgramEnded() if event.status > 0:
+                console.print(escape("\n".join(self._output.get(event.program, ()))))
+                self._lines.watch(event)
+            case PacketDropped():
+                self._drops += 1
+                if event.reason is DropReason.FILTERED:
+                    self._lines.watch(event)
+            case MappingBorn():
+                self._mappings += 1
             case PathChanged():
                 self._paths[event.host, event.peer] = event.path
+                self._lines.watch(event)
             case LatencyMeasured():
                 series = self._latencies.setdefault(
                     (event.host, event.peer), deque(maxlen=_SAMPLES)
                 )
                 series.append(event.seconds * 1000)
-            case MappingBorn():
-                self._mappings += 1
-            case PacketDropped():
-                self._drops += 1
+            case NetworkChanged():
+                self._lines.watch(event)
             case _:
                 return
-        if self._live.is_started:
+        if self._live.is_started and self._paths:
             self._live.update(self._state(event.at), refresh=True)
 
     def _captions(self, event: Event) -> Iterator[str]:
         """Say what is going on, each thing once."""
         match event:
+            case ProgramOutput() if event.line.startswith("ready"):
+                yield from self._once("ready", "The nodes have met the relay, and say hello by it.")
             case PathChanged() if _kind(event.path) == "relay" and not self._was_cut:
                 yield from self._once("relay", "Relay first: they talk before any hole is open.")
             case PathChanged() if _kind(event.path) == "direct" and not self._was_cut:
-                yield from self._once(
-                    "direct", "Direct: both punched at once, and the hard NAT's new port was heard."
-                )
+                if self._is_hard(event):
+                    pair = " and ".join(sorted((event.host, event.peer)))
+                    text = f"Direct even between {pair}: ports of the hard NAT were searched."
+                    yield from self._once("hard", text)
+                else:
+                    text = "Direct: holes are punched, the relay carries nothing any more."
+                    yield from self._once("direct", text)
             case NetworkChanged(what="cut"):
                 self._was_cut = True
                 yield f"The router {event.target} loses power; its mappings are gone with it."
             case NetworkChanged(what="heal"):
                 yield f"{event.target} is back, and remembers nothing."
             case PathChanged() if _kind(event.path) == "relay":
-                yield from self._once("relay again", "The relay carries them meanwhile.")
+                yield from self._once("relay again", "The direct paths are dead: to the relay.")
             case PathChanged() if _kind(event.path) == "direct":
                 yield from self._once("direct again", "Direct again, through new mappings.")
+
+    def _is_hard(self, event: PathChanged) -> bool:
+        """Whether simple punching cannot work for this pair."""
+        outcome = predict_outcome(self._topology, event.host, event.peer)
+        return simple_path(outcome) == "relay"
 
     def _once(self, key: str, text: str) -> Iterator[str]:
         if key not in self._told:
@@ -124,43 +155,15 @@ def _sparkline(values: Sequence[float]) -> str:
 
 
 def tell_story(topology: Topology, events: Sequence[Event]) -> str:
-    """Return one paragraph about what happened between two nodes."""
-    paths = [event for event in events if isinstance(event, PathChanged)]
-    changes = [event for event in events if isinstance(event, NetworkChanged)]
+    """Return one paragraph about what happened between the nodes."""
+    sentences: list[str] = []
+    for a, b in combinations((host.name for host in topology.hosts), 2):
+        sentences += _meeting(topology, events, a, b)
+    for cut in events:
+        if isinstance(cut, NetworkChanged) and cut.what == "cut":
+            sentences += _recovery(events, cut)
     drops = [event for event in events if isinstance(event, PacketDropped)]
     born = sum(isinstance(event, MappingBorn) for event in events)
-    a, b = (host.name for host in topology.hosts[:2])
-    nats = [topology.nats_towards_internet(h.uplinks[0].network)[0] for h in topology.hosts[:2]]
-    sentences = [
-        (
-            f"{a} (behind {nats[0].name}, {nats[0].behavior.class_name}) and {b} (behind "
-            f"{nats[1].name}, {nats[1].behavior.class_name})"
-        )
-    ]
-    relay = _first(paths, a, "relay", 0.0)
-    direct = _first(paths, a, "direct", 0.0)
-    if relay is not None:
-        sentences[0] += f" talked through the relay after {relay.at:.1f} s"
-        sentences[0] += _round_trip(events, a, relay.at, direct.at if direct else None)
-    if direct is not None:
-        cut = next((c.at for c in changes if c.what == "cut"), None)
-        sentences[0] += f" and directly after {direct.at:.1f} s"
-        sentences[0] += _round_trip(events, a, direct.at, cut)
-    sentences[0] += "."
-    for change in changes:
-        if change.what != "cut":
-            continue
-        back = next((c.at for c in changes if c.what == "heal" and c.at > change.at), None)
-        if back is None:
-            continue
-        text = f"When {change.target} lost power for {back - change.at:.0f} s and all its mappings"
-        again = _first(paths, a, "direct", back)
-        relayed = _first(paths, a, "relay", change.at)
-        if relayed is not None:
-            text += f", they were back on the relay {relayed.at - back:.1f} s after it returned"
-        if again is not None:
-            text += f" and direct again after {again.at - back:.1f} s"
-        sentences.append(text + ".")
     reasons = Counter(drop.reason.value for drop in drops).most_common(3)
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons)
     sentences.append(
@@ -170,19 +173,85 @@ def tell_story(topology: Topology, events: Sequence[Event]) -> str:
     return " ".join(sentences)
 
 
-def _first(paths: Sequence[PathChanged], host: str, kind: str, after: float) -> PathChanged | None:
+def _meeting(topology: Topology, events: Sequence[Event], a: str, b: str) -> Iterator[str]:
+    """Say how a pair found its first direct path."""
+    cut = next((e.at for e in events if isinstance(e, NetworkChanged) and e.what == "cut"), None)
+    relay = _first(events, a, b, "relay", 0.0)
+    direct = _first(events, a, b, "direct", 0.0)
+    if relay is None and direct is None:
+        yield f"{a} and {b} never met."
+        return
+    places = [
+        f"{name} (behind {nat.name}, {nat.behavior.class_name})"
+        for name in (a, b)
+        for nat in topology.nats_towards_internet(topology.host_by_name[name].uplinks[0].network)[
+            :1
+        ]
+    ]
+    text = " and ".join(places)
+    if relay is not None:
+        text += " met by the relay" + _round_trip(
+            events, a, b, relay.at, direct.at if direct else cut
+        )
+    if direct is None or (cut is not None and direct.at > cut and relay is not None):
+        yield text + " and stayed on it."
+        return
+    took = f" {direct.at - relay.at:.2g} s later" if relay is not None else ""
+    text += f"{' and' if relay is not None else ''} were direct{took}"
+    yield text + _round_trip(events, a, b, direct.at, cut) + "."
+
+
+def _recovery(events: Sequence[Event], cut: NetworkChanged) -> Iterator[str]:
+    """Say what a router's power cut did to the paths that led through it."""
+    back = next(
+        (
+            e.at
+            for e in events
+            if isinstance(e, NetworkChanged)
+            and (e.what, e.target) == ("heal", cut.target)
+            and e.at > cut.at
+        ),
+        None,
+    )
+    if back is None:
+        return
+    text = f"When {cut.target} lost power for {back - cut.at:.0f} s, and all its mappings"
+    again = [
+        event
+        for event in events
+        if isinstance(event, PathChanged) and event.at > back and _kind(event.path) == "direct"
+    ]
+    if again:
+        first = again[0]
+        text += f", {first.host} and {first.peer} were direct again {first.at - back:.2g} s after"
+        text += " it came back"
+    else:
+        text += ", no direct path came back before the end"
+    yield text + "."
+
+
+def _first(events: Sequence[Event], a: str, b: str, kind: str, after: float) -> PathChanged | None:
+    """Return the first time after which either of a pair had a kind of path."""
     return next(
-        (p for p in paths if p.host == host and _kind(p.path) == kind and p.at > after), None
+        (
+            event
+            for event in events
+            if isinstance(event, PathChanged)
+            and {event.host, event.peer} == {a, b}
+            and _kind(event.path) == kind
+            and event.at > after
+        ),
+        None,
     )
 
 
-def _round_trip(events: Sequence[Event], host: str, start: float, end: float | None) -> str:
+def _round_trip(events: Sequence[Event], a: str, b: str, start: float, end: float | None) -> str:
     """Return the median round trip between two times, in brackets."""
     values = sorted(
         event.seconds
         for event in events
         if isinstance(event, LatencyMeasured)
-        and event.host == host
+        and {event.host, event.peer} == {a, b}
         and event.at >= start
         and (end is None or event.at < end)
     )

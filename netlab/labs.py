@@ -263,7 +263,7 @@ class SimulatedLab(Lab):
     async def run_program(
         self, host: str, command: tuple[str, ...], python: str, arguments: tuple[str, ...], say: Say
     ) -> int:
-        if command:
+        if not python:
             raise ProgramError(
                 f'"{command[0]}" is a command line, which needs the kernel back end; '
                 'the simulated one runs Trio functions (python = "module:function")'
@@ -304,13 +304,13 @@ class RunningKernelLab(Lab):
         self, host: str, command: tuple[str, ...], python: str, arguments: tuple[str, ...], say: Say
     ) -> int:
         environment = {**os.environ, "PATH": program_path()}
-        if python:
+        if not command:
             load_entry(python)
             package = str(Path(netlab.__file__).parent.parent)
             path = environment.get("PYTHONPATH", "")
             environment["PYTHONPATH"] = f"{package}{os.pathsep}{path}" if path else package
             command = (sys.executable, "-m", "netlab.program", python, *arguments)
-        else:
+        elif not python:
             command = (*command, *arguments)
         try:
             process = await self.lab.host(host).open_process(

@@ -111,7 +111,9 @@ class _Run:
         self._wake = trio.Event()
         self._groups: dict[str, str] = {}
         self._running = 0
-        self._all_started = False
+        # From when the scenario's times count, once that is known, on the lab's clock.
+        self._zero: float | None = None if scenario.count_from_ready else 0.0
+        self._all_started = trio.Event()
         self._result = RunResult(lab.topology, lab.back_end, lab.timeline)
 
     def observe(self, event: Event) -> None:
@@ -122,7 +124,9 @@ class _Run:
     async def to_its_end(self) -> RunResult:
         """Run until everything is decided, all programs have ended, or the time is over."""
         scenario, lab = self._scenario, self._lab
-        with trio.move_on_after(max(0.0, scenario.duration_seconds - lab.now())):
+        with trio.CancelScope() as self._scope:
+            if self._zero is not None:
+                self._limit_duration(self._zero)
             async with trio.open_nursery() as nursery:
                 for service in scenario.services:
                     await nursery.start(run_service, lab, service)
@@ -138,6 +142,10 @@ class _Run:
         self._result.verdicts.sort(key=lambda verdict: order[id(verdict.expectation)])
         self._result.duration_seconds = lab.now()
         return self._result
+
+    def _limit_duration(self, zero: float) -> None:
+        left = zero + self._scenario.duration_seconds - self._lab.now()
+        self._scope.deadline = trio.current_time() + max(0.0, left)
 
     # --- programs ------------------------------------------------------------------------
 
@@ -155,7 +163,10 @@ class _Run:
                     f'program "{program.name}" printed no line that matches '
                     f'"{program.ready.pattern}" within {program.ready_seconds:g} s'
                 )
-        self._all_started = True
+        if self._zero is None:
+            self._zero = self._lab.now()
+            self._limit_duration(self._zero)
+        self._all_started.set()
         self._wake.set()
 
     async def _run_program(self, program: Program, ready: trio.Event) -> None:
@@ -239,12 +250,22 @@ class _Run:
     # --- changes -------------------------------------------------------------------------
 
     async def _carry_out_changes(self) -> None:
+        if self._zero is None:
+            await self._all_started.wait()
         for change in self._scenario.changes:
-            await trio.sleep(max(0.0, change.at_seconds - self._lab.now()))
+            await trio.sleep(max(0.0, change.at_seconds - self._time))
             try:
                 apply_change(self._lab, change)
             except ModelError as error:
                 self._problem(f"{change.action} at {change.at_seconds:g} s: {error}")
+
+    @property
+    def _time(self) -> float:
+        """The scenario's time: below 0, whatever it says, as long as it doesn't count."""
+        if self._zero is None:
+            return -1.0
+        # Rounded: a wait that ends a hair early must not lead to another one of no length.
+        return round(self._lab.now() - self._zero, 6)
 
     # --- expectations --------------------------------------------------------------------
 
@@ -252,7 +273,7 @@ class _Run:
         """Decide expectations as events come in; return when there is nothing to wait for."""
         open_ones = list(self._scenario.expectations)
         while True:
-            now = self._lab.now()
+            now = self._time
             open_ones = [one for one in open_ones if not self._is_decided(one, now)]
             if not open_ones and self._is_over():
                 return
@@ -263,12 +284,13 @@ class _Run:
                 for time in (one.after_seconds, one.within_seconds)
                 if time > now
             ]
-            with trio.move_on_after(min(deadlines, default=math.inf) - now):
+            next_look = math.inf if self._zero is None else min(deadlines, default=math.inf)
+            with trio.move_on_after(next_look - now):
                 await self._wake.wait()
 
     def _is_over(self) -> bool:
         last_change = max((c.at_seconds for c in self._scenario.changes), default=0.0)
-        if not self._all_started or self._lab.now() < last_change:
+        if not self._all_started.is_set() or self._time < last_change:
             return False
         return bool(self._scenario.expectations) or (
             bool(self._scenario.programs) and not self._running

@@ -68,7 +68,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A program to run on a host: a command line, or a Trio function of a module."""
+    """A program to run on a host: a command line, or a Trio function of a module.
+
+    With both, the kernel back end runs the command line and the simulated one the function.
+    """
 
     name: str
     host: str
@@ -76,6 +79,7 @@ class Program:
     python: str = ""
     """``module:function``; called as ``await function(say, *arguments)``."""
     arguments: tuple[str, ...] = ()
+    """Of the function, or of the command line if there is no function."""
     ready: re.Pattern[str] | None = None
     """The line after which the next program starts; its groups become placeholders."""
     ready_seconds: float = DEFAULT_READY_SECONDS
@@ -129,11 +133,13 @@ class Scenario:
     cell: tuple[str, str] | None = None
     """Of which pair of a matrix this is."""
     duration_seconds: float = DEFAULT_DURATION_SECONDS
+    count_from_ready: bool = False
+    """Whether all times count from when the last program is ready, instead of the lab's start."""
 
     @property
     def needs_kernel(self) -> bool:
         """Whether it runs command lines, which no simulated internet can."""
-        return any(program.command for program in self.programs)
+        return any(not program.python for program in self.programs)
 
     @property
     def adjustable(self) -> frozenset[str]:

@@ -92,6 +92,7 @@ class _Parser:
         table = self._table
         seed = table.take_int("seed", 0)
         duration = table.take_seconds("duration", DEFAULT_DURATION_SECONDS)
+        count_from_ready = table.take_bool("count_from_ready", False)
         matrix = self._matrix(table.maybe_table("matrix"))
         nats = tuple(
             nat
@@ -130,6 +131,7 @@ class _Parser:
             expectations=expectations,
             matrix=matrix,
             duration_seconds=duration,
+            count_from_ready=count_from_ready,
         )
 
     # --- the network ---------------------------------------------------------------------
@@ -285,8 +287,8 @@ class _Parser:
             )
         command = table.take_texts("cmd")
         python = table.take_text("python", "")
-        if bool(command) == bool(python):
-            raise table.error(None, 'give either "cmd" (a command line) or "python"')
+        if not command and not python:
+            raise table.error(None, 'give "cmd" (a command line) or "python" (a Trio function)')
         if python and not re.fullmatch(r"[\w.]+:\w+", python):
             raise table.error("python", f'"{python}" is not of the form module:function')
         arguments = table.take_texts("args")

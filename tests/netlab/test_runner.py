@@ -263,3 +263,35 @@ args = ["at ${directory}", "at ${directory}"]
     first, second = (e.line for e in result.timeline if isinstance(e, ProgramOutput))
     assert first == second
     assert not await trio.Path(first.removeprefix("at ")).exists()
+
+
+async def test_times_may_count_from_readiness(autojump_clock: MockClock) -> None:
+    """However long programs take to start, changes and deadlines come so long after."""
+    result = await run_scenario(
+        parse_scenario(
+            "count_from_ready = true\n"
+            + HEAD
+            + """
+            [[run]]
+            on = "a"
+            python = "t:talk"
+            args = ["starting", "still", "ready", "set", "go", "more", "more"]
+            ready = "ready"
+            [[at]]
+            time = "1.5s"
+            do = "nat.reboot"
+            target = "home"
+            [[expect]]
+            within = "1s"
+            that = "ready in output(a)"
+            [[expect]]
+            after = "0.5s"
+            within = "1.2s"
+            that = "set in output(a)"
+            """
+        ),
+        BackEnd.SIMULATED,
+    )
+    assert result.succeeded, result.verdicts
+    (reboot,) = (event for event in result.timeline if isinstance(event, NetworkChanged))
+    assert reboot.at == pytest.approx(3.5, abs=0.01)

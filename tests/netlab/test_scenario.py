@@ -122,7 +122,7 @@ def test_link_set_changes_only_what_it_names() -> None:
         ("path(a", "path(z", r':44: expect\[0\].that: .*there is no program "z"'),
         ("path(a", "pth(a", r':44: expect\[0\].that: .*did you mean "path"'),
         ('on = "b"', 'on = "a"', r':25: run\[1\]: another program is called "a"'),
-        ('cmd = ["dial"', 'python = "a:b"\ncmd = ["dial"', 'give either "cmd"'),
+        ('cmd = ["dial"', 'ready = ["dial"', 'give "cmd"'),
         ("seed = 7", "seed = ", ":1: not valid TOML"),
         ("seed = 7", "seed = true", ":1: seed: must be a whole number, not true or false"),
     ],

@@ -26,8 +26,8 @@ from netlab.nat import Protocol
 from netlab.presets import class_behavior, nat_preset
 from netlab.simulated.host import SimulatedHost
 from netlab.simulated.packet import Packet
+from relay.simulated import SimRelay
 from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
-from tests.system.sim_relay import SimRelay
 from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
 from traversal import RelayMap, RelayOptions
 from traversal.agent.status import nat_status

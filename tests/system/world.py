@@ -19,7 +19,7 @@ from netlab.gate import Gate
 from netlab.model import Firewall, Host, Nat, NatBehavior, Server, Topology, Uplink
 from netlab.model import Link as Wire
 from netlab.simulated import SimulatedInternet
-from tests.system.sim_relay import OTHER_STUN_PORT, STUN_PORT, SimRelay
+from relay.simulated import OTHER_STUN_PORT, STUN_PORT, SimRelay
 from traversal import Link, Node, NodePrivate, PathChange, PathKind, RelayMap, RelayOptions
 from traversal import open_node as open_real_node
 

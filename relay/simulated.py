@@ -4,6 +4,11 @@ The real relay's pump sleeps in an epoll set of its own and hands sockets to the
 simulated host does not have. Here one task reads and one writes for each client;
 `relay.forwarding.Switch` decides everything else. STUN is answered on every address, with the
 other address and port of RFC 5780 where the host has two addresses.
+
+    [[run]]
+    on = "relay"
+    python = "relay.simulated:serve"
+    args = ["${directory}/relays.json", "${seed}", "${relay.address}"]
 """
 
 from __future__ import annotations
@@ -11,8 +16,9 @@ from __future__ import annotations
 import random
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Final
 
 import trio
@@ -20,7 +26,7 @@ import trio
 from relay.forwarding import BUFFER_SLACK, Client, Switch, ViolationError
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, NodePrivate
-from traversal.relay_map import Dial, Region, RelayNode
+from traversal.relay_map import Dial, Region, RelayMap, RelayNode
 from traversal.wire.derp import (
     DerpError,
     FrameSplitter,
@@ -299,6 +305,24 @@ class SimRelay:
                         client.unwritten_bytes += sum(map(len, frames))
         except StreamEndedError:
             scope.cancel()
+
+
+async def serve(say: Callable[[str], None], map_file: str, seed: str, *addresses: str) -> None:
+    """Be the relay of a scenario until cancelled; plain, since TLS would make no two runs alike.
+
+    Args:
+        say: prints a line, for the scenario.
+        map_file: where the relay map is written once everybody may come.
+        seed: decides the relay's key.
+        addresses: of the host.
+    """
+    relay = SimRelay(900, addresses[0], addresses, random.Random(f"relay {seed}"))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(relay.serve)
+        relay_map = RelayMap({relay.region_id: relay.region})
+        # Not in a thread, for which the virtual clock would not wait.
+        Path(map_file).write_text(relay_map.to_json() + "\n")  # noqa: ASYNC240
+        say("Relay map written")
 
 
 async def _receive(stream: HandshakeStream) -> bytes:
