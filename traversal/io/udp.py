@@ -359,6 +359,10 @@ class _KernelSocket:
             start = end
 
     async def receive(self) -> Batch:
+        """What has arrived. Raises trio.ClosedResourceError, also if it was closed before: whoever
+        handled the last batch may have done so."""
+        if self._sock.fileno() < 0:
+            raise trio.ClosedResourceError("this socket was closed")
         await trio.lowlevel.wait_readable(self._sock)
         batch: Batch = []
         receive = self._sock.recvmsg_into
@@ -382,8 +386,9 @@ class _KernelSocket:
         return batch
 
     def close(self) -> None:
-        trio.lowlevel.notify_closing(self._sock)
-        self._sock.close()
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
 
 
 class _OtherSocket:
