@@ -20,8 +20,7 @@ from traversal.wire.tunnel.peers import PEERS
 from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
 
 READ_BYTES: Final = 128 << 10
-"""What a `HandshakeStream` for a connector should read at once. The memory is touched only when
-there is so much to read."""
+"""What a `HandshakeStream` for a connector should read at once, at most."""
 PING_SECONDS: Final = 10.0
 PING_TIMEOUT_SECONDS: Final = 15.0
 """The reference sends no pings of its own, and TCP alone may take minutes to notice a dead peer."""

@@ -24,7 +24,8 @@ class StreamEndedError(Exception):
 class HandshakeStream:
     """Receive and send bytes; TLS once `start_tls` has run.
 
-    `read_bytes` is the most that one `receive` returns: more is faster, and costs that much memory.
+    `read_bytes` is the most that one `receive` returns: more is faster, and costs that much memory
+    once there was so much to read.
     One task may receive while another sends. Cancelling a method leaves the stream only good for
     closing.
     """
@@ -32,7 +33,8 @@ class HandshakeStream:
     def __init__(self, sock: trio.socket.SocketType, *, read_bytes: int = READ_BYTES) -> None:
         self._sock = sock
         self._tls: TlsEngine | None = None
-        self._buffer = memoryview(bytearray(read_bytes))
+        self._read_bytes = read_bytes
+        self._buffer = memoryview(bytearray(min(READ_BYTES, read_bytes)))
         self._ahead = b""
         # Reading may make TLS answer (a key update), which must not land inside a record that
         # another task is writing.
@@ -148,10 +150,14 @@ class HandshakeStream:
                     pass
 
     async def _receive_raw(self) -> bytes:
+        size = len(self._buffer)
         try:
-            return await self._sock.recv(len(self._buffer))
+            data = await self._sock.recv(size)
         except OSError as error:
             raise StreamEndedError(error.strerror or type(error).__name__) from None
+        if len(data) == size < self._read_bytes:
+            self._buffer = memoryview(bytearray(min(2 * size, self._read_bytes)))
+        return data
 
     async def _flush(self, tls: TlsEngine) -> None:
         while tls.has_data_to_send():
