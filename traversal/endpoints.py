@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -81,6 +82,7 @@ class Endpoints:
         is_busy: IsBusy,
         handle_refresh: HandleRefresh,
         handle_rebind: HandleRebind,
+        handle_own_hosts: Callable[[frozenset[str]], None],
         interfaces: InterfaceFilter,
         static_addresses: tuple[Address, ...],
         home: HomePolicy,
@@ -101,6 +103,7 @@ class Endpoints:
         self._is_busy = is_busy
         self._handle_refresh = handle_refresh
         self._handle_rebind = handle_rebind
+        self._handle_own_hosts = handle_own_hosts
         self._interfaces = interfaces
         self._static = static_addresses
         self._entropy = entropy
@@ -282,7 +285,7 @@ class Endpoints:
         hosts = frozenset(
             str(address.ip) for i in change.state.interfaces for address in i.addresses
         )
-        self._relays.handle_network_change(hosts)
+        self._handle_own_hosts(hosts)
         self._map_port()
         if change.needs_rebind:
             self._resolver.forget()

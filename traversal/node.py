@@ -12,7 +12,7 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -61,6 +61,9 @@ from traversal.wire.introduction import (
 )
 from traversal.wire.punching import PunchMessageError, is_punch_message
 
+if TYPE_CHECKING:
+    from traversal.io.edge_client import EdgeClient, EdgeOptions, EdgeStatistics
+
 MAX_WAITING_LINKS: Final = 64
 """Links that peers opened and nobody has accepted yet; further peers must try again."""
 STRANGERS_PER_SECOND: Final = 50.0
@@ -93,6 +96,8 @@ class NodeStatistics:
     unknown_datagrams: int
     rejected_disco: int
     rejected_introductions: int
+    edge: EdgeStatistics | None
+    """Of the connection to the edge, if there is one."""
     peer_relay: PeerRelayStatistics | None
     """Of the peer relay that this node is for others, if it is one."""
     rejected_punch_messages: int
@@ -116,6 +121,8 @@ async def open_node(
     peer_relay: PeerRelayOptions | None = None,
     port_search: PunchPolicy | None = None,
     punch_memory: PunchMemory | None = None,
+    edge: EdgeOptions | None = None,
+    edge_policy: EdgePolicy = EdgePolicy.LAST,
     entropy: Entropy = os.urandom,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Node]:
@@ -139,6 +146,8 @@ async def open_node(
         port_search: whether and how hard the ports of hard NATs are guessed; see
             `docs/port-search.md`.
         punch_memory: what port searches learned in an earlier life.
+        edge: an edge by which peers that know it, too, are reached where nothing else works.
+        edge_policy: when traffic goes by the edge.
         entropy: random bytes, `os.urandom` or a seeded source for tests.
         rng: spreads periodic work; by default seeded from `entropy`.
 
@@ -160,6 +169,8 @@ async def open_node(
         peer_relay=peer_relay,
         port_search=port_search or PunchPolicy(),
         punch_memory=punch_memory or PunchMemory(),
+        edge=edge,
+        edge_policy=edge_policy,
         entropy=entropy,
         rng=rng,
     )
@@ -192,6 +203,8 @@ class Node:
         peer_relay: PeerRelayOptions | None,
         port_search: PunchPolicy,
         punch_memory: PunchMemory,
+        edge: EdgeOptions | None,
+        edge_policy: EdgePolicy,
         entropy: Entropy,
         rng: random.Random,
     ) -> None:
@@ -215,6 +228,7 @@ class Node:
             is_busy=lambda: any(s.machine.is_active for s in self._sessions.values()),
             handle_refresh=self._handle_refresh,
             handle_rebind=self._handle_rebind,
+            handle_own_hosts=self._handle_own_hosts,
             interfaces=interfaces,
             static_addresses=static_addresses,
             home=home,
@@ -248,7 +262,14 @@ class Node:
             note_seen_as=self._endpoints.handle_seen_as,
             port_searches=self._port_searches,
         )
-        self._edge_policy = EdgePolicy.LAST
+        self._edge_policy = edge_policy
+        self._edge: EdgeClient | None = None
+        if edge is not None:
+            # Imported late: QUIC and HTTP/2 are slow to import, and few nodes need them.
+            from traversal.io.edge_client import EdgeClient
+
+            self._edge = EdgeClient(edge, private_key, self, entropy=entropy, rng=rng)
+            self._wiring.edge = self._edge
         self._relay_service: PeerRelayService | None = None
         if peer_relay is not None:
             self._relay_service = PeerRelayService(
@@ -312,6 +333,7 @@ class Node:
             unknown_datagrams=self._unknown_datagrams,
             rejected_disco=self._rejected_disco,
             rejected_introductions=self._rejected_introductions,
+            edge=self._edge.statistics() if self._edge else None,
             peer_relay=self._relay_service.statistics() if self._relay_service else None,
             rejected_punch_messages=self._rejected_punch_messages,
         )
@@ -413,6 +435,8 @@ class Node:
                 nursery.start_soon(self._announce_forever)
                 nursery.start_soon(self._port_searches.run)
                 await nursery.start(self._relays.run)
+                if self._edge is not None:
+                    nursery.start_soon(self._edge.run)
                 await nursery.start(self._endpoints.run)
                 if self._relay_service is not None:
                     await nursery.start(self._relay_service.run)
@@ -502,6 +526,11 @@ class Node:
         self._ice.set_local_networks(local)
         if has_home_changed:
             self._announce_wanted.set()
+
+    def _handle_own_hosts(self, own_hosts: frozenset[str]) -> None:
+        self._relays.handle_network_change(own_hosts)
+        if self._edge is not None:
+            self._edge.handle_network_change(own_hosts)
 
     def _handle_rebind(self) -> None:
         now = trio.current_time()
@@ -629,6 +658,12 @@ class Node:
             self._rejected_disco += 1
         except IntroductionError:
             self._rejected_introductions += 1
+
+    def handle_edge_peer_gone(self, key: bytes) -> None:
+        """The edge does not know a peer of ours."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.handle_edge_gone(trio.current_time())
 
     def handle_edge_change(self, *, is_up: bool) -> None:
         """The tunnel to the edge came up or went down."""

@@ -416,6 +416,11 @@ class Session:
             self._introduce(now)
         self.carry_out()
 
+    def handle_edge_gone(self, now: float) -> None:
+        """The edge does not know the peer."""
+        self.machine.handle_send_error(EDGE_PATH, now)
+        self.carry_out()
+
     def handle_peer_gone(self, region: int, now: float) -> None:
         """The relay of a region does not know the peer."""
         if self._wiring.edge is not None and region == self.relay_region:

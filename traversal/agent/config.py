@@ -17,6 +17,12 @@
     peer_relay = true                   # this peer may carry our traffic with the others
     port_search = false                 # not for this peer
 
+    [edge]                              # an edge that the peers know, too
+    addresses = ["edge.example.com:7844"]
+    credentials = "tunnel.json"         # of any tunnel there
+    ca = "edge-ca.pem"                  # absent for the system's authorities
+    policy = "last"                     # or "before-relay", or "first"
+
 Paths are relative to the file. `wireguard` and `endpoint` belong together: without them the agent
 only keeps paths to its peers.
 """
@@ -29,8 +35,11 @@ from pathlib import Path
 import msgspec
 
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
+from traversal.paths.edge import EdgePolicy
 from traversal.relay_map import RelayMap, RelayMapError
 from traversal.wire.address import Address
+from traversal.wire.tunnel.credentials import Credentials, parse_credentials_file
+from traversal.wire.tunnel.errors import TunnelError
 
 MAX_PEERS = 10_000
 
@@ -50,6 +59,15 @@ class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port_search: bool = True
 
 
+class EdgeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `[edge]` table."""
+
+    addresses: list[str]
+    credentials: str
+    ca: str = ""
+    policy: EdgePolicy = EdgePolicy.LAST
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     relay_map: str
@@ -59,6 +77,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_relay_port: int | None = None
     port_search: bool = True
     state: str = "underpass.state"
+    edge: EdgeTable | None = None
     peers: list[PeerEntry] = []
 
 
@@ -73,6 +92,15 @@ class PeerConfig(msgspec.Struct, frozen=True):
     may_search_ports: bool
 
 
+class EdgeConfig(msgspec.Struct, frozen=True):
+    """The edge, checked."""
+
+    addresses: tuple[tuple[str, int], ...]
+    credentials: Credentials
+    ca_file: str | None
+    policy: EdgePolicy
+
+
 class AgentConfig(msgspec.Struct, frozen=True):
     """Everything that the agent needs, checked; `repr` shows no secret."""
 
@@ -84,6 +112,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     peer_relay_port: int | None
     may_search_ports: bool
     state: Path
+    edge: EdgeConfig | None
     peers: tuple[PeerConfig, ...]
 
     def peer(self, name: str) -> PeerConfig | None:
@@ -122,6 +151,7 @@ def load_config(path: Path) -> AgentConfig:
         peer_relay_port=file.peer_relay_port,
         may_search_ports=file.port_search,
         state=path.parent / file.state,
+        edge=_check_edge(path, file.edge) if file.edge is not None else None,
         peers=peers,
     )
 
@@ -168,6 +198,26 @@ def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
     if endpoint is not None and not endpoint.ip.is_loopback:
         raise ConfigError(f"{where} ({entry.name}), endpoint: {endpoint} is no loopback address")
     return PeerConfig(entry.name, key, entry.relay, endpoint, entry.peer_relay, entry.port_search)
+
+
+def _check_edge(path: Path, table: EdgeTable) -> EdgeConfig:
+    addresses = []
+    for text in table.addresses:
+        host, colon, port = text.rpartition(":")
+        if not host or not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+            raise ConfigError(f"{path}, edge.addresses: {text!r} must read HOST:PORT")
+        addresses.append((host.removeprefix("[").removesuffix("]"), int(port)))
+    if not addresses:
+        raise ConfigError(f"{path}, edge.addresses: name at least one HOST:PORT")
+    file = path.parent / table.credentials
+    try:
+        credentials = parse_credentials_file(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except TunnelError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    ca_file = str(path.parent / table.ca) if table.ca else None
+    return EdgeConfig(tuple(addresses), credentials, ca_file, table.policy)
 
 
 def _address(path: Path, what: str, text: str) -> Address | None:

@@ -8,20 +8,24 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from traversal.agent.bridge import run_bridge
-from traversal.agent.config import AgentConfig, ConfigError
+from traversal.agent.config import AgentConfig, ConfigError, EdgeConfig
 from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
 from traversal.link import Link
 from traversal.node import Node, open_node
+from traversal.paths.edge import EdgePolicy
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
+
+if TYPE_CHECKING:
+    from traversal.io.edge_client import EdgeOptions
 
 ASK_SECONDS: Final = 5.0
 PING_SECONDS: Final = 2.0
@@ -67,6 +71,8 @@ async def run_agent(
                 relay_options=relay_options,
                 map_ports=map_ports,
                 peer_relay=peer_relay,
+                edge=_edge_options(config.edge) if config.edge is not None else None,
+                edge_policy=config.edge.policy if config.edge is not None else EdgePolicy.LAST,
                 port_search=policy,
                 punch_memory=memory,
             ) as node,
@@ -84,6 +90,15 @@ async def run_agent(
             while True:
                 sock, _ = await listener.accept()
                 nursery.start_soon(_serve, sock, node, names)
+
+
+def _edge_options(edge: EdgeConfig) -> EdgeOptions:
+    # Imported late: QUIC and HTTP/2 are slow to import, and few agents need them.
+    from traversal.io.edge_client import EdgeOptions
+    from traversal.io.edge_dial import EdgeAddress
+
+    addresses = tuple(EdgeAddress(host, port) for host, port in edge.addresses)
+    return EdgeOptions(addresses, edge.credentials, ca_file=edge.ca_file)
 
 
 @contextmanager

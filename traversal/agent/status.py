@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traversal.link import Link, LinkPath
 from traversal.node import Node
 from traversal.paths.report import NatFacts, Report
 from traversal.paths.verdict import describe_nat
 from traversal.relay_map import RelayMap
+
+if TYPE_CHECKING:
+    from traversal.io.edge_client import EdgeStatistics
 
 
 def path_status(path: LinkPath) -> dict[str, Any]:
@@ -80,6 +83,17 @@ def link_status(link: Link, name: str) -> dict[str, Any]:
     }
 
 
+def edge_status(edge: EdgeStatistics | None) -> dict[str, Any] | None:
+    """The connection to the edge; None without one."""
+    if edge is None:
+        return None
+    return {
+        "transport": edge.transport.value if edge.transport is not None else None,
+        "server": edge.server or None,
+        "last_error": edge.last_error,
+    }
+
+
 def node_status(node: Node, names: dict[bytes, str]) -> dict[str, Any]:
     """The whole node; `names` are the peers' by raw key."""
     statistics = node.statistics()
@@ -98,6 +112,7 @@ def node_status(node: Node, names: dict[bytes, str]) -> dict[str, Any]:
             }
             for relay in statistics.relays
         ],
+        "edge": edge_status(statistics.edge),
         "peers": [
             link_status(link, names.get(link.peer_key.raw, link.peer_key.short()))
             for link in node.links

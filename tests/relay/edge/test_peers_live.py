@@ -75,6 +75,14 @@ class Place:
     edge: Edge
     options: EdgeOptions
     nursery: trio.Nursery
+    scope: trio.CancelScope
+
+    def edge_options(self, transport: Transport) -> EdgeOptions:
+        return dataclasses.replace(self.options, transports=(transport,))
+
+    def stop(self) -> None:
+        """End the edge, and it alone."""
+        self.scope.cancel()
 
     def node(self, **changes: object) -> Node:
         node = Node(dataclasses.replace(self.options, **changes))  # type: ignore[arg-type]
@@ -88,14 +96,20 @@ async def running(directory: Path) -> AsyncIterator[Place]:
     edge = Edge(config, open_listeners(config.edge.listen[0]))
     tunnel = create_tunnel(str(directory), "nodes", os.urandom)
     edge.reload_files()
+    scope = trio.CancelScope()
+
+    async def run_edge(*, task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await edge.run(task_status=task_status)
+
     async with trio.open_nursery() as nursery:
-        await nursery.start(edge.run)
+        await nursery.start(run_edge)
         options = EdgeOptions(
             (EdgeAddress(*edge.addresses[0]),),
             tunnel.credentials,
             ca_file=str(authority_path(directory)),
         )
-        yield Place(edge, options, nursery)
+        yield Place(edge, options, nursery, scope)
         nursery.cancel_scope.cancel()
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import trio
@@ -16,6 +17,8 @@ from traversal import NodePrivate, RelayMap, RelayOptions
 from traversal.agent.config import AgentConfig, ConfigError, load_config
 from traversal.agent.service import ControlError, NoAgentError, ask, run_agent
 from traversal.cli import main
+from traversal.paths.edge import EdgePolicy
+from traversal.wire.tunnel.credentials import Credentials
 
 
 def write_config(directory: Path, text: str = "", *, peers: str = "") -> Path:
@@ -59,6 +62,27 @@ class TestConfig:
         assert config.may_search_ports
         assert [peer.may_search_ports for peer in config.peers] == [True, False]
         assert not load_config(write_config(tmp_path, "port_search = false")).may_search_ports
+
+    def test_edge(self, tmp_path: Path) -> None:
+        """The table names the edge, a credentials file and when to use it."""
+        table = '[edge]\naddresses = {}\ncredentials = "tunnel.json"\n'
+        path = write_config(tmp_path, table.format('["e.example:7844", "[::1]:1"]'))
+        with pytest.raises(ConfigError, match=r"tunnel\.json: No such file"):
+            load_config(path)
+        (tmp_path / "tunnel.json").write_text("{}")
+        with pytest.raises(ConfigError, match=r"tunnel\.json"):
+            load_config(path)
+        credentials = Credentials(UUID(int=5), "me", b"s" * 32)
+        (tmp_path / "tunnel.json").write_text(credentials.to_file())
+        edge = load_config(path).edge
+        assert edge is not None
+        assert edge.addresses == (("e.example", 7844), ("::1", 1))
+        assert (edge.credentials, edge.policy) == (credentials, EdgePolicy.LAST)
+        for wrong in ("[]", '["e.example"]', '["e.example:x"]'):
+            with pytest.raises(ConfigError, match=r"edge\.addresses"):
+                load_config(write_config(tmp_path, table.format(wrong)))
+        with pytest.raises(ConfigError, match="policy"):
+            load_config(write_config(tmp_path, table.format("[]") + 'policy = "never"'))
 
     @pytest.mark.parametrize(
         ("text", "complaint"),
