@@ -36,6 +36,7 @@ from netlab.cli_measuring import matrix_command, verify_command
 from netlab.labs import BackEnd
 from netlab.model import Topology
 from netlab.run_directory import DEFAULT_PARENT, SavedRun, latest_run, load_run, save_run
+from netlab.runner import DEFAULT_SNAP_BYTES
 from netlab.scenario import Scenario
 from netlab.terminal import LiveView, console, print_summary
 
@@ -197,10 +198,24 @@ def doctor(as_json: bool) -> None:
 )
 @click.option("--seed", type=int, help="Replace the scenario's seed.")
 @click.option("-v", "--verbose", is_flag=True, help="Show every mapping and every drop.")
+@click.option(
+    "--snap",
+    "snap_bytes",
+    type=click.IntRange(0, 65535),
+    default=DEFAULT_SNAP_BYTES,
+    show_default=True,
+    help="Bytes of each packet's contents that the capture keeps; 0: headers only.",
+)
 @json_option
 @explain_errors
 def run(
-    scenario: str, wish: Wish, output: Path | None, seed: int | None, verbose: bool, as_json: bool
+    scenario: str,
+    wish: Wish,
+    output: Path | None,
+    seed: int | None,
+    verbose: bool,
+    snap_bytes: int,
+    as_json: bool,
 ) -> None:
     """Run a SCENARIO, judge it, and write a report.
 
@@ -219,9 +234,11 @@ def run(
         enter_jail()
     directory = output or DEFAULT_PARENT / Path(found.name).stem
     if found.matrix is not None:
-        _run_cells(found, text, back_end, directory, as_json)
+        _run_cells(found, text, back_end, directory, snap_bytes, as_json)
         return
-    saved = _run_once(found, text, back_end, directory, show=not as_json, verbose=verbose)
+    view = LiveView(mappings=verbose)
+    saved = _run_once(found, text, back_end, directory, snap_bytes, None if as_json else view)
+    view.close()
     write_report(saved)
     if as_json:
         print_json(saved.summary)
@@ -232,23 +249,32 @@ def run(
 
 
 def _run_once(
-    scenario: Scenario, text: str, back_end: BackEnd, directory: Path, *, show: bool, verbose: bool
+    scenario: Scenario,
+    text: str,
+    back_end: BackEnd,
+    directory: Path,
+    snap_bytes: int,
+    view: LiveView | None,
 ) -> SavedRun:
     from netlab.runner import run_scenario
 
-    view = LiveView(mappings=verbose)
     unix_time = time.time()
+    watch = view.watch if view is not None else None
 
     async def go() -> Any:
-        return await run_scenario(scenario, back_end, watch=view.watch if show else None)
+        return await run_scenario(scenario, back_end, watch=watch, snap_bytes=snap_bytes)
 
     result = run_trio(back_end, go)
-    view.close()
     return save_run(directory, scenario, text, result, unix_time)
 
 
 def _run_cells(
-    scenario: Scenario, text: str, back_end: BackEnd, directory: Path, as_json: bool
+    scenario: Scenario,
+    text: str,
+    back_end: BackEnd,
+    directory: Path,
+    snap_bytes: int,
+    as_json: bool,
 ) -> None:
     """Run every pair of a scenario's matrix and show a line for each."""
     from netlab.report import write_report
@@ -258,7 +284,7 @@ def _run_cells(
         assert cell.cell is not None
         left, right = cell.cell
         place = directory / f"{left}--{right}".replace("/", "_")
-        saved = _run_once(cell, text, back_end, place, show=False, verbose=False)
+        saved = _run_once(cell, text, back_end, place, snap_bytes, None)
         write_report(saved)
         summary = saved.summary
         rows.append({"left": left, "right": right, "summary": summary})

@@ -365,12 +365,12 @@ async def _read_lines(stream: trio.abc.ReceiveStream, say: Say) -> None:
 
 
 @asynccontextmanager
-async def _packets_on_timeline(lab: KernelLab) -> AsyncIterator[None]:
+async def _packets_on_timeline(lab: KernelLab, snap_bytes: int) -> AsyncIterator[None]:
     from netlab.packet_watch import PacketWatch
 
     hosts = (*lab.topology.host_by_name, *lab.topology.server_by_name)
     namespaces = {name: lab.namespaces[name] for name in hosts}
-    watch = PacketWatch(namespaces, lab.timeline, time.monotonic() - lab.now())
+    watch = PacketWatch(namespaces, lab.timeline, time.monotonic() - lab.now(), snap_bytes)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch.run)
@@ -403,6 +403,7 @@ async def open_lab(
     *,
     adjustable: Collection[str] = (),
     record_packets: bool = True,
+    snap_bytes: int = 0,
     name_servers: Collection[str] = (),
 ) -> AsyncIterator[Lab]:
     """Build a topology and take it down in the end.
@@ -412,6 +413,7 @@ async def open_lab(
         back_end: what builds it; the kernel needs the process to be in a jail.
         adjustable: owners of links that `Lab.set_link` may change later.
         record_packets: whether each packet of the hosts goes on the timeline.
+        snap_bytes: how much of each packet's contents goes with it, for captures.
         name_servers: servers that will offer DNS, for programs in the kernel.
 
     Raises:
@@ -423,12 +425,14 @@ async def open_lab(
         async with KernelLab(topology, adjustable=adjustable) as kernel_lab:
             with _names_in_kernel(kernel_lab, name_servers):
                 if record_packets:
-                    async with _packets_on_timeline(kernel_lab):
+                    async with _packets_on_timeline(kernel_lab, snap_bytes):
                         yield RunningKernelLab(kernel_lab)
                 else:
                     yield RunningKernelLab(kernel_lab)
         return
     from netlab.simulated import SimulatedInternet
 
-    async with SimulatedInternet(topology, record_packets=record_packets) as internet:
+    async with SimulatedInternet(
+        topology, record_packets=record_packets, snap_bytes=snap_bytes
+    ) as internet:
         yield SimulatedLab(internet)

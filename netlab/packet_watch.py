@@ -34,7 +34,8 @@ _SO_TIMESTAMPNS = 35
 # Looking this often costs a few system calls per host; times come from the kernel's stamps.
 _INTERVAL_SECONDS = 0.02
 # Headers and enough payload to tell packets apart.
-_SNAP_BYTES = 256
+_LOOK_BYTES = 256
+_MAX_HEADER_BYTES = 60
 # Per host and look, so that a flood in the lab does not stop everything else.
 _MAX_BATCH = 2000
 # Packets on their way at one time; the oldest are given up.
@@ -91,16 +92,29 @@ class _Seen(NamedTuple):
     host: str
     outgoing: bool
     packet: Parsed
+    data: bytes
 
 
 class PacketWatch:
     """Watches the hosts of a lab. Open it before programs start; `run` until cancelled."""
 
     def __init__(
-        self, namespaces: Mapping[str, NetworkNamespace], timeline: Timeline, started_at: float
+        self,
+        namespaces: Mapping[str, NetworkNamespace],
+        timeline: Timeline,
+        started_at: float,
+        snap_bytes: int = 0,
     ) -> None:
-        """Watch these hosts; `started_at` is the monotonic time of the timeline's zero."""
+        """Watch these hosts.
+
+        Args:
+            namespaces: the hosts' by name.
+            timeline: where packets go.
+            started_at: the monotonic time of the timeline's zero.
+            snap_bytes: how much of each packet's contents goes with it.
+        """
         self._timeline = timeline
+        self._snap_bytes = snap_bytes
         # What turns the stamps, which are wall time, into the timeline's.
         self._zero = time.time() - (time.monotonic() - started_at)
         self._sockets: dict[str, socket.socket] = {}
@@ -138,18 +152,20 @@ class PacketWatch:
         may have sent what another one has received since. `everything` is for the last look.
         """
         began = float("inf") if everything else time.time()
+        look_bytes = max(_LOOK_BYTES, _MAX_HEADER_BYTES + self._snap_bytes)
         for host, made in self._sockets.items():
             for _ in range(_MAX_BATCH):
                 try:
-                    data, ancillary, _, sender = made.recvmsg(_SNAP_BYTES, 64, socket.MSG_TRUNC)
+                    data, ancillary, _, sender = made.recvmsg(look_bytes, 64, socket.MSG_TRUNC)
                 except (BlockingIOError, ConnectionError):
                     break
                 interface, _, kind = sender[:3]
                 if interface == "lo" or kind not in (_PACKET_HOST, _PACKET_OUTGOING):
                     continue
-                parsed = parse_packet(data, _length_of(data))
+                parsed = parse_packet(data[:_LOOK_BYTES], _length_of(data))
                 if parsed is not None:
-                    seen = _Seen(_stamp(ancillary), host, kind == _PACKET_OUTGOING, parsed)
+                    kept = data[_header_bytes(data) :][: self._snap_bytes]
+                    seen = _Seen(_stamp(ancillary), host, kind == _PACKET_OUTGOING, parsed, kept)
                     self._waiting.append(seen)
         self._waiting.sort(key=lambda seen: seen.unix_time)
         ready = [seen for seen in self._waiting if seen.unix_time <= began]
@@ -174,6 +190,7 @@ class PacketWatch:
                     destination=packet.destination,
                     size_bytes=packet.size_bytes,
                     flags=packet.flags,
+                    data=seen.data,
                 )
             )
             return
@@ -199,6 +216,11 @@ class PacketWatch:
                 return number
         self._number += 1
         return self._number
+
+
+def _header_bytes(data: bytes) -> int:
+    """Return how long a packet's IP header is."""
+    return 40 if data[0] >> 4 == 6 else (data[0] & 15) * 4
 
 
 def _length_of(data: bytes) -> int:

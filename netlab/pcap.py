@@ -8,8 +8,9 @@ One interface stands for each machine; the link type is RAW, a packet starts wit
     packet       := 6, interface(4) time high(4) low(4) captured(4) original(4) data options
     option       := code(2) length(2) value padded to 4 bytes; the end is code 0
 
-A timeline knows headers, not payloads: `write_timeline` makes the headers and says how long the
-packet was, so that Wireshark shows it as truncated. `PcapngWriter` itself takes whole packets.
+A timeline knows what each packet carried up to the run's snap length, and its addresses at every
+place: `write_timeline` makes the IP headers and says how long the packet was, so that Wireshark
+shows the rest as truncated.
 """
 
 from __future__ import annotations
@@ -91,16 +92,14 @@ def write_timeline(events: Iterable[Event], file: IO[bytes], unix_time: float = 
     where it ended, with the reason as its comment.
     """
     writer = PcapngWriter(file, unix_time)
-    sizes: dict[int, int] = {}
-    flags: dict[int, str] = {}
+    known: dict[int, PacketSent] = {}
     count = 0
     for event in events:
         comment = ""
         match event:
             case PacketSent():
                 place = event.host
-                sizes[event.packet] = event.size_bytes
-                flags[event.packet] = event.flags
+                known[event.packet] = event
             case PacketDelivered():
                 place = event.host
             case PacketDropped():
@@ -108,14 +107,20 @@ def write_timeline(events: Iterable[Event], file: IO[bytes], unix_time: float = 
                 comment = f"dropped at {event.where}: {event.text}"
             case _:
                 continue
-        size = sizes.get(event.packet, 0)
-        header = encode_header(
-            event.protocol, event.source, event.destination, size, flags.get(event.packet, "")
+        sent = known.get(event.packet)
+        size = sent.size_bytes if sent is not None else 0
+        packet = encode_packet(
+            event.protocol,
+            event.source,
+            event.destination,
+            size,
+            sent.flags if sent is not None else "",
+            sent.data if sent is not None else b"",
         )
-        if header is None:
+        if packet is None:
             continue
         count += 1
-        writer.write(event.at, place, header, original_bytes=size, comment=comment)
+        writer.write(event.at, place, packet, original_bytes=size, comment=comment)
     return count
 
 
@@ -128,12 +133,25 @@ def _split(endpoint: str) -> tuple[str, int]:
     return endpoint, 0
 
 
-def encode_header(
-    protocol: str, source: str, destination: str, size_bytes: int, flags: str = ""
+def encode_packet(
+    protocol: str,
+    source: str,
+    destination: str,
+    size_bytes: int,
+    flags: str = "",
+    data: bytes = b"",
 ) -> bytes | None:
-    """Return IP and transport header of a packet that a timeline tells about.
+    """Return a packet that a timeline tells about: headers, and what is known of its contents.
 
-    None for what has no endpoints to show, such as a protocol that nobody translates.
+    Args:
+        protocol, source, destination: as events have them.
+        size_bytes: of the whole packet.
+        flags: of TCP, where there is no `data`.
+        data: what followed the IP header at the sender; its ports become these, and its checksum
+            0, since addresses that NATs have changed would make it wrong.
+
+    Returns:
+        None for what has no endpoints to show, such as a protocol that nobody translates.
     """
     try:
         (source_ip, source_port), (target_ip, target_port) = _split(source), _split(destination)
@@ -145,7 +163,14 @@ def encode_header(
         return None
     size = max(size_bytes, 28 if one.version == 4 else 48)
     inner_bytes = size - (20 if one.version == 4 else 40)
-    if number == _UDP:
+    if number in (_UDP, _TCP) and len(data) >= 8:
+        inner = struct.pack("!HH", source_port, target_port) + data[4:]
+        at = 6 if number == _UDP else 16
+        if len(inner) >= at + 2:
+            inner = inner[:at] + b"\0\0" + inner[at + 2 :]
+    elif number == _ICMP and data:
+        number, inner = (_ICMP if one.version == 4 else _ICMP6), data
+    elif number == _UDP:
         inner = struct.pack("!HHHH", source_port, target_port, inner_bytes, 0)
     elif number == _TCP:
         bits = sum(_TCP_FLAGS.get(name, 0) for name in flags.split("+"))

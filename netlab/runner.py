@@ -32,6 +32,9 @@ from netlab.timeline import (
     Timeline,
 )
 
+DEFAULT_SNAP_BYTES = 512
+"""Enough for whole STUN and disco messages, and the beginnings of everything else."""
+
 # What a program's exception shows as when it runs inside the simulated internet.
 _CRASHED = 1
 
@@ -69,6 +72,7 @@ async def run_scenario(
     back_end: BackEnd,
     *,
     watch: Callable[[Event], None] | None = None,
+    snap_bytes: int = DEFAULT_SNAP_BYTES,
 ) -> RunResult:
     """Build the scenario's network, run it to its end, and judge it.
 
@@ -76,6 +80,7 @@ async def run_scenario(
         scenario: what to run; a matrix must have been expanded (`Scenario.cells`).
         back_end: where.
         watch: gets every event as it happens.
+        snap_bytes: how much of each packet's contents the timeline keeps; 0: headers only.
 
     Raises:
         ProgramError: the back end cannot run the scenario's programs at all.
@@ -92,6 +97,7 @@ async def run_scenario(
             scenario.topology,
             back_end,
             adjustable=scenario.adjustable,
+            snap_bytes=snap_bytes,
             name_servers=scenario.name_servers,
         ) as lab:
             run = _Run(scenario, lab, files)

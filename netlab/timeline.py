@@ -56,6 +56,8 @@ class PacketSent(_Event, frozen=True, kw_only=True, tag="packet-sent"):
     size_bytes: int
     flags: str = ""
     """TCP flags such as ``SYN``."""
+    data: bytes = b""
+    """What follows the IP header, up to the run's snap length; empty where that is 0."""
 
 
 class PacketDelivered(_Event, frozen=True, kw_only=True, tag="packet-delivered"):

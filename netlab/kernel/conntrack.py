@@ -84,6 +84,35 @@ def _parse_tuple(data: bytes) -> tuple[int, Endpoint, Endpoint] | None:
     return protocol[0], source, destination
 
 
+def _encode_tuple(protocol: int, source: Endpoint, destination: Endpoint) -> bytes:
+    is_ipv4 = len(source[0]) == 4
+    kinds = (_IPV4_SOURCE, _IPV4_DESTINATION) if is_ipv4 else (_IPV6_SOURCE, _IPV6_DESTINATION)
+    addresses = attribute(kinds[0], source[0]) + attribute(kinds[1], destination[0])
+    transport = (
+        attribute(_NUMBER, bytes([protocol]))
+        + attribute(_SOURCE_PORT, source[1].to_bytes(2, "big"))
+        + attribute(_DESTINATION_PORT, destination[1].to_bytes(2, "big"))
+    )
+    return attribute(_TUPLE_IP | _NESTED, addresses) + attribute(
+        _TUPLE_PROTOCOL | _NESTED, transport
+    )
+
+
+def lives_for(namespace: NetworkNamespace, flow: Flow) -> float | None:
+    """Return how many seconds a flow has left if no packet renews it; None if it is gone."""
+    family = socket.AF_INET if len(flow.source[0]) == 4 else socket.AF_INET6
+    body = struct.pack("!BBH", family, 0, 0) + attribute(
+        _TUPLE_ORIGINAL | _NESTED, _encode_tuple(flow.protocol, flow.source, flow.destination)
+    )
+    try:
+        with Netlink(namespace, NETLINK_NETFILTER) as netlink:
+            message = netlink.get(_CONNTRACK_GET, body)
+    except NetlinkError:
+        return None
+    timeout = find_attribute(message, HEADER_BYTES, _TIMEOUT)
+    return None if timeout is None else float(int.from_bytes(timeout, "big"))
+
+
 def flush_conntrack(namespace: NetworkNamespace) -> None:
     """Make the kernel forget every flow of a namespace.
 

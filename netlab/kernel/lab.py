@@ -233,7 +233,7 @@ class KernelLab:
         for name, router in self.routers.items():
             if self.wiring.machines[name].rules:
                 namespace = self.namespaces[name]
-                observer = NatObserver(router.name, namespace, self.now, self.timeline.add)
+                observer = NatObserver(router, namespace, self.now, self.timeline.add)
                 self.observers[name] = observer
 
     def _is_behind_nat64(self, namespace: NetworkNamespace) -> bool:

@@ -291,6 +291,22 @@ class Netlink:
         if batch:
             self._run_batch(batch)
 
+    def get(self, kind: int, body: bytes) -> bytes:
+        """Ask for one object; return its message whole.
+
+        Raises:
+            NetlinkError: there is none, or the kernel refused.
+        """
+        self._sequence += 1
+        header = _MESSAGE.pack(16 + len(body), kind, NLM_F_REQUEST, self._sequence, 0)
+        self._socket.send(header + body)
+        for answer, message in messages(self._socket.recv(65536)):
+            if answer != NLMSG_ERROR:
+                return message
+            (code,) = struct.unpack_from("=i", message, 16)
+            raise NetlinkError(-code, os.strerror(-code))
+        raise NetlinkError(errno.EPROTO, "the kernel gave no answer")
+
     def dump(self, kind: int, body: bytes) -> list[bytes]:
         """Ask for all objects of a kind; return their messages whole.
 

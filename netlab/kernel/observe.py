@@ -4,7 +4,7 @@ Conntrack's messages are those of `netlab.kernel.conntrack`; the drops' layout i
 linux/netfilter/nfnetlink_log.h, behind the same headers.
 
 A mapping is what several flows of one inside socket may share: it is born with its first flow
-and dies with its last one.
+and dies with its last one. A drop is told with what its mapping had been used for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import trio
 
+from netlab.behavior import Filtering
 from netlab.drops import Drop, DropReason, Endpoint, endpoint_text
 from netlab.kernel import packets
 from netlab.kernel.conntrack import (
@@ -24,6 +25,7 @@ from netlab.kernel.conntrack import (
     CONNTRACK_NEW,
     HEADER_BYTES,
     Flow,
+    lives_for,
     parse_flow,
 )
 from netlab.kernel.namespaces import NetworkNamespace
@@ -39,7 +41,7 @@ from netlab.kernel.netlink import (
     find_attribute,
     messages,
 )
-from netlab.kernel.nft import DROP_LOG_GROUP
+from netlab.kernel.nft import DROP_LOG_GROUP, Router
 from netlab.nat import Protocol
 from netlab.timeline import Event, MappingBorn, MappingDied, Note, PacketDropped
 
@@ -52,8 +54,15 @@ _BIND, _COPY_PACKET = 1, 2
 # Enough for the headers of a dropped packet.
 _LOGGED_BYTES = 128
 
+# Remote endpoints that a drop is told with, the last ones.
+_MAX_CONTACTED = 3
+# Dead mappings that are remembered, so that a drop can say "expired" and when.
+_MAX_GRAVES = 4096
 # As much as an ordinary user may ask for; a burst of more than some hundred events is told as lost.
 _BUFFER_BYTES = 4 << 20
+
+
+_MappingKey = tuple[int, Endpoint, Endpoint]
 
 
 class NatObserver:
@@ -61,16 +70,20 @@ class NatObserver:
 
     def __init__(
         self,
-        name: str,
+        router: Router,
         namespace: NetworkNamespace,
         now: Callable[[], float],
         report: Callable[[Event], None],
     ) -> None:
-        self._name = name
+        self._name = router.name
+        self._filtering = router.behavior.filtering
+        self._namespace = namespace
         self._now = now
         self._report = report
-        self._mappings: dict[tuple[int, Endpoint, Endpoint], tuple[float, int]] = {}
-        self._external: dict[tuple[int, Endpoint], int] = {}
+        # By protocol, inside and external endpoint: when it was born, and its flows.
+        self._mappings: dict[_MappingKey, tuple[float, dict[Flow, None]]] = {}
+        self._external: dict[tuple[int, Endpoint], _MappingKey] = {}
+        self._graves: dict[tuple[int, Endpoint], tuple[Endpoint, float]] = {}
         self._flows = _open(namespace)
         self._drops = _open(namespace)
         for group in (_GROUP_NEW, _GROUP_DESTROY):
@@ -130,11 +143,10 @@ class NatObserver:
 
     def _handle_new(self, flow: Flow) -> None:
         key = (flow.protocol, flow.source, flow.answer_destination)
-        external = (flow.protocol, flow.answer_destination)
-        self._external[external] = self._external.get(external, 0) + 1
-        born, flows = self._mappings.get(key, (self._now(), 0))
-        self._mappings[key] = (born, flows + 1)
-        if not flows:
+        self._external[flow.protocol, flow.answer_destination] = key
+        born, flows = self._mappings.setdefault(key, (self._now(), {}))
+        flows[flow] = None
+        if len(flows) == 1:
             self._report(
                 MappingBorn(
                     at=born,
@@ -148,55 +160,79 @@ class NatObserver:
 
     def _handle_gone(self, flow: Flow, cause: str) -> None:
         key = (flow.protocol, flow.source, flow.answer_destination)
-        if key not in self._mappings:
+        born, flows = self._mappings.get(key, (0.0, {}))
+        if flow not in flows:
             return  # it was born before anybody watched, or its birth was lost
+        del flows[flow]
+        if flows:
+            return
+        del self._mappings[key]
         external = (flow.protocol, flow.answer_destination)
-        self._external[external] -= 1
-        if not self._external[external]:
+        if self._external.get(external) == key:
             del self._external[external]
-        born, flows = self._mappings[key]
-        self._mappings[key] = (born, flows - 1)
-        if flows == 1:
-            del self._mappings[key]
-            self._report(
-                MappingDied(
-                    at=self._now(),
-                    nat=self._name,
-                    protocol=_protocol_name(flow.protocol),
-                    inside=endpoint_text(flow.source),
-                    external=endpoint_text(flow.answer_destination),
-                    cause=cause,
-                    born_at=born,
-                )
+        if cause == "expired":
+            self._graves.pop(external, None)
+            self._graves[external] = (flow.source, self._now())
+            if len(self._graves) > _MAX_GRAVES:
+                del self._graves[next(iter(self._graves))]
+        self._report(
+            MappingDied(
+                at=self._now(),
+                nat=self._name,
+                protocol=_protocol_name(flow.protocol),
+                inside=endpoint_text(flow.source),
+                external=endpoint_text(flow.answer_destination),
+                cause=cause,
+                born_at=born,
             )
+        )
 
     def _handle_drop(self, message: bytes) -> None:
         packet = find_attribute(message, HEADER_BYTES, _NFULA_PAYLOAD)
         prefix = find_attribute(message, HEADER_BYTES, _NFULA_PREFIX)
         if packet is None or prefix is None:
             return
-        reason = DropReason(prefix.rstrip(b"\0").decode())
+        drop = self._explain(DropReason(prefix.rstrip(b"\0").decode()), packet)
         protocol, source, destination = packets.describe(packet)
-        # A kernel NAT sends what its filter stops to its own INPUT, like what nobody mapped.
-        if reason is DropReason.NO_MAPPING and self._is_mapped(protocol, destination):
-            reason = DropReason.FILTERED
         self._report(
             PacketDropped(
                 at=self._now(),
                 packet=0,
                 where=self._name,
-                reason=reason,
-                text=Drop(reason).text,
+                reason=drop.reason,
+                text=drop.text,
                 protocol=protocol,
                 source=source,
                 destination=destination,
             )
         )
 
-    def _is_mapped(self, protocol: str, destination: str) -> bool:
-        return any(
-            protocol == _protocol_name(number) and destination == endpoint_text(endpoint)
-            for number, endpoint in self._external
+    def _explain(self, reason: DropReason, packet: bytes) -> Drop:
+        """Join a dropped packet with what is known of the mapping that it was for."""
+        target = packets.destination_of(packet)
+        if target is None or reason not in (DropReason.NO_MAPPING, DropReason.FILTERED):
+            return Drop(reason)
+        key = self._external.get(target)
+        if key is None and reason is DropReason.FILTERED:
+            # The filter behind the translation sees the inside endpoint.
+            key = next((one for one in self._mappings if (one[0], one[1]) == target), None)
+        if key is None:
+            grave = self._graves.get(target)
+            if grave is None or reason is DropReason.FILTERED:
+                return Drop(reason)
+            inside, died = grave
+            return Drop(
+                DropReason.EXPIRED, inside=inside, expires_in_seconds=min(0.0, died - self._now())
+            )
+        # A kernel NAT sends what its filter stops to its own INPUT, like what nobody mapped.
+        flows = list(self._mappings[key][1])
+        left = [lives_for(self._namespace, flow) for flow in flows[-_MAX_CONTACTED:]]
+        return Drop(
+            DropReason.FILTERED,
+            note="port-dependent" if self._filtering is Filtering.APDF else "address-dependent",
+            inside=key[1],
+            contacted=tuple(flow.destination for flow in flows[-_MAX_CONTACTED:]),
+            expires_in_seconds=max((one for one in left if one is not None), default=None),
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 
-from netlab.drops import address_text, endpoint_text
+from netlab.drops import Endpoint, address_text, endpoint_text
 from netlab.nat import Protocol
 
 ICMP_ECHO_REPLY, ICMP_UNREACHABLE, ICMP_ECHO_REQUEST = 0, 3, 8
@@ -117,6 +117,15 @@ def make_reset(original: bytes) -> bytes | None:
     pseudo_header = source + destination + struct.pack("!HH", 6, len(segment))
     _WORD.pack_into(segment, 16, checksum(pseudo_header + segment))
     return make_packet(source, destination, 6, bytes(segment))
+
+
+def destination_of(packet: bytes) -> tuple[int, Endpoint] | None:
+    """Return protocol number and destination of a raw UDP or TCP packet over IPv4, else None."""
+    offset = (packet[0] & 15) * 4 if packet else 0
+    if len(packet) < offset + 4 or packet[0] >> 4 != 4 or packet[9] not in (6, 17):
+        return None
+    (port,) = _WORD.unpack_from(packet, offset + 2)
+    return packet[9], (packet[16:20], port)
 
 
 def describe(packet: bytes) -> tuple[str, str, str]:

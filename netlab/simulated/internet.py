@@ -46,6 +46,7 @@ class SimulatedInternet:
         topology: what to build; its seed decides every random draw.
         timeline: where events go; a new one if absent.
         record_packets: whether each packet's fate is recorded, or only mappings and changes.
+        snap_bytes: how much of each recorded packet's contents is kept for captures.
         tick_seconds: how late an event may be, to be carried out together with others; a
             coarser tick makes labs of thousands of hosts faster.
         names: extra names for the resolver, with their addresses. Servers, and hosts that are
@@ -58,13 +59,14 @@ class SimulatedInternet:
         *,
         timeline: Timeline | None = None,
         record_packets: bool = True,
+        snap_bytes: int = 0,
         tick_seconds: float = 0.0001,
         names: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         self.topology = topology
         self.plan: AddressPlan = plan_addresses(topology)
         self.timeline = Timeline() if timeline is None else timeline
-        self.world = World(self.timeline, record_packets, tick_seconds)
+        self.world = World(self.timeline, record_packets, tick_seconds, snap_bytes)
         self._networks = {INTERNET: Network(self.world, INTERNET)}
         self._nats: dict[str, NatNode] = {}
         self._hosts: dict[str, SimulatedHost] = {}

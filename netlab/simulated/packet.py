@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 from netlab.drops import Address, Answer, Endpoint
@@ -104,6 +105,28 @@ class Packet:
             error or self.error,
             self.may_fragment,
         )
+
+    def transport_bytes(self, limit: int) -> bytes:
+        """Return the packet from its transport header on, without checksums; ICMP has none."""
+        if self.protocol == Protocol.UDP:
+            size = UDP_HEADER_BYTES + len(self.payload)
+            head = struct.pack("!HHHH", self.source_port, self.destination_port, size & 0xFFFF, 0)
+        elif self.segment is not None:
+            head = struct.pack(
+                "!HHIIBBHHH",
+                self.source_port,
+                self.destination_port,
+                self.segment.sequence & 0xFFFFFFFF,
+                self.segment.acknowledgment & 0xFFFFFFFF,
+                TCP_HEADER_BYTES << 2,
+                self.segment.flags,
+                min(self.segment.window, 0xFFFF),
+                0,
+                0,
+            )
+        else:
+            return b""
+        return head + self.payload[: max(0, limit - len(head))]
 
     @property
     def source_endpoint(self) -> Endpoint:

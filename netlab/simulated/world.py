@@ -48,12 +48,15 @@ class World:
     instant happen in the order in which they were scheduled, which makes runs repeatable.
     """
 
-    def __init__(self, timeline: Timeline, record_packets: bool, tick_seconds: float) -> None:
+    def __init__(
+        self, timeline: Timeline, record_packets: bool, tick_seconds: float, snap_bytes: int = 0
+    ) -> None:
         # Events happen in their own order, but on ticks: each instant at which anything happens
         # costs Trio some 100 us, and jitter gives every packet an instant of its own.
         self._tick_seconds = tick_seconds
         self.timeline = timeline
         self._record_packets = record_packets
+        self._snap_bytes = snap_bytes
         self._heap: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
         self._serial = 0
         self._packets = 0
@@ -137,6 +140,7 @@ class World:
                     destination=_text(packet.destination_endpoint),
                     size_bytes=packet.size_bytes,
                     flags="+".join(name for bit, name in _FLAG_NAMES if packet.flags & bit),
+                    data=packet.transport_bytes(self._snap_bytes) if self._snap_bytes else b"",
                 )
             )
 

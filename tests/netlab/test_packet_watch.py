@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from netlab.drops import DropReason
 from netlab.host_names import hosts_text
 from netlab.packet_watch import join_drops, parse_packet
-from netlab.pcap import encode_header
+from netlab.pcap import encode_packet
 from netlab.timeline import MappingBorn, PacketDropped, PacketSent
 
 
 def packet(source: str, destination: str, payload: bytes = b"PING 1") -> bytes:
     """Return a UDP packet."""
-    header = encode_header("udp", source, destination, 28 + len(payload))
+    header = encode_packet("udp", source, destination, 28 + len(payload))
     assert header is not None
     return header + payload
 

@@ -6,9 +6,22 @@ import io
 import struct
 from collections.abc import Iterator
 
+import msgspec
+from trio.testing import MockClock
+
 from netlab.drops import DropReason
-from netlab.pcap import encode_header, write_timeline
-from netlab.timeline import Event, PacketDelivered, PacketDropped, PacketSent
+from netlab.labs import BackEnd
+from netlab.pcap import encode_packet, write_timeline
+from netlab.runner import run_scenario
+from netlab.scenario_file import parse_scenario
+from netlab.timeline import (
+    Event,
+    PacketDelivered,
+    PacketDropped,
+    PacketSent,
+    encode_event,
+    read_jsonl,
+)
 
 EVENTS: list[Event] = [
     PacketSent(
@@ -68,7 +81,7 @@ def test_a_timeline_as_pcapng() -> None:
 
 def test_headers_hold_what_the_event_says() -> None:
     """Addresses, ports, length and a header checksum that adds up."""
-    header = encode_header("udp", "192.168.1.2:4000", "2.0.0.5:3478", 128)
+    header = encode_packet("udp", "192.168.1.2:4000", "2.0.0.5:3478", 128)
     assert header is not None
     assert len(header) == 28
     words = struct.unpack("!10H", header[:20])
@@ -80,12 +93,51 @@ def test_headers_hold_what_the_event_says() -> None:
 
 def test_ipv6_headers() -> None:
     """The same for IPv6 and TCP flags."""
-    header = encode_header("tcp", "[2a0f:1::1]:443", "[2a0f:1::2]:5000", 60, "SYN+ACK")
+    header = encode_packet("tcp", "[2a0f:1::1]:443", "[2a0f:1::2]:5000", 60, "SYN+ACK")
     assert header is not None
     assert (len(header), header[0] >> 4, header[6], header[53]) == (60, 6, 6, 0x12)
 
 
 def test_what_has_no_endpoints_is_left_out() -> None:
     """A drop of an unknown protocol makes no packet."""
-    assert encode_header("47", "2.0.0.1", "2.0.0.2", 100) is None
-    assert encode_header("unknown", "", "", 100) is None
+    assert encode_packet("47", "2.0.0.1", "2.0.0.2", 100) is None
+    assert encode_packet("unknown", "", "", 100) is None
+
+
+def test_contents_up_to_the_snap_length() -> None:
+    """What the sender put behind the IP header is there at every place, with that place's ports;
+    the rest shows as cut off."""
+    data = bytes.fromhex("0fa00d96006c1234") + b"\x00\x01\x00\x00\x21\x12\xa4\x42" + b"x" * 20
+    sent = msgspec.structs.replace(EVENTS[0], data=data)
+    file = io.BytesIO()
+    write_timeline([sent, EVENTS[1]], file)
+    first, second = (body for kind, body in blocks(file.getvalue()) if kind == 6)
+    for body, port in ((first, 4000), (second, 4000)):
+        captured, original = struct.unpack_from("<II", body, 12)
+        packet = body[20 : 20 + captured]
+        assert (captured, original) == (20 + len(data), 128)
+        assert packet[20:28] == struct.pack("!HHHH", port, 3478, 108, 0)
+        assert packet[28:] == data[8:]
+
+
+async def test_both_back_ends_keep_contents(autojump_clock: MockClock) -> None:
+    """A run's capture shows STUN as STUN; with a snap length of 0 it has headers only."""
+    text = """
+        duration = "2s"
+        [host.a]
+        [server.s]
+        services = ["stun", "relay"]
+        [[run]]
+        on = "a"
+        python = "netlab.node:node"
+        args = ["a", "b", "${s.address}"]
+        [[expect]]
+        that = "ready in output(a)"
+    """
+    for snap_bytes in (512, 0):
+        result = await run_scenario(parse_scenario(text), BackEnd.SIMULATED, snap_bytes=snap_bytes)
+        sent = [event for event in result.timeline if isinstance(event, PacketSent)]
+        stun = [event for event in sent if event.data[12:16] == b"\x21\x12\xa4\x42"]
+        assert bool(stun) == bool(snap_bytes)
+        assert all(len(event.data) <= snap_bytes for event in sent)
+        assert list(read_jsonl(encode_event(event) for event in sent)) == sent
