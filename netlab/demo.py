@@ -75,6 +75,8 @@ class DemoView:
             console.print(f"\n[bold]{caption}[/]")
         match event:
             case ProgramOutput():
+                if event.program not in self._output:
+                    console.print(f"[dim]{event.at:9.3f}  {event.program} is up[/]")
                 lines = self._output.setdefault(event.program, deque(maxlen=_LAST_LINES))
                 lines.append(event.line)
             case ProgramEnded() if event.status > 0:

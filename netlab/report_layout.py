@@ -266,7 +266,12 @@ def _lanes(
             "".join(_drop_ticks(stopped, scale, 14)),
         )
     if latencies:
-        yield _label("round trip", "as programs report"), 150, _latency_plot(latencies, scale)
+        height = 150 + _LEGEND_ROW * _more_legend_rows(len(latencies))
+        yield (
+            _label("round trip", "as programs report"),
+            height,
+            _latency_plot(latencies, scale),
+        )
 
 
 def _count(number: int, noun: str) -> str:
@@ -395,9 +400,19 @@ def _mapping_bars(rows: Sequence[Sequence[_Mapping]], scale: _Scale) -> Iterator
         yield _text(_LABELS, y, f"and {count} more mappings in timeline.jsonl", "small")
 
 
+_LEGEND_COLUMNS, _LEGEND_ROW = 5, 16
+_SERIES = 6
+"""How many colors the page's style has for points."""
+
+
+def _more_legend_rows(count: int) -> int:
+    return (count - 1) // _LEGEND_COLUMNS
+
+
 def _latency_plot(latencies: dict[tuple[str, str], list[LatencyMeasured]], scale: _Scale) -> str:
     highest = max(event.seconds for series in latencies.values() for event in series) * 1000
-    top, bottom = 30.0, 140.0
+    shift = _LEGEND_ROW * _more_legend_rows(len(latencies))
+    top, bottom = 30.0 + shift, 140.0 + shift
     step = next(
         unit * 10.0**power
         for power in range(-3, 7)
@@ -418,10 +433,11 @@ def _latency_plot(latencies: dict[tuple[str, str], list[LatencyMeasured]], scale
         )
         parts.append(_text(_LABELS - 6, at + 4, f"{value:g} ms", "small", "end"))
     for number, ((host, peer), series) in enumerate(sorted(latencies.items())):
-        css = f"series{number % 4}"
-        x = _LABELS + 6 + 190 * (number % 5)
-        parts.append(f'<circle class="point {css}" cx="{x}" cy="15" r="4"/>')
-        parts.append(_text(x + 8, 19, _shorten(f"{host} → {peer}", 26), "small"))
+        css = f"series{number % _SERIES}"
+        x = _LABELS + 6 + 190 * (number % _LEGEND_COLUMNS)
+        line = 15 + _LEGEND_ROW * (number // _LEGEND_COLUMNS)
+        parts.append(f'<circle class="point {css}" cx="{x}" cy="{line}" r="4"/>')
+        parts.append(_text(x + 8, line + 4, _shorten(f"{host} → {peer}", 26), "small"))
         seen: set[tuple[int, int]] = set()
         for event in series:
             place = (round(scale.x(event.at)), round(y(event.seconds * 1000)))
