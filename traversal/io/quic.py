@@ -71,6 +71,8 @@ class QuicConnection:
         address: of the other side; it changes when the other side moves.
         failure: why the connection is over; None while it is not.
         is_established: whether the handshake is done.
+        max_datagram_bytes: the longest DATAGRAM that fits into a packet now; 0 if the other side
+            takes none.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class QuicConnection:
         self.address = address
         self.failure: QuicError | None = None
         self.is_established = False
+        self.max_datagram_bytes = 0
         self._engine = engine
         self._sock = sock
         self._keep_alive_seconds = keep_alive_seconds
@@ -115,6 +118,7 @@ class QuicConnection:
         try:
             while self.failure is None:
                 self._handle_events()
+                self.max_datagram_bytes = engine.max_datagram_bytes
                 await self._transmit()
                 self._waiting.unpark_all()
                 timer = engine.get_timer() or math.inf
@@ -218,16 +222,11 @@ class QuicConnection:
 
     # ---- datagrams
 
-    @property
-    def max_datagram_bytes(self) -> int:
-        """The longest DATAGRAM that fits into a packet now; 0 if the other side takes none."""
-        return self._engine.max_datagram_bytes
-
     def send_datagram(self, data: bytes) -> None:
         """Send a DATAGRAM frame; like UDP's it may get lost. Raises QuicError, also for one that is
         longer than `max_datagram_bytes`."""
         self._check()
-        if len(data) > self._engine.max_datagram_bytes:
+        if len(data) > self.max_datagram_bytes:
             raise QuicError("QUIC: the datagram is too long for the path")
         self._outgoing.append(data)
         self._wake.set()
@@ -258,7 +257,7 @@ class QuicConnection:
             return
         engine = self._engine
         room = engine.congestion_room
-        longest = engine.max_datagram_bytes
+        longest = self.max_datagram_bytes
         while self._outgoing and room > 0:
             datagram = self._outgoing.popleft()
             room -= len(datagram)

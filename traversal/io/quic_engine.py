@@ -174,6 +174,20 @@ class QuicEngine(_Connection):
         core = self._require_core()
         return core.congestion_window - core.bytes_in_flight
 
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, Any]]:
+        """What to send where. As the library's own, but for what its log costs even when it is off:
+        a third of the time that sending takes."""
+        if self._core is None:
+            return []
+        datagrams = []
+        poll_transmit = self._core.poll_transmit
+        try:
+            while (transmit := poll_transmit(now)) is not None:
+                datagrams.append((transmit[0], transmit[1]))
+        except (RuntimeError, ValueError) as error:
+            raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, None, str(error)) from None
+        return datagrams
+
     def _call_core(self, operation: Callable[..., _T], *args: Any) -> _T:
         # The door to the native core, which has two errors for one thing.
         try:
