@@ -9,6 +9,8 @@ process of its own. The connector is the real cloudflared where CLOUDFLARED_BIN 
 * requests: of a 13-byte answer, at 1 and 32 in flight: rate, latency, the edge's CPU for a request.
 * idle: memory of the edge for a connection that has registered and does nothing, measured with
   connectors of a few lines in another process, over HTTP/2.
+* peers: packets of 1100 bytes from one node to another, both in one further process, with 128 in
+  flight: how many arrive, and the edge's CPU for each.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import socket
 import ssl
 import statistics
@@ -42,12 +45,18 @@ from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel, read_tunnel, tunnels_directory
 from relay.listeners import open_listeners
 from tests.relay.edge.fake_connector import FakeConnector
+from traversal.io.edge_client import EdgeClient, EdgeOptions
+from traversal.io.edge_dial import EdgeAddress
 from traversal.io.http2 import Http2Connection
 from traversal.io.stream import HandshakeStream
+from traversal.keys import NodePrivate
+from traversal.tunnel.transport_choice import Transport
 
 HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
 PORT = 7844
 CHUNK = 256 << 10
+IN_FLIGHT = 128
+PACKET = bytes(range(220)) * 5
 BLOCK = bytes(range(256)) * 4096
 """What bodies consist of: any byte in the wrong place shows, if the error is not a whole block."""
 LIMIT_SECONDS = 600
@@ -127,6 +136,64 @@ async def hold_connections(directory: Path, count: int) -> None:
         print("ready", flush=True)
 
 
+# ---- nodes
+
+
+class _Counting:
+    """A node's handler."""
+
+    received = 0
+
+    def handle_edge_packet(self, source: bytes, payload: bytes) -> None:
+        assert payload == PACKET
+        self.received += 1
+
+    def handle_edge_peer_gone(self, key: bytes) -> None:
+        raise AssertionError("the edge does not know the other node")
+
+    def handle_edge_change(self, *, is_up: bool) -> None:
+        pass
+
+
+async def send_packets(directory: Path, transport: Transport, seconds: float) -> None:
+    """Two nodes, one of which sends to the other; prints how many were sent and arrived."""
+    options = EdgeOptions(
+        (EdgeAddress(HOSTS[0], PORT),),
+        read_tunnel(next(tunnels_directory(str(directory)).glob("*.json"))).credentials,
+        ca_file=str(authority_path(directory)),
+        transports=(transport,),
+    )
+    keys = [NodePrivate.generate(os.urandom) for _ in range(2)]
+    counts = [_Counting(), _Counting()]
+    clients = [
+        EdgeClient(options, key, count, entropy=os.urandom, rng=random.Random(1))
+        for key, count in zip(keys, counts, strict=True)
+    ]
+    sender, destination = clients[0], keys[1].public().raw
+    async with trio.open_nursery() as nursery:
+        for client in clients:
+            nursery.start_soon(client.run)
+        while not all(client.is_connected for client in clients):  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        await trio.sleep(1)  # the path's MTU
+        print("ready", flush=True)
+        began = progress_at = now = time.perf_counter()
+        sent = lost = received = 0
+        while now - began < seconds:
+            if counts[1].received > received:
+                received, progress_at = counts[1].received, now
+            elif now - progress_at > 0.2:
+                lost, progress_at = sent - received, now  # they will not come any more
+            while sent - received - lost < IN_FLIGHT:
+                sender.send(destination, PACKET)
+                sent += 1
+            await trio.lowlevel.checkpoint()
+            now = time.perf_counter()
+        await trio.sleep(0.2)
+        print(sent, counts[1].received, now - began, flush=True)
+        nursery.cancel_scope.cancel()
+
+
 # ---- measuring
 
 
@@ -162,6 +229,16 @@ class IdleRow:
     transport: str
     connections: int
     kib_per_connection: float
+
+
+@dataclass(frozen=True)
+class PeersRow:
+    """Packets between two nodes."""
+
+    transport: str
+    packets_per_second: float
+    lost_percent: float
+    edge_cpu_us_per_packet: float
 
 
 Pick = Callable[[], TunnelConnection]
@@ -272,6 +349,21 @@ async def measure_idle(edge: Edge, directory: Path, count: int) -> IdleRow:
     return IdleRow("http2", count, grown / count)
 
 
+async def measure_peers(directory: Path, transport: Transport, seconds: float) -> PeersRow:
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--seconds", str(seconds)]
+    command += ["--peers", transport.value, str(directory)]
+    async with program(command) as process:
+        assert process.stdout is not None
+        await trio.to_thread.run_sync(process.stdout.readline)
+        cpu = time.process_time()
+        line = await trio.to_thread.run_sync(process.stdout.readline)
+        cpu = time.process_time() - cpu
+    sent, received, elapsed = map(float, line.split())
+    return PeersRow(
+        transport.value, received / elapsed, 100 * (1 - received / sent), cpu / received * 1e6
+    )
+
+
 # ---- the stage
 
 
@@ -335,6 +427,8 @@ async def run(options: argparse.Namespace, directory: Path) -> list[object]:
                     )
             await edge.registry.wait_empty()
         rows.append(await measure_idle(edge, directory, options.idle))
+        for transport in options.transports:
+            rows.append(await measure_peers(directory, Transport(transport), options.seconds))
     return rows
 
 
@@ -349,10 +443,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--origin", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", help=argparse.SUPPRESS)
     parser.add_argument("directory", nargs="?", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.origin:
         serve_origin()
+    if options.peers:
+        directory = Path(options.directory)
+        trio.run(send_packets, directory, Transport(options.peers), options.seconds)
+        return
     if options.hold:
         trio.run(hold_connections, Path(options.directory), options.hold)
 

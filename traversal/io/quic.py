@@ -33,7 +33,7 @@ MAX_WAITING_DATAGRAMS: Final = 1024
 """DATAGRAM frames that nobody has received yet, and of those that the network has no room for;
 beyond it the oldest is dropped."""
 SPOOLED_BYTES: Final = 1 << 30
-FEW_DATAGRAMS: Final = 32
+FEW_DATAGRAMS: Final = 128
 HANDSHAKE_SECONDS: Final = 5.0
 CLOSE_SECONDS: Final = 1.0
 NO_ERROR: Final = 0
