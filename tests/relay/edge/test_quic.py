@@ -12,20 +12,28 @@ from uuid import UUID, uuid4
 import pytest
 import trio
 import trustme
+from trio.testing import MockClock
 
 from relay.edge.connection import ConnectionFailedError, RequestHead, ResponseHead
 from relay.edge.quic import QuicTunnelConnection
 from relay.edge.quic_session import serve_quic
 from relay.edge.registration import EdgeStage, Registrar
 from tests.relay.edge.fake_connector import CREDENTIALS, TUNNEL_ID, make_registrar
-from traversal.io.quic import QuicConnection, QuicError, QuicListener, QuicStream, dial_quic
+from traversal.io.quic import QuicConnection, QuicListener, QuicStream, dial_quic
 from traversal.io.quic_settings import SERVER_NAME, connector_configuration, edge_configuration
 from traversal.io.udp import bind_socket
-from traversal.tunnel.control import ControlClient, ControlEvent, Refused, Registered
-from traversal.tunnel.exchange import ExchangeEndedError
-from traversal.tunnel.quic_incoming import QuicIncoming, read_incoming, read_signature
+from traversal.tunnel.control import ControlClient, ControlEvent
+from traversal.tunnel.edge_connection import (
+    DialFailedError,
+    DialOptions,
+    EdgeConnection,
+    RegistrationRefusedError,
+)
+from traversal.tunnel.exchange import ExchangeEndedError, Incoming
+from traversal.tunnel.quic import serve_quic as serve_quic_connector
 from traversal.tunnel.udp_flows import UdpFlows
-from traversal.wire.tunnel import connect, rpc
+from traversal.wire.address import Address
+from traversal.wire.tunnel import connect
 from traversal.wire.tunnel.registration import (
     FEATURE_DATAGRAM_V2,
     FEATURE_DATAGRAM_V3,
@@ -33,18 +41,12 @@ from traversal.wire.tunnel.registration import (
     ConnectionOptions,
     RegisterConnection,
 )
-from traversal.wire.tunnel.rpc_server import RpcServer
-from traversal.wire.tunnel.sessions import (
-    RegisterUdpSessionResponse,
-    UpdateConfiguration,
-    UpdateConfigurationResponse,
-)
 
 GET = RequestHead("GET", "https", "app.example.com", "/a//b?c=d/e", ((b"cookie", b"x=1"),))
-Handler = Callable[[QuicIncoming], Awaitable[None]]
+Handler = Callable[[Incoming], Awaitable[None]]
 
 
-async def echo(incoming: QuicIncoming) -> None:
+async def echo(incoming: Incoming) -> None:
     """Answer with what came, and with what the request said of itself."""
     head = incoming.head
     status = 101 if head.kind == "websocket" else 200
@@ -68,10 +70,9 @@ class Connector:
     nursery: trio.Nursery
     handler: Handler = echo
     features: tuple[str, ...] = (FEATURE_DATAGRAM_V3,)
-    configurations: list[UpdateConfiguration] = field(default_factory=list)
-    flows: UdpFlows = field(default_factory=UdpFlows)
+    configurations: list[tuple[int, bytes]] = field(default_factory=list)
+    udp: UdpFlows = field(default_factory=UdpFlows)
     client_id: UUID = field(default_factory=uuid4)
-    refuses_sessions: bool = False
 
     async def dial(self) -> QuicConnection:
         return await dial_quic(self.nursery, self.edge, connector_configuration(self.ca_file))
@@ -90,69 +91,21 @@ class Connector:
                 await stream.send(control.data_to_send())
                 return event, control, stream
 
-    async def connect(self, index: int = 0) -> Link:
-        quic = await self.dial()
-        event, control, stream = await self.register(quic, self.request(index))
-        assert isinstance(event, Registered)
-        link = Link(quic, control, stream)
-        self.nursery.start_soon(self._serve, link)
-        self.nursery.start_soon(self._receive_datagrams, link)
-        return link
+    async def connect(self, index: int = 0) -> EdgeConnection:
+        options = DialOptions(ca_file=self.ca_file)
+        address = Address(*self.edge)
+        connection = await self.nursery.start(
+            serve_quic_connector, address, options, self.request(index), self
+        )
+        assert isinstance(connection, EdgeConnection)
+        return connection
 
-    async def _serve(self, link: Link) -> None:
-        try:
-            while True:
-                self.nursery.start_soon(self._serve_stream, await link.quic.accept_stream())
-        except QuicError:
-            pass
+    async def serve(self, incoming: Incoming) -> None:
+        await self.handler(incoming)
 
-    async def _serve_stream(self, stream: QuicStream) -> None:
-        async with stream:
-            try:
-                is_call, received = await read_signature(stream)
-                if is_call:
-                    await self._answer(stream, received)
-                else:
-                    async with await read_incoming(stream, received) as incoming:
-                        await self.handler(incoming)
-            except QuicError:
-                pass
-
-    async def _answer(self, stream: QuicStream, data: bytes) -> None:
-        server = RpcServer()
-        while data and not server.is_ended:
-            for call in server.receive(data):
-                result = RegisterUdpSessionResponse("full" if self.refuses_sessions else "")
-                answer = result.to_struct()
-                if call.interface_id == rpc.CONFIGURATION_MANAGER:
-                    self.configurations.append(UpdateConfiguration.from_struct(call.params))
-                    answer = UpdateConfigurationResponse(self.configurations[-1].version)
-                    answer = answer.to_struct()
-                server.answer(call.question_id, answer)
-            await stream.send(server.data_to_send())
-            data = await stream.receive()
-        await stream.send_end()
-
-    async def _receive_datagrams(self, link: Link) -> None:
-        try:
-            while True:
-                for datagram in await link.quic.receive_datagrams():
-                    self.flows.handle(datagram, link)
-        except QuicError:
-            self.flows.forget(link)
-
-
-@dataclass(eq=False)
-class Link:
-    quic: QuicConnection
-    control: ControlClient
-    stream: QuicStream
-
-    def send_datagram(self, data: bytes) -> None:
-        try:
-            self.quic.send_datagram(data)
-        except QuicError:
-            pass
+    def update_configuration(self, version: int, document: bytes) -> tuple[int, str]:
+        self.configurations.append((version, document))
+        return version, ""
 
 
 @asynccontextmanager
@@ -181,7 +134,7 @@ async def running(
         connector = Connector(
             ("127.0.0.1", listener.port), str(tmp_path / "ca"), nursery, **settings
         )
-        await nursery.start(connector.flows.run)
+        await nursery.start(connector.udp.run)
         with trio.fail_after(30):
             yield connector
         nursery.cancel_scope.cancel()
@@ -190,7 +143,7 @@ async def running(
 @asynccontextmanager
 async def registered(
     tmp_path: Path, **settings: object
-) -> AsyncIterator[tuple[Connector, Link, QuicTunnelConnection]]:
+) -> AsyncIterator[tuple[Connector, EdgeConnection, QuicTunnelConnection]]:
     registrar = make_registrar()
     async with running(tmp_path, registrar, **settings) as connector:
         link = await connector.connect()
@@ -258,7 +211,7 @@ async def test_websocket_and_tcp(tmp_path: Path) -> None:
 async def test_connectors_own_errors(tmp_path: Path) -> None:
     """A connector that can't reach its origin is told from an origin that says 502."""
 
-    async def fail(incoming: QuicIncoming) -> None:
+    async def fail(incoming: Incoming) -> None:
         is_own = incoming.head.path == "/own" or incoming.head.kind == "tcp"
         await incoming.respond(502, is_from_connector=is_own)
         await incoming.send_end()
@@ -275,7 +228,7 @@ async def test_connectors_own_errors(tmp_path: Path) -> None:
 async def test_a_body_that_nobody_wants(tmp_path: Path) -> None:
     """A connector that answers without reading the request ends no exchange by it."""
 
-    async def hasty(incoming: QuicIncoming) -> None:
+    async def hasty(incoming: Incoming) -> None:
         await incoming.respond(200)
         await incoming.send(b"enough")
         await incoming.send_end()
@@ -295,7 +248,7 @@ async def test_resets(tmp_path: Path) -> None:
     """An exchange that either side gives up fails for the other; the connection goes on."""
     gone = trio.Event()
 
-    async def half(incoming: QuicIncoming) -> None:
+    async def half(incoming: Incoming) -> None:
         await incoming.respond(200)
         await incoming.send(b"half")
         if incoming.head.path == "/visitor":
@@ -332,7 +285,7 @@ async def test_resets(tmp_path: Path) -> None:
 async def test_bad_answers(tmp_path: Path, answer: bytes) -> None:
     """What is no answer fails the exchange and nothing else."""
 
-    async def babble(incoming: QuicIncoming) -> None:
+    async def babble(incoming: Incoming) -> None:
         await incoming.send(answer)
         await incoming.send_end()
 
@@ -356,7 +309,7 @@ async def test_configuration_push(tmp_path: Path) -> None:
     """A configuration reaches the connector, which says what it uses now."""
     async with registered(tmp_path) as (connector, _, connection):
         assert await connection.push_configuration(7, b"{}") == 7
-        assert connector.configurations == [UpdateConfiguration(7, b"{}")]
+        assert connector.configurations == [(7, b"{}")]
 
 
 @asynccontextmanager
@@ -396,14 +349,14 @@ async def test_udp(tmp_path: Path) -> None:
         flows[0].close()
         with pytest.raises(ConnectionFailedError):
             await flows[0].receive()
-        assert len(connector.flows) == 2
+        assert len(connector.udp) == 2
 
 
 async def test_udp_refused(tmp_path: Path) -> None:
     """A flow that the connector does not open, or that has no destination, is refused."""
     features = (FEATURE_DATAGRAM_V2,)
-    async with registered(tmp_path, features=features, refuses_sessions=True) as (_, _, connection):
-        with pytest.raises(ConnectionFailedError, match="full"):
+    async with registered(tmp_path, features=features) as (_, _, connection):
+        with pytest.raises(ConnectionFailedError, match="unknown method"):
             await connection.open_udp("192.0.2.1:53", 30)
         with pytest.raises(ConnectionFailedError, match="no IP address"):
             await connection.open_udp("host:53", 30)
@@ -423,8 +376,8 @@ async def test_migration(tmp_path: Path) -> None:
         await flow.send(b"one")
         assert await flow.receive() == b"one"
         connection.drain("the test wants it")
-        assert await link.stream.receive() == b""
-        await link.quic.wait_over()
+        await link.leaving.wait()
+        await link.over.wait()
         await flow.send(b"two")
         assert await flow.receive() == b"two"
         assert len(set(ports)) == 1
@@ -434,7 +387,7 @@ async def test_a_lost_connections_flows(tmp_path: Path) -> None:
     """Without another connection the flows end with theirs."""
     async with registered(tmp_path) as (_, link, connection), udp_echo() as (place, _):
         flow = await connection.open_udp(place, 30)
-        link.quic.close()
+        link.close()
         with pytest.raises(ConnectionFailedError):
             await flow.receive()
         with pytest.raises(ConnectionFailedError):
@@ -447,26 +400,34 @@ async def test_drain_waits(tmp_path: Path) -> None:
         head = RequestHead("POST", "https", "app.example.com", "/", (), has_body=True)
         async with await connection.request(head) as exchange:
             await exchange.response()
-            link.control.unregister()
-            await link.stream.send(link.control.data_to_send())
+            await link.unregister()
             await connection.wait_leaving()
             await exchange.send(b"late")
             assert await exchange.receive() == b"late"
-            assert link.quic.failure is None
-        await link.quic.wait_over()
+            assert not link.over.is_set()
+        await link.over.wait()
 
 
 async def test_refused(tmp_path: Path) -> None:
     """Wrong credentials are answered, and the connection is closed."""
     registrar = make_registrar()
     async with running(tmp_path, registrar) as connector:
-        quic = await connector.dial()
         request = connector.request(secret=b"wrong" * 8)
-        event, _, stream = await connector.register(quic, request)
-        assert isinstance(event, Refused)
-        await stream.send_end()
-        await quic.wait_over()
+        options = DialOptions(ca_file=connector.ca_file)
+        with pytest.raises(RegistrationRefusedError):
+            await serve_quic_connector(Address(*connector.edge), options, request, connector)
         assert registrar.refusals.counts[EdgeStage.REGISTRATION] == 1
+
+
+async def test_no_edge(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where nobody answers the dial fails in time."""
+    sock = await bind_socket(4, "127.0.0.1", 0)
+    connector = Connector(("127.0.0.1", sock.port), "", None)
+    with pytest.raises(DialFailedError, match=r"QUIC: (no answer|Idle timeout)"):
+        await serve_quic_connector(
+            Address(*connector.edge), DialOptions(), connector.request(), connector
+        )
+    sock.close()
 
 
 async def test_probe(tmp_path: Path) -> None:
@@ -494,14 +455,20 @@ async def test_bad_control_streams(tmp_path: Path, data: bytes) -> None:
 
 async def test_bad_streams_and_datagrams(tmp_path: Path) -> None:
     """A connector's streams and datagrams of nonsense are refused and counted; requests go on."""
-    async with registered(tmp_path) as (_, link, connection):
+    registrar = make_registrar()
+    async with running(tmp_path, registrar) as connector:
+        quic = await connector.dial()
+        await connector.register(quic, connector.request())
+        await registrar.registry.wait_usable(TUNNEL_ID)
+        connection = registrar.registry.pick(TUNNEL_ID)
+        assert isinstance(connection, QuicTunnelConnection)
         for data in (b"nonsense", connect.RPC_SIGNATURE + bytes(100), connect.DATA_PREAMBLE):
-            stream = await link.quic.open_stream()
+            stream = await quic.open_stream()
             await stream.send(data)
             await stream.send_end()
         for datagram in (b"x", b"", b"\x01", bytes(1000), b"\x03" + bytes(16)):
-            link.send_datagram(datagram)
+            quic.send_datagram(datagram)
         while connection.flows.dropped < 5:  # noqa: ASYNC110 # there is no event for it
             await trio.sleep(0.01)
-        async with await connection.request(GET) as exchange:
-            assert (await exchange.response()).status == 200
+        async with await connection.request(GET):
+            assert (await quic.accept_stream()).stream_id == 1
