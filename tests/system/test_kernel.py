@@ -41,7 +41,7 @@ PLAIN = Wire()
 async def in_kernel(of: Topology) -> AsyncIterator[World]:
     """The topology in namespaces, with `underpass-relay` on r0."""
     async with (
-        KernelLab(of) as lab,
+        KernelLab(of, observe=False) as lab,
         start_relay(lab) as relay_map,
         trio.open_nursery() as nursery,
     ):

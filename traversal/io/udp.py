@@ -8,7 +8,7 @@ offload (GSO, GRO) in bursts 0.13 and 0.26.
 
 Sockets come from `trio.socket`, so that a simulated internet can stand in for the kernel. A real
 socket is taken from Trio's wrapper and read by hand; another kind must have the methods
-`sendto_nowait` and `recvfrom_nowait`.
+`bind_nowait`, `sendto_nowait` and `recvfrom_nowait`.
 """
 
 from __future__ import annotations
@@ -287,6 +287,21 @@ async def bind_socket(
         return _OtherSocket(sock, bound_port)
     inner = socket.socket(fileno=sock.detach())
     return _KernelSocket(inner, family, bound_port, buffer or bytearray(1 << 16))
+
+
+def bind_any_port_nowait(host: str, buffer: bytearray) -> UdpSocket:
+    """Like `bind_socket` for IPv4 and any port, without a checkpoint. Raises OSError."""
+    sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    if hasattr(sock, "bind_nowait"):
+        sock.bind_nowait((socket.inet_aton(host), 0))
+        return _OtherSocket(sock, sock.getsockname()[1])
+    inner = socket.socket(fileno=sock.detach())
+    try:
+        inner.bind((host, 0))
+        return _KernelSocket(inner, 4, inner.getsockname()[1], buffer)
+    except BaseException:
+        inner.close()
+        raise
 
 
 class _KernelSocket:

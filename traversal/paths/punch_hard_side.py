@@ -135,6 +135,8 @@ class HardSide(Search):
             self._give_up("the system had no socket left; raise the limit of open files")
             return
         if self._is_wave:
+            if self._normal is None:
+                self._wave_at = now + WAVE_SECONDS
             self._fire(now)
             return
         wanted = PREDICTING_SOCKETS if self.method is PunchMethod.PREDICTED else MEASURING_SOCKETS
@@ -198,8 +200,6 @@ class HardSide(Search):
         self.outbox.clear()
         count = len(self._ports)
         self._effects += [CloseSockets(tuple(range(count))), OpenSockets(count)]
-        if self._normal is None:
-            self._wave_at = now + WAVE_SECONDS
 
     def _open(self) -> None:
         if self.method is PunchMethod.BIRTHDAY:
