@@ -130,6 +130,11 @@ class Ipv6(StrEnum):
     NAT66 = "nat66"  # the IPv4 axes, applied to IPv6
 
 
+def _check_port(where: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        raise ModelError(where, f"{port} is not within 1-65535")
+
+
 @dataclass(frozen=True, slots=True)
 class PortRange:
     """External ports from `first` to `last`, both included."""
@@ -170,6 +175,8 @@ class PortAllocation:
             raise ModelError("ports.ranges", "no external ports; give at least one range")
         if self.step == 0:
             raise ModelError("ports.step", "0 would hand out one port for ever; use 1 or more")
+        for port in self.preserved:
+            _check_port("ports.preserved", port)
         size = sum(map(len, self.ranges))
         if self.block_size is not None and not 1 <= self.block_size <= size:
             raise ModelError("ports.block_size", f"{self.block_size} is not within 1-{size}")
@@ -218,6 +225,11 @@ class Firewall:
     """Drop UDP payloads that carry STUN's magic cookie, as some inspection does."""
     captive_portal: bool = False
     """Nothing passes before the host has logged in; TCP is reset, UDP dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("udp_ports", "tcp_ports"):
+            for port in getattr(self, name) or ():
+                _check_port(f"firewall.{name}", port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

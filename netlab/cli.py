@@ -41,14 +41,17 @@ from netlab.scenario import Scenario
 from netlab.terminal import LiveView, console, print_summary
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="underpass")
 def main() -> None:
     """Any NAT, any network trouble, on a laptop, in CI and in simulation.
 
-    A SCENARIO is a TOML file, or the name of an example (see `underpass-lab examples`). Two back
-    ends run it: the kernel's namespaces, inside a jail that needs no root and leaks nothing, and
-    an internet in memory with a virtual clock.
+    A SCENARIO is a TOML file, or the name of an example (see `underpass-lab examples`): hosts,
+    servers, the NATs between them (see `underpass-lab presets`), programs to run, and what should
+    happen. Two back ends run it: the Linux kernel's network namespaces, inside a jail that needs no
+    root and lets nothing out, and an internet in memory with a virtual clock.
+
+    Start with `underpass-lab demo`.
     """
 
 
@@ -67,9 +70,42 @@ def examples_command(as_json: bool) -> None:
         console.print(f"[bold]{name:<16}[/] {escape(text)}")
 
 
-@main.command()
+@main.command("presets")
+@json_option
+def presets_command(as_json: bool) -> None:
+    """List the NATs and links that scenarios can name.
+
+    A class such as EIM+APDF says how a NAT maps and filters UDP, in the words of RFC 4787. Mapping,
+    which destinations see one external port: EIM all of them, ADM those at one address, APDM each
+    address and port its own ("symmetric", hard to punch). Filtering, who may send in: EIF
+    everybody, ADF addresses that were sent to, APDF addresses and ports that were sent to.
+    `class = "EIM+APDF"` works in scenarios as well.
+    """
+    from netlab.plan import describe_link
+    from netlab.presets import link_presets, nat_presets
+
+    nats, links = nat_presets(), link_presets()
+    if as_json:
+        print_json(
+            {
+                "nats": {
+                    name: {"claims": preset.claims, "seen_on": preset.seen_on}
+                    for name, preset in nats.items()
+                },
+                "links": {name: describe_link(link) for name, link in links.items()},
+            }
+        )
+        return
+    for name, preset in nats.items():
+        console.print(f"[bold]{name:<19}[/] {preset.claims:<10} {escape(preset.seen_on)}")
+    console.print("\nLinks, each way:")
+    for name, link in links.items():
+        console.print(f"[bold]{name:<19}[/] {escape(describe_link(link)) or 'nothing'}")
+
+
+@main.command(short_help="Print what a SCENARIO would build; build nothing.")
 @click.argument("scenario")
-@click.option("--commands", is_flag=True, help="Also print the ip and nft text.")
+@click.option("--commands", is_flag=True, help="As commands of ip and nft instead.")
 @json_option
 @explain_errors
 def plan(scenario: str, commands: bool, as_json: bool) -> None:
@@ -159,10 +195,10 @@ def _plan_data(topology: Topology) -> object:
     return data
 
 
-@main.command()
+@main.command(short_help="Tell what this machine can do, and what is missing.")
 @json_option
 def doctor(as_json: bool) -> None:
-    """Tell what this machine can do, and which way each feature will use.
+    """Tell what this machine can do, how the lab uses it, and how to get what is missing.
 
     The exit status is 0 if the kernel back end works, 1 if only the simulated one does.
     """
@@ -311,7 +347,7 @@ _directory = click.argument(
 )
 
 
-@main.command()
+@main.command(short_help="Tell why two hosts of a run could or could not talk.")
 @click.argument("a")
 @click.argument("b")
 @_directory
@@ -346,14 +382,17 @@ def explain(a: str, b: str, directory: Path | None, as_json: bool) -> None:
 )
 @explain_errors
 def report(directory: Path | None, output: Path | None) -> None:
-    """Write the HTML page of a saved run again."""
+    """Write the HTML page of a saved run again.
+
+    DIRECTORY is what `underpass-lab run` wrote; without it the latest run is taken.
+    """
     from netlab.report import write_report
 
     path = write_report(_saved(directory), output)
     console.print(str(path))
 
 
-@main.command()
+@main.command(short_help="Write a run's packets for Wireshark, with drop reasons.")
 @_directory
 @click.option(
     "-o",
@@ -361,10 +400,14 @@ def report(directory: Path | None, output: Path | None) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     default=Path("capture.pcapng"),
     show_default=True,
+    help="The file to write.",
 )
 @explain_errors
 def capture(directory: Path | None, output: Path) -> None:
-    """Write a saved run's packets as pcapng, drop reasons as packet comments."""
+    """Write a saved run's packets as pcapng, with the reason of each drop as a comment.
+
+    DIRECTORY is what `underpass-lab run` wrote; without it the latest run is taken.
+    """
     from netlab.pcap import write_timeline
 
     saved = _saved(directory)
@@ -396,13 +439,15 @@ def shell(scenario: str, host: str, command: tuple[str, ...]) -> None:
         refuse(f'the scenario has no machine "{host}"; {suggest(host, known)}')
     choose_back_end(Wish.KERNEL)
     enter_jail()
+    if command[:1] == ("--",):
+        command = command[1:]
     chosen = command or (os.environ.get("SHELL", "/bin/sh"),)
     if not command:
         console.print(f"[dim]a shell in {host}; leave it with exit[/]")
     sys.exit(trio.run(run_services_around, found, host, chosen))
 
 
-@main.command()
+@main.command(short_help="Watch nodes behind NATs find each other. Start here.")
 @click.option(
     "-o",
     "--output",

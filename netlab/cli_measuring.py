@@ -48,8 +48,10 @@ from netlab.verify import Finding, all_targets, preset_target, scenario_targets,
 def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_json: bool) -> None:
     """Measure every NAT of a SCENARIO against what it claims.
 
-    Without SCENARIO: the nine classes of RFC 4787 and every preset. The exit status is 1 if one
-    of them measures differently. NATs that the back end cannot build are named and skipped.
+    A probe behind each NAT measures its class (see `underpass-lab presets`), how ports are given
+    out, how long an idle mapping lives and what renews it, and whether inside hosts reach each
+    other by external addresses (hairpin). Without SCENARIO: the nine classes of RFC 4787 and every
+    preset. The exit status is 1 if one of them measures differently.
     """
 
     if scenario is not None and names:
@@ -116,7 +118,7 @@ def verify_command(scenario: str | None, names: tuple[str, ...], wish: Wish, as_
 @click.option("--relay", default=r"^path \S+ relay", help="A line that tells a relayed path.")
 @click.option("--timeout", "timeout", default=10.0, show_default=True, help="Seconds per pair.")
 @click.option("--at-once", default=4, show_default=True, help="Pairs of programs at a time.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Decides addresses, ports and losses.")
 @click.option(
     "-o",
     "--output",

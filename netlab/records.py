@@ -63,7 +63,10 @@ def read_record(
         else:
             made = kind(**values)
     except ModelError as error:
-        raise ModelError(f"{where}: {error.where}", error.problem) from None
+        # A record names itself first (`ports.step`), which the place has told already.
+        head, _, rest = error.where.partition(".")
+        place = rest if rest and where.endswith(head) else error.where
+        raise ModelError(f"{where}: {place}", error.problem) from None
     except TypeError as error:
         raise ModelError(where, f"a key is missing: {error}") from None
     assert isinstance(made, kind)

@@ -17,6 +17,7 @@ from netlab.cli import main
 from netlab.labs import BackEnd
 from netlab.matrix import Cell, MatrixResult
 from netlab.matrix_report import matrix_markdown
+from netlab.presets import link_presets, nat_presets
 from netlab.run_directory import load_run
 from netlab.terminal import console, matrix_table
 from netlab.timeline import ProgramOutput, read_jsonl, write_jsonl
@@ -29,6 +30,15 @@ def call(*arguments: str) -> Result:
     result = CliRunner().invoke(main, list(arguments))
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+def test_presets_are_listed() -> None:
+    """Every NAT and link that a scenario can name, with its class, for people and programs."""
+    told = call("presets").output
+    for name in (*nat_presets(), *link_presets()):
+        assert any(line.split()[:1] == [name] for line in told.splitlines()), name
+    listed = json.loads(call("presets", "--json").output)
+    assert listed["nats"]["office/pf"]["claims"] == "APDM+APDF"
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +299,7 @@ def test_shell_runs_a_command_in_a_machine() -> None:
     done = kernel_call("shell", "commands", "pc", "ip", "-brief", "address")
     assert done.returncode == 0
     assert "192.168." in done.stdout
-    done = kernel_call("shell", "commands", "pc", "getent", "hosts", "echo")
+    done = kernel_call("shell", "commands", "pc", "--", "getent", "hosts", "echo")
     assert done.stdout.split()[-1] == "echo"
     assert kernel_call("shell", "commands", "cgn", "no-such-command").returncode == 127
 

@@ -123,6 +123,12 @@ def test_link_set_changes_only_what_it_names() -> None:
         ("path(a", "pth(a", r':44: expect\[0\].that: .*did you mean "path"'),
         ('on = "b"', 'on = "a"', r':25: run\[1\]: another program is called "a"'),
         ('cmd = ["dial"', 'ready = ["dial"', 'give "cmd"'),
+        ("[nat.home]", "[nat.home]\nports = { step = 0 }", "nat.home.ports.step: 0 would"),
+        (
+            "[nat.home]",
+            "[nat.home]\nfirewall = { udp_ports = [53, 70000] }",
+            "nat.home.firewall.udp_ports: 70000 is not within 1-65535",
+        ),
         ("seed = 7", "seed = ", ":1: not valid TOML"),
         ("seed = 7", "seed = true", ":1: seed: must be a whole number, not true or false"),
     ],
