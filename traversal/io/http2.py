@@ -474,6 +474,17 @@ class Http2Stream:
         self._unacknowledged = 0
         connection._flush()
 
+    @property
+    def is_receive_ended(self) -> bool:
+        """Whether the other side has sent all it will; some may be left to `receive`."""
+        return self._is_receive_ended
+
+    async def failed(self) -> None:
+        """Returns when the stream was reset or its connection ended; may never."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while self._failure is None:
+            await self._readers.park()
+
     # ---- sending
 
     async def respond(self, headers: Headers, *, end_stream: bool = False) -> None:

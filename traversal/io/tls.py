@@ -126,6 +126,10 @@ class TlsEngine:
         """The name that a client asked for or, on the client's side, that we asked for."""
         return self._object.server_hostname
 
+    def selected_protocol(self) -> str | None:
+        """The application protocol that both sides agreed on (ALPN), if they did."""
+        return self._object.selected_alpn_protocol()
+
     def peer_chain(self) -> list[bytes]:
         """The certificates that the other side presented, in DER, in their order on the wire."""
         certificates = self._object._sslobj.get_unverified_chain()  # type: ignore[attr-defined]
