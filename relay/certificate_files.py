@@ -75,8 +75,8 @@ def certificate_paths(directory: str, hostname: str) -> tuple[Path, Path]:
     return Path(directory, f"{name}.crt"), Path(directory, f"{name}.key")
 
 
-def load_pair(cert_path: Path, key_path: Path, hostname: str) -> CertificatePair:
-    """Read a chain and its key, and check that they fit each other and the host name.
+def load_pair(cert_path: Path, key_path: Path, hostname: str | None) -> CertificatePair:
+    """Read a chain and its key, and check that they fit each other and the host name, if any.
 
     Both may stand in one file. Raises CertificateError.
     """
@@ -87,7 +87,7 @@ def load_pair(cert_path: Path, key_path: Path, hostname: str) -> CertificatePair
         raise CertificateError(str(error)) from None
     try:
         chain = tuple(x509.load_pem_x509_certificates(cert_pem))
-        covers_name = covers(chain[0], hostname)
+        covers_name = hostname is None or covers(chain[0], hostname)
         public_key = _public_bytes(chain[0].public_key())
     except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm):
         raise CertificateError(

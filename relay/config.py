@@ -326,6 +326,12 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "edge.cert_file", "and edge.key_file go together; give both or neither"
     if config.edge.listen and not config.edge.directory:
         yield "edge.directory", "is empty; the tunnels need a place"
+    public = config.edge.public
+    if (public.https or public.http) and not config.edge.listen:
+        yield "edge.listen", 'is empty; visitors need connectors, and they an address like ":7844"'
+    domain = config.edge.quick.domain
+    if domain and (not is_hostname(domain) or domain != domain.lower().rstrip(".")):
+        yield "edge.quick.domain", "must be a DNS name in lower case"
     if config.mesh.peers and not server.mesh_key_file:
         yield "mesh.peers", "needs server.mesh_key_file, the key that the region's servers share"
 

@@ -216,6 +216,42 @@ class BootstrapDnsConfig(Section, frozen=True):
     """"name" or "name/txtname"."""
 
 
+class EdgePublicConfig(Section, frozen=True):
+    """[edge.public]: where visitors come in, and how much of them there may be at one time."""
+
+    https: tuple[ListenAddress, ...] = ()
+    http: tuple[ListenAddress, ...] = ()
+    """Without TLS; for a reverse proxy in front, or for trying things."""
+    routes_file: FilePath = FilePath("")
+    """Which hosts, names and ports lead to which tunnel (`relay.edge.routes_file`)."""
+    certificates: FilePath = FilePath("")
+    """A directory with `<anything>.crt` and `<anything>.key` for the published hosts."""
+    allowed_destinations: tuple[Network, ...] = ()
+    """Of the loopback, link-local and metadata addresses, those that connectors may be asked to
+    dial."""
+    connections: Count = 20_000
+    connections_per_source: Count = 2_000
+    requests: Count = 20_000
+    """A WebSocket or TCP connection is one as long as it lasts."""
+    requests_per_tunnel: Count = 10_000
+    requests_per_source: Count = 2_000
+    tunnel_requests_per_second: Positive | None = None
+    tunnel_bytes_per_second: Positive | None = None
+
+
+class EdgeQuickConfig(Section, frozen=True):
+    """[edge.quick]: tunnels without an account, on names of the operator's domain."""
+
+    domain: str = ""
+    """Names are `<random>.<domain>`; the API is `https://<domain>/tunnel`. Empty: off."""
+    per_hour: Count = 20
+    """That one source may make."""
+    tunnels: Count = 1_000
+    """At one time."""
+    unused_seconds: Positive = 600.0
+    """A tunnel that had no connector for so long is forgotten."""
+
+
 class EdgeConfig(Section, frozen=True):
     """[edge]: tunnels of connectors such as cloudflared (edge tunnel specification)."""
 
@@ -228,6 +264,8 @@ class EdgeConfig(Section, frozen=True):
     """A certificate for h2.cftunnel.com, quic.cftunnel.com and probe.cftunnel.com."""
     location: str = "edge01"
     """What connectors show in their logs as the place that they are connected to."""
+    public: EdgePublicConfig = field(default_factory=EdgePublicConfig)
+    quick: EdgeQuickConfig = field(default_factory=EdgeQuickConfig)
 
 
 class AdminConfig(Section, frozen=True):

@@ -5,7 +5,6 @@ A relay with one process has one; with several workers each of them has one.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import random
 import socket
@@ -28,7 +27,8 @@ from relay.http import Request, serve_http, wanted_protocol
 from relay.limits import AcceptLimiter, ConnectionCounter, source_of
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
-from relay.proxy_protocol import ProxyProtocolError, TrustedProxies, parse_proxy_header
+from relay.peers import Peer, peer_of, receive_proxy_header
+from relay.proxy_protocol import ProxyProtocolError, TrustedProxies
 from relay.pump import Connection, Pump
 from relay.refusals import Refusals, Stage
 from relay.sampling import Sampler
@@ -42,7 +42,6 @@ from traversal.wire.derp import DerpError, encode_health, encode_restarting
 logger = logging.getLogger("underpass.relay.service")
 
 TLS_TIMEOUT_SECONDS: Final = 10.0
-PROXY_TIMEOUT_SECONDS: Final = 5.0
 HANDSHAKES_SHARE: Final = 4
 """One source may hold this part (a quarter) of `limits.handshakes`: silent connections of one
 attacker leave room for everybody else's. Trusted proxies speak for many and are exempt."""
@@ -59,19 +58,11 @@ class Identity:
     mesh_key: MeshKey | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """Where a connection comes from; `source` is an IP address in text form."""
-
-    source: str
-    port: int
-
-
 @dataclass(slots=True)
 class _Arrival:
     """A connection on its way to the pump, and what was counted for it so far."""
 
-    peer: _Peer
+    peer: Peer
     origin: str
     """What its handshake is counted as."""
     stage: Stage = Stage.PROXY
@@ -292,7 +283,7 @@ class Service:
     async def _handle_connection(self, sock: trio.socket.SocketType) -> None:
         now = trio.current_time()
         try:
-            peer = _peer_of(sock)
+            peer = peer_of(sock)
         except OSError:  # it is gone already
             sock.close()
             return
@@ -343,7 +334,7 @@ class Service:
     async def _handle_stream(self, stream: HandshakeStream, arrival: _Arrival) -> None:
         """Everything from the first byte on. Raises what ends it; `arrival.stage` says where."""
         if self.config.proxy.protocol == "proxy-protocol" and arrival.peer.source in self._proxies:
-            arrival.peer = await _receive_proxy_header(stream, arrival.peer)
+            arrival.peer = await receive_proxy_header(stream, arrival.peer)
         source = arrival.peer.source
         # A proxy that speaks HTTP says later for whom the connection is.
         by_http = self.config.proxy.protocol == "x-forwarded-for" and source in self._proxies
@@ -433,32 +424,6 @@ class Service:
 
     def _refuse(self, stage: Stage, source: str, reason: str) -> None:
         self.refusals.note(stage, source, reason, trio.current_time())
-
-
-def _peer_of(sock: trio.socket.SocketType) -> _Peer:
-    host, port = sock.getpeername()[:2]
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return _Peer(str(address), port)
-
-
-async def _receive_proxy_header(stream: HandshakeStream, peer: _Peer) -> _Peer:
-    """The client's address from the proxy's PROXY header. Raises ProxyProtocolError."""
-    received = b""
-    with trio.move_on_after(PROXY_TIMEOUT_SECONDS):
-        while True:
-            data = await stream.receive()
-            if not data:
-                raise StreamEndedError("the proxy closed the connection before a PROXY header")
-            received += data
-            header = parse_proxy_header(received)
-            if header is not None:
-                stream.put_back(received[header.length :])
-                if header.source is None:
-                    return peer
-                return _Peer(*header.source)
-    raise ProxyProtocolError("the trusted proxy sent no PROXY header within 5 s")
 
 
 def _stage_of_count(problem: str) -> Stage:

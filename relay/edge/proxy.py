@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 from uuid import UUID
 
 import trio
@@ -33,10 +33,11 @@ from relay.edge.hygiene import (
     websocket_response,
 )
 from relay.edge.limits import Meter, TooMuchError, TunnelTraffic, charge
+from relay.edge.registry import Registry
 from relay.edge.retries import ReplayableBody, may_retry
 from relay.edge.routes import RoutingTable
-from relay.edge.stages import EdgeStage
 from relay.edge.visit import Visit, VisitorGoneError
+from relay.edge.visitor_stages import VisitorStage
 from relay.refusals import Refusals
 
 CONNECTOR_WAIT_SECONDS: Final = 20.0
@@ -48,20 +49,6 @@ STALL_SECONDS: Final = 120.0
 """A visitor that takes nothing for so long is cut off; nginx gives 60."""
 WEBSOCKET_LINGER_SECONDS: Final = 10.0
 """How long the origin may go on sending when the visitor has closed its direction."""
-
-
-class Connections(Protocol):
-    """What the proxy needs of the registry."""
-
-    def pick(
-        self, tunnel_id: UUID, exclude: Collection[TunnelConnection] = ()
-    ) -> TunnelConnection | None:
-        """A usable connection of a tunnel, the least busy one; None if there is none."""
-        ...
-
-    async def wait_usable(self, tunnel_id: UUID) -> None:
-        """Returns when there is one; may never."""
-        ...
 
 
 class GatewayError(Exception):
@@ -86,8 +73,8 @@ class _Request:
 class Finder:
     """Finds the connection that a request goes to, and waits for one after an outage."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._started = trio.current_time()
         self._seen: dict[UUID, float] = {}
 
@@ -96,7 +83,7 @@ class Finder:
     ) -> TunnelConnection | None:
         """A usable connection, one that was not tried yet if there is one; None if there is
         none."""
-        found = self._connections.pick(tunnel, tried) or self._connections.pick(tunnel)
+        found = self._registry.pick(tunnel, tried) or self._registry.pick(tunnel)
         if found is not None:
             self._seen[tunnel] = trio.current_time()
         return found
@@ -106,8 +93,8 @@ class Finder:
         found = self.maybe_find(tunnel)
         left = self._seen.get(tunnel, self._started) + OUTAGE_SECONDS - trio.current_time()
         with trio.move_on_after(min(left, CONNECTOR_WAIT_SECONDS)):
-            while found is None:
-                await self._connections.wait_usable(tunnel)
+            while found is None and self._registry.tunnel(tunnel) is not None:
+                await self._registry.wait_usable(tunnel)
                 found = self.maybe_find(tunnel)
         if found is None:
             raise GatewayError(503, "no connector of this tunnel is connected")
@@ -130,7 +117,7 @@ class Proxy:
         self,
         finder: Finder,
         meter: Meter,
-        refusals: Refusals,
+        refusals: Refusals[VisitorStage],
         *,
         table: Callable[[], RoutingTable],
         policy: Callable[[], HygienePolicy],
@@ -150,7 +137,7 @@ class Proxy:
             try:
                 await self._serve(visit, ray)
             except (RequestRefusedError, TooMuchError, GatewayError) as error:
-                stage = EdgeStage.REQUEST if error.status < 500 else EdgeStage.TUNNEL
+                stage = VisitorStage.REQUEST if error.status < 500 else VisitorStage.TUNNEL
                 self._refusals.note(stage, visit.visitor.address, str(error), trio.current_time())
                 await self._answer(visit, ray, error.status, str(error))
         except VisitorGoneError:

@@ -19,6 +19,7 @@ from relay.config import Config
 from relay.edge.certificates import EdgeCertificates
 from relay.edge.http2_session import READ_BYTES, serve_http2
 from relay.edge.peer_channel import PeerChannels
+from relay.edge.public import PublicEdge
 from relay.edge.quic_listeners import QuicListeners
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry
@@ -39,12 +40,14 @@ HANDSHAKES_PER_SOURCE: Final = 100
 
 
 class Edge:
-    """Everything of the edge that runs. Construction raises CertificateError and ConfigError.
+    """Everything of the edge that runs. Construction raises CertificateError, ConfigError
+    and ListenError.
 
     Args:
         listeners: where connectors connect; non-blocking, closed by whoever opened them.
 
     Attributes:
+        public: what faces visitors.
         addresses: (host, port) pairs of the listeners, for TCP and UDP.
         quic: the UDP side of them.
         registry: the tunnels and their connections.
@@ -71,11 +74,13 @@ class Edge:
         self._handshakes = ConnectionCounter(HANDSHAKES, HANDSHAKES_PER_SOURCE)
         self._accepting = trio.CancelScope()
         self._note_problems(self._files.reload())
+        self.public = PublicEdge(config, self.registry)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `drain` ends the accepting but not this. Raises ListenError."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self.quic.run)
+            await nursery.start(self.public.run)
             nursery.start_soon(self.certificates.run)
             nursery.start_soon(self._watch_files)
             nursery.start_soon(self._accept, nursery)
@@ -102,6 +107,7 @@ class Edge:
         Returns when all are gone, after `seconds` at most.
         """
         self._accepting.cancel()
+        self.public.stop_accepting()
         self.registrar.is_draining = True
         self.registrar.drain_seconds = seconds
         for connection in self.registry.connections():
@@ -117,6 +123,7 @@ class Edge:
         """Read certificate and tunnels again, whether they look changed or not (SIGHUP)."""
         self.certificates.reload()
         self._note_problems(self._files.reload())
+        self.public.reload()
 
     async def _watch_files(self) -> NoReturn:
         while True:

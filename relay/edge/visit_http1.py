@@ -170,8 +170,8 @@ class _Http1Visit(Visit):
         self._is_websocket = False
         self._is_aborted = False
         self._takes_trailers = False
-        names = {name for name, _ in self.raw.headers}
-        if not names & {b"content-length", b"transfer-encoding"}:
+        framing = [v for n, v in self.raw.headers if n in (b"content-length", b"transfer-encoding")]
+        if not any(value.strip(b"0") for value in framing):
             self.has_body = False
             connection.protocol.next_event()  # the end of the message, which is there already
 

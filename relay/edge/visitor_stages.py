@@ -1,12 +1,12 @@
-"""Where the edge turns somebody away: for `relay.refusals`, which counts and logs."""
+"""Where the edge turns a visitor away: for `relay.refusals`, which counts and logs."""
 
 from __future__ import annotations
 
 import enum
 
 
-class EdgeStage(enum.StrEnum):
-    """Of visitors and of connectors."""
+class VisitorStage(enum.StrEnum):
+    """Where a visitor was turned away."""
 
     CONNECTIONS = "connections"
     """More visitors, of one source or together, than there may be."""

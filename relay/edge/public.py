@@ -1,0 +1,334 @@
+"""The edge's listeners for visitors: HTTP with and without TLS, names passed through, TCP ports.
+
+A TLS connection is looked at before anything is decrypted: if its server name is passed through,
+its bytes go to the tunnel as they are, and the edge never sees what is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+from uuid import UUID
+
+import trio
+
+from relay.config import Config, ListenAddress
+from relay.config_sources import ConfigError
+from relay.edge.client_hello import ClientHelloError, parse_client_hello
+from relay.edge.connection import ConnectionFailedError, Exchange
+from relay.edge.destinations import Destination, DestinationPolicy
+from relay.edge.hygiene import HygienePolicy, Visitor
+from relay.edge.limits import Meter, RequestLimits, TooMuchError, TunnelTraffic, charge
+from relay.edge.proxy import Finder, GatewayError, Proxy
+from relay.edge.public_certificates import PublicCertificates
+from relay.edge.registry import Registry
+from relay.edge.routes import PortRoute, RoutingTable
+from relay.edge.routes_file import read_routes
+from relay.edge.visit_http1 import BadHttpError, serve_http1
+from relay.edge.visit_http2 import serve_http2
+from relay.edge.visitor_stages import VisitorStage
+from relay.file_watch import POLL_SECONDS, FileWatch
+from relay.limits import ConnectionCounter
+from relay.listeners import accept_loop, open_listeners
+from relay.peers import peer_of, receive_proxy_header
+from relay.proxy_protocol import ProxyProtocolError, TrustedProxies
+from relay.refusals import Refusals
+from traversal.io.stream import HandshakeStream, StreamEndedError
+
+logger = logging.getLogger("underpass.relay.edge")
+
+TLS_SECONDS: Final = 10.0
+TCP_BYTES: Final = 65536
+HALF_CLOSED_SECONDS: Final = 300.0
+"""How long one direction may go on when the other has ended."""
+
+
+class PublicEdge:
+    """Everything that faces visitors. Construction raises ConfigError, CertificateError and
+    ListenError.
+
+    Attributes:
+        https, http, tcp: (host, port) pairs that are listened on; `tcp` in the order of the routes.
+    """
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        now = trio.current_time()
+        self._config = config
+        self._registry = registry
+        self.refusals = Refusals(VisitorStage, now)
+        public = config.edge.public
+        self.meter = Meter(_limits_of(config))
+        self._finder = Finder(registry)
+        self._destinations = DestinationPolicy(public.allowed_destinations)
+        self._policy = HygienePolicy(destinations=self._destinations)
+        self._routes_watch = FileWatch([public.routes_file])
+        self.table = self._read_routes()
+        self._proxies = TrustedProxies(config.proxy.trusted)
+        self._counter = ConnectionCounter(public.connections, public.connections_per_source)
+        self.certificates = PublicCertificates(public.certificates)
+        self._proxy = Proxy(
+            self._finder,
+            self.meter,
+            self.refusals,
+            table=lambda: self.table,
+            policy=lambda: self._policy,
+            randomness=random.Random(),
+        )
+        self._accepting = trio.CancelScope()
+        self._listeners: list[tuple[socket.socket, _Handler]] = []
+        try:
+            self.https = self._listen(public.https, self._handle_tls)
+            self.http = self._listen(public.http, self._handle_plain)
+            self.tcp = tuple(
+                place
+                for route in self.table.tcp
+                for place in self._listen([route.listen], partial(self._handle_tcp, route))
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the listening sockets; harmless when repeated."""
+        for listener, _ in self._listeners:
+            listener.close()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `stop_accepting` ends the accepting but not this."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.certificates.run)
+            nursery.start_soon(self._watch_routes)
+            nursery.start_soon(self._accept, nursery)
+            task_status.started()
+
+    def stop_accepting(self) -> None:
+        """Take no more visitors; those that are here are served on."""
+        self._accepting.cancel()
+
+    def reload(self) -> None:
+        """Read routes and certificates again; what is no good leaves everything as it was. Ports
+        that are new need a restart."""
+        self.certificates.reload()
+        try:
+            table = self._read_routes()
+        except ConfigError as error:
+            logger.error("the old routes stay in use: %s", error)
+            return
+        if (table.tcp, table.udp) != (self.table.tcp, self.table.udp):
+            logger.warning("published ports have changed, which needs a restart")
+        self.table = table
+
+    def _listen(
+        self, addresses: Sequence[ListenAddress], handler: _Handler
+    ) -> tuple[tuple[str, int], ...]:
+        places = []
+        for address in addresses:
+            for listener in open_listeners(address):
+                self._listeners.append((listener, handler))
+                places.append(listener.getsockname()[:2])
+        return tuple(places)
+
+    def _read_routes(self) -> RoutingTable:
+        return read_routes(
+            self._config.edge.public.routes_file, self._registry.tunnels(), self._destinations
+        )
+
+    async def _watch_routes(self) -> None:
+        while True:
+            await trio.sleep(POLL_SECONDS)
+            if self._routes_watch.poll():
+                self.reload()
+
+    # --- Connections -----------------------------------------------------------------------------
+
+    async def _accept(self, connections: trio.Nursery) -> None:
+        def starter(handler: _Handler) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
+            async def start(sock: trio.socket.SocketType) -> None:
+                connections.start_soon(self._handle, handler, sock)
+
+            return start
+
+        try:
+            with self._accepting:
+                async with trio.open_nursery() as nursery:
+                    for listener, handler in self._listeners:
+                        nursery.start_soon(accept_loop, listener, starter(handler))
+        finally:
+            self.close()
+
+    async def _handle(self, handler: _Handler, sock: trio.socket.SocketType) -> None:
+        try:
+            peer = peer_of(sock)
+        except OSError:  # it is gone already
+            sock.close()
+            return
+        stream = HandshakeStream(sock)
+        stage = VisitorStage.CONNECTIONS
+        source = peer.source
+        counted = False
+        try:
+            if self._config.proxy.protocol == "proxy-protocol" and source in self._proxies:
+                stage = VisitorStage.PROXY
+                source = (await receive_proxy_header(stream, peer)).source
+            stage = VisitorStage.CONNECTIONS
+            if problem := self._counter.refusal(source):
+                self._refuse(stage, source, problem)
+                return
+            counted = True
+            stage = VisitorStage.TLS
+            await handler(sock, stream, source)
+        except (StreamEndedError, ProxyProtocolError, ClientHelloError) as error:
+            self._refuse(stage, source, str(error))
+        except BadHttpError as error:
+            self._refuse(VisitorStage.HTTP, source, str(error))
+        except (TooMuchError, GatewayError, ConnectionFailedError) as error:
+            self._refuse(VisitorStage.TUNNEL, source, str(error))
+        finally:
+            if counted:
+                self._counter.remove(source)
+            stream.close()
+
+    async def _handle_plain(
+        self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
+    ) -> None:
+        await serve_http1(stream, Visitor(source, "http"), self._proxy.serve)
+
+    async def _handle_tls(
+        self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
+    ) -> None:
+        with trio.move_on_after(TLS_SECONDS) as timeout:
+            data = b""
+            while (hello := parse_client_hello(data)) is None:
+                more = await stream.receive()
+                if not more:
+                    raise StreamEndedError("it closed the connection before TLS")
+                data += more
+            route = self.table.find_tls(hello.server_name)
+            if route is None:
+                stream.put_back(data)
+                context = self.certificates.context_for(hello.server_name)
+                tls = await stream.start_tls(context, server_side=True)
+        if timeout.cancelled_caught:
+            raise StreamEndedError(f"no TLS handshake within {TLS_SECONDS:.0f} s")
+        if route is not None:
+            await self._pass_through(sock, data, route.tunnel, route.destination, source)
+        elif tls.selected_protocol() == "h2":
+            await serve_http2(stream, Visitor(source, "https"), self._proxy.serve)
+        else:
+            await serve_http1(stream, Visitor(source, "https"), self._proxy.serve)
+
+    async def _handle_tcp(
+        self, route: PortRoute, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
+    ) -> None:
+        await self._pass_through(sock, b"", route.tunnel, route.destination, source)
+
+    # --- Bytes without a protocol ----------------------------------------------------------------
+
+    async def _pass_through(
+        self,
+        sock: trio.socket.SocketType,
+        early: bytes,
+        tunnel: UUID,
+        destination: Destination,
+        source: str,
+    ) -> None:
+        """Join a visitor's socket to a destination behind the tunnel. Raises TooMuchError,
+        GatewayError, ConnectionFailedError."""
+        traffic = self.meter.enter(tunnel, source, trio.current_time())
+        traffic.tcp_total += 1
+        traffic.tcp_active += 1
+        try:
+            async with await self._connect(tunnel, destination, source) as exchange:
+                if early:
+                    await exchange.send(early)
+                await _join(sock, exchange, traffic)
+        except (ConnectionFailedError, GatewayError):
+            traffic.errors += 1
+            raise
+        finally:
+            traffic.tcp_active -= 1
+            self.meter.leave(traffic, source)
+
+    async def _connect(self, tunnel: UUID, destination: Destination, source: str) -> Exchange:
+        """A connection that the connector has opened; tries another one if the first fails."""
+        connection = await self._finder.find(tunnel)
+        for attempt in range(2):
+            try:
+                exchange = await connection.connect_tcp(str(destination), source)
+                try:
+                    response = await exchange.response()
+                except BaseException:
+                    exchange.reset()
+                    raise
+            except ConnectionFailedError:
+                other = self._finder.maybe_find(tunnel, [connection])
+                if attempt or other is None or other is connection:
+                    raise
+                connection = other
+                continue
+            if response.status == 200:
+                return exchange
+            exchange.reset()
+            raise GatewayError(502, f"the connector can't connect to {destination}")
+        raise AssertionError("the second attempt returns or raises")
+
+    def _refuse(self, stage: VisitorStage, source: str, reason: str) -> None:
+        self.refusals.note(stage, source, reason, trio.current_time())
+
+
+_Handler = Callable[[trio.socket.SocketType, HandshakeStream, str], Awaitable[None]]
+
+
+async def _join(sock: trio.socket.SocketType, exchange: Exchange, traffic: TunnelTraffic) -> None:
+    """Both directions until both have ended, or one has failed."""
+    async with trio.open_nursery() as nursery:
+        scope = nursery.cancel_scope
+
+        @contextmanager
+        def direction() -> Iterator[None]:
+            try:
+                yield
+            except (OSError, ConnectionFailedError):
+                scope.cancel()
+            # The other direction may have the last word, but not forever.
+            scope.deadline = min(scope.deadline, trio.current_time() + HALF_CLOSED_SECONDS)
+
+        async def upload() -> None:
+            with direction():
+                while data := await sock.recv(TCP_BYTES):
+                    await exchange.send(data)
+                    await _pause(charge(traffic, len(data), trio.current_time(), inward=True))
+                await exchange.send_end()
+
+        async def download() -> None:
+            with direction():
+                while data := await exchange.receive():
+                    view = memoryview(data)
+                    while view:
+                        view = view[await sock.send(view) :]
+                    await _pause(charge(traffic, len(data), trio.current_time(), inward=False))
+                sock.shutdown(socket.SHUT_WR)
+
+        nursery.start_soon(upload)
+        nursery.start_soon(download)
+
+
+async def _pause(seconds: float) -> None:
+    if seconds:
+        await trio.sleep(seconds)
+
+
+def _limits_of(config: Config) -> RequestLimits:
+    public = config.edge.public
+    return RequestLimits(
+        requests=public.requests,
+        requests_per_tunnel=public.requests_per_tunnel,
+        requests_per_source=public.requests_per_source,
+        tunnel_requests_per_second=public.tunnel_requests_per_second,
+        tunnel_bytes_per_second=public.tunnel_bytes_per_second,
+    )
