@@ -476,8 +476,8 @@ class Http2Stream:
 
     @property
     def is_receive_ended(self) -> bool:
-        """Whether the other side has sent all it will; some may be left to `receive`."""
-        return self._is_receive_ended
+        """Whether the other side has sent all it will, and all of it was received."""
+        return self._is_receive_ended and not self._chunks
 
     async def failed(self) -> None:
         """Returns when the stream was reset or its connection ended; may never."""
