@@ -76,9 +76,7 @@ class Meter:
     def enter(self, tunnel: UUID, source: str, now: float) -> TunnelTraffic:
         """One more request. Raises TooMuchError."""
         limits = self.limits
-        traffic = self.tunnels.get(tunnel)
-        if traffic is None:
-            traffic = self.tunnels[tunnel] = self._new_traffic(now)
+        traffic = self.traffic(tunnel, now)
         origin = source_of(source)
         problem = ""
         status = 503
@@ -102,6 +100,13 @@ class Meter:
         traffic.requests += 1
         traffic.active += 1
         traffic.most_active = max(traffic.most_active, traffic.active)
+        return traffic
+
+    def traffic(self, tunnel: UUID, now: float) -> TunnelTraffic:
+        """The counts of a tunnel."""
+        traffic = self.tunnels.get(tunnel)
+        if traffic is None:
+            traffic = self.tunnels[tunnel] = self._new_traffic(now)
         return traffic
 
     def leave(self, traffic: TunnelTraffic, source: str) -> None:

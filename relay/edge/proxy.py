@@ -33,6 +33,7 @@ from relay.edge.hygiene import (
     websocket_response,
 )
 from relay.edge.limits import Meter, TooMuchError, TunnelTraffic, charge
+from relay.edge.quick import QuickRefusedError, QuickTunnels
 from relay.edge.registry import Registry
 from relay.edge.retries import ReplayableBody, may_retry
 from relay.edge.routes import RoutingTable
@@ -49,6 +50,9 @@ STALL_SECONDS: Final = 120.0
 """A visitor that takes nothing for so long is cut off; nginx gives 60."""
 WEBSOCKET_LINGER_SECONDS: Final = 10.0
 """How long the origin may go on sending when the visitor has closed its direction."""
+
+
+TEXT: Final = b"text/plain; charset=utf-8"
 
 
 class GatewayError(Exception):
@@ -111,6 +115,7 @@ class Proxy:
     Args:
         table: gives the routes as they are now.
         policy: gives the rules for headers as they are now.
+        quick: the tunnels without an account.
     """
 
     def __init__(
@@ -121,8 +126,10 @@ class Proxy:
         *,
         table: Callable[[], RoutingTable],
         policy: Callable[[], HygienePolicy],
+        quick: QuickTunnels,
         randomness: random.Random,
     ) -> None:
+        self._quick = quick
         self._finder = finder
         self._meter = meter
         self._refusals = refusals
@@ -136,23 +143,29 @@ class Proxy:
         try:
             try:
                 await self._serve(visit, ray)
-            except (RequestRefusedError, TooMuchError, GatewayError) as error:
+            except (RequestRefusedError, TooMuchError, GatewayError, QuickRefusedError) as error:
                 stage = VisitorStage.REQUEST if error.status < 500 else VisitorStage.TUNNEL
                 self._refusals.note(stage, visit.visitor.address, str(error), trio.current_time())
-                await self._answer(visit, ray, error.status, str(error))
+                await self._answer(visit, ray, error.status, f"{error}\n".encode())
         except VisitorGoneError:
             visit.abort()
 
     async def _serve(self, visit: Visit, ray: str) -> None:
         head = clean_request(visit.raw, visit.visitor, ray, self._policy(), has_body=visit.has_body)
-        route = self._table().find_http(normal_host(head.authority) or "", head.path)
-        if route is None:
+        host = normal_host(head.authority) or ""
+        if self._quick.is_api(head.method, host, head.path):
+            answer = self._quick.create(visit.visitor.address, trio.current_time())
+            await self._answer(visit, ray, 200, answer, b"application/json")
+            return
+        route = self._table().find_http(host, head.path)
+        tunnel = self._quick.find(host) if route is None else route.tunnel
+        if tunnel is None:
             raise RequestRefusedError(404, "nothing is published under this host and path")
         source = visit.visitor.address
-        traffic = self._meter.enter(route.tunnel, source, trio.current_time())
+        traffic = self._meter.enter(tunnel, source, trio.current_time())
         try:
             body = ReplayableBody(visit.receive)
-            await self._pass_on(_Request(visit, head, body, ray, traffic), route.tunnel)
+            await self._pass_on(_Request(visit, head, body, ray, traffic), tunnel)
         except GatewayError as error:
             traffic.errors += 1
             traffic.by_status[error.status] += 1
@@ -301,14 +314,15 @@ class Proxy:
             await trio.sleep(WEBSOCKET_LINGER_SECONDS)
             scope.cancel()
 
-    async def _answer(self, visit: Visit, ray: str, status: int, text: str) -> None:
-        """A short answer for people. Raises VisitorGoneError."""
+    async def _answer(
+        self, visit: Visit, ray: str, status: int, body: bytes, kind: bytes = TEXT
+    ) -> None:
+        """An answer of the edge's own. Raises VisitorGoneError."""
         if visit.has_responded:
             visit.abort()
             return
-        body = f"{text}\n".encode()
         headers = [
-            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-type", kind),
             (b"content-length", str(len(body)).encode()),
             (b"cache-control", b"no-store"),
             (b"cf-ray", ray.encode()),

@@ -7,6 +7,7 @@ its bytes go to the tunnel as they are, and the edge never sees what is in them.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from relay.edge.hygiene import HygienePolicy, Visitor
 from relay.edge.limits import Meter, RequestLimits, TooMuchError, TunnelTraffic, charge
 from relay.edge.proxy import Finder, GatewayError, Proxy
 from relay.edge.public_certificates import PublicCertificates
+from relay.edge.public_udp import UdpPort
+from relay.edge.quick import QuickTunnels
 from relay.edge.registry import Registry
 from relay.edge.routes import PortRoute, RoutingTable
 from relay.edge.routes_file import read_routes
@@ -34,7 +37,7 @@ from relay.edge.visit_http2 import serve_http2
 from relay.edge.visitor_stages import VisitorStage
 from relay.file_watch import POLL_SECONDS, FileWatch
 from relay.limits import ConnectionCounter
-from relay.listeners import accept_loop, open_listeners
+from relay.listeners import ListenError, accept_loop, open_listeners
 from relay.peers import peer_of, receive_proxy_header
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies
 from relay.refusals import Refusals
@@ -44,6 +47,7 @@ logger = logging.getLogger("underpass.relay.edge")
 
 TLS_SECONDS: Final = 10.0
 TCP_BYTES: Final = 65536
+FORGET_SECONDS: Final = 10.0
 HALF_CLOSED_SECONDS: Final = 300.0
 """How long one direction may go on when the other has ended."""
 
@@ -53,7 +57,8 @@ class PublicEdge:
     ListenError.
 
     Attributes:
-        https, http, tcp: (host, port) pairs that are listened on; `tcp` in the order of the routes.
+        https, http, tcp, udp: (host, port) pairs that are listened on; the last two in the order
+            of the routes.
     """
 
     def __init__(self, config: Config, registry: Registry) -> None:
@@ -71,16 +76,28 @@ class PublicEdge:
         self._proxies = TrustedProxies(config.proxy.trusted)
         self._counter = ConnectionCounter(public.connections, public.connections_per_source)
         self.certificates = PublicCertificates(public.certificates)
+        quick = config.edge.quick
+        self.quick = QuickTunnels(
+            registry,
+            os.urandom,
+            domain=quick.domain,
+            per_hour=quick.per_hour,
+            limit=quick.tunnels,
+            unused_seconds=quick.unused_seconds,
+        )
         self._proxy = Proxy(
             self._finder,
             self.meter,
             self.refusals,
             table=lambda: self.table,
             policy=lambda: self._policy,
+            quick=self.quick,
             randomness=random.Random(),
         )
         self._accepting = trio.CancelScope()
         self._listeners: list[tuple[socket.socket, _Handler]] = []
+        self.udp: tuple[tuple[str, int], ...] = ()
+        self._udp: list[tuple[socket.socket, UdpPort]] = []
         try:
             self.https = self._listen(public.https, self._handle_tls)
             self.http = self._listen(public.http, self._handle_plain)
@@ -89,6 +106,8 @@ class PublicEdge:
                 for route in self.table.tcp
                 for place in self._listen([route.listen], partial(self._handle_tcp, route))
             )
+            for route in self.table.udp:
+                self._open_udp(route)
         except BaseException:
             self.close()
             raise
@@ -97,12 +116,17 @@ class PublicEdge:
         """Close the listening sockets; harmless when repeated."""
         for listener, _ in self._listeners:
             listener.close()
+        for sock, _ in self._udp:
+            sock.close()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `stop_accepting` ends the accepting but not this."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.certificates.run)
             nursery.start_soon(self._watch_routes)
+            nursery.start_soon(self._forget_unused)
+            for _, port in self._udp:
+                nursery.start_soon(port.run)
             nursery.start_soon(self._accept, nursery)
             task_status.started()
 
@@ -137,6 +161,32 @@ class PublicEdge:
         return read_routes(
             self._config.edge.public.routes_file, self._registry.tunnels(), self._destinations
         )
+
+    def _open_udp(self, route: PortRoute) -> None:
+        host = route.listen.host or "0.0.0.0"
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            sock.bind((host, route.listen.port))
+            sock.setblocking(False)
+        except OSError as error:
+            sock.close()
+            problem = f"can't listen on UDP {route.listen}: {error.strerror}"
+            raise ListenError(problem) from None
+        port = UdpPort(
+            trio.socket.from_stdlib_socket(sock),
+            route,
+            self._registry,
+            lambda: self.meter.traffic(route.tunnel, trio.current_time()),
+        )
+        self._udp.append((sock, port))
+        self.udp += (sock.getsockname()[:2],)
+
+    async def _forget_unused(self) -> None:
+        while True:
+            await trio.sleep(FORGET_SECONDS)
+            for tunnel in self.quick.forget_unused(trio.current_time()):
+                self.meter.forget(tunnel)
+                self._finder.forget(tunnel)
 
     async def _watch_routes(self) -> None:
         while True:

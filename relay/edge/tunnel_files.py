@@ -61,14 +61,19 @@ def read_tunnel(path: Path) -> Tunnel:
     return Tunnel(name, credentials, RemoteConfiguration(max(changed, 0), document))
 
 
+def new_credentials(entropy: Entropy) -> Credentials:
+    """Of a tunnel that does not exist yet."""
+    raw = bytearray(entropy(16))
+    raw[6] = raw[6] & 0x0F | 0x40  # RFC 9562: a random UUID, version 4
+    raw[8] = raw[8] & 0x3F | 0x80
+    return Credentials(UUID(bytes=bytes(raw)), entropy(16).hex(), entropy(SECRET_BYTES))
+
+
 def create_tunnel(directory: str, name: str, entropy: Entropy) -> Tunnel:
     """Make a tunnel with new credentials. Raises ConfigError."""
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for a tunnel: use letters, digits, "-" and "_"')
-    raw = bytearray(entropy(16))
-    raw[6] = raw[6] & 0x0F | 0x40  # RFC 9562: a random UUID, version 4
-    raw[8] = raw[8] & 0x3F | 0x80
-    credentials = Credentials(UUID(bytes=bytes(raw)), entropy(16).hex(), entropy(SECRET_BYTES))
+    credentials = new_credentials(entropy)
     path = tunnels_directory(directory) / f"{name}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from relay.edge.connection import (
 from relay.edge.hygiene import HygienePolicy, Visitor
 from relay.edge.limits import Meter, RequestLimits
 from relay.edge.proxy import Finder, Proxy
+from relay.edge.quick import QuickTunnels
 from relay.edge.registry import Registry, Tunnel
 from relay.edge.routes import HttpRoute, RoutingTable
 from relay.edge.visit import Visit
@@ -131,6 +133,31 @@ class OriginExchange(Exchange):
         self._to_visitor.close()
 
 
+class EchoFlow(UdpFlow):
+    """Sends back `copies` of each datagram, joined."""
+
+    copies = 1
+
+    def __init__(self, destination: str) -> None:
+        self.destination = destination
+        self.is_closed = False
+        self._to, self._back = trio.open_memory_channel[bytes](100)
+
+    async def send(self, data: bytes) -> None:
+        await self._to.send(data * self.copies)
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._back.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise ConnectionFailedError("the flow is over") from None
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._to.close()
+        self._back.close()
+
+
 Origin = Callable[[OriginExchange], Awaitable[None]]
 
 
@@ -138,6 +165,7 @@ class FakeConnection(TunnelConnection):
     """A connector's connection that hands requests to a function."""
 
     transport = "http2"
+    supports_udp = True
 
     def __init__(self, nursery: trio.Nursery, origin: Origin, number: int = 0) -> None:
         options = ConnectionOptions(UUID(int=100 + number))
@@ -152,6 +180,7 @@ class FakeConnection(TunnelConnection):
         super().__init__(request, details, source="198.51.100.1", now=0)
         self.origin = origin
         self.exchanges: list[OriginExchange] = []
+        self.flows: list[EchoFlow] = []
         self._nursery = nursery
 
     @property
@@ -184,7 +213,9 @@ class FakeConnection(TunnelConnection):
         return version
 
     async def open_udp(self, destination: str, idle_seconds: float) -> UdpFlow:
-        raise NotImplementedError
+        flow = EchoFlow(destination)
+        self.flows.append(flow)
+        return flow
 
     @property
     def is_connected(self) -> bool:
@@ -212,6 +243,7 @@ class Arena:
     meter: Meter
     refusals: Refusals[VisitorStage]
     proxy: Proxy
+    quick: QuickTunnels
     table: RoutingTable
     connections: list[FakeConnection] = field(default_factory=list)
     visitors: list[trio.SocketStream] = field(default_factory=list)
@@ -256,16 +288,20 @@ async def open_arena(
     meter = Meter(limits or RequestLimits())
     refusals = Refusals(VisitorStage, trio.current_time())
     table = table or RoutingTable(http=(HttpRoute("*.example.com", TUNNEL.id),))
+    quick = QuickTunnels(
+        registry, os.urandom, domain="try.example.org", per_hour=3, limit=5, unused_seconds=600
+    )
     proxy = Proxy(
         Finder(registry),
         meter,
         refusals,
         table=lambda: table,
         policy=HygienePolicy,
+        quick=quick,
         randomness=random.Random(1),
     )
     async with trio.open_nursery() as nursery:
-        arena = Arena(nursery, registry, meter, refusals, proxy, table)
+        arena = Arena(nursery, registry, meter, refusals, proxy, quick, table)
         yield arena
         for visitor in arena.visitors:
             visitor.socket.close()
@@ -307,13 +343,10 @@ class Http1Client:
     async def start(
         self, method: str, target: str, headers: list[tuple[str, str]] | None = None
     ) -> None:
-        await self.send(
-            h11.Request(
-                method=method,
-                target=target,
-                headers=[("Host", "app.example.com"), *(headers or [])],
-            )
-        )
+        headers = headers or []
+        if all(name != "Host" for name, _ in headers):
+            headers = [("Host", "app.example.com"), *headers]
+        await self.send(h11.Request(method=method, target=target, headers=headers))
 
     async def answer(self) -> Answer:
         event = await self.event()
