@@ -44,6 +44,8 @@ def set_up_logging(config: LogConfig, *, prefix: str = "") -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    # qh3 warns of every connection that its other side closes.
+    logging.getLogger("quic").setLevel(logging.ERROR)
     set_level(config)
 
 

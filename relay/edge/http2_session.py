@@ -51,10 +51,17 @@ class _Http2Transport(Transport):
         self._registrar = registrar
         self._source = source
 
-    async def open_control(self) -> ControlStream:
+    async def open_control(self) -> ControlStream | None:
         """See Transport."""
-        control = await self._http2.open(internal_request(b"GET", (UPGRADE, CONTROL_STREAM)))
-        status = header(await control.response(), b":status")
+        began = self._http2.received_at
+        try:
+            control = await self._http2.open(internal_request(b"GET", (UPGRADE, CONTROL_STREAM)))
+            status = header(await control.response(), b":status")
+        except Http2Error:
+            # A connector that looks whether it can reach us (specification 4) says nothing.
+            if self._http2.received_at == began:
+                return None
+            raise
         if status != b"200":
             raise Http2Error(f"the control stream's status is {status!r}")
         return control

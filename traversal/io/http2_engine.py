@@ -33,6 +33,7 @@ NUISANCES_PER_SECOND: Final = 100.0
 NUISANCES_BURST: Final = 2000.0
 """A browser that leaves a page resets a few hundred streams at once; a rapid reset attack sends
 tens of thousands a second."""
+MIN_STREAMS_LOOK: Final = 100
 MAX_HEADER_BYTES: Final = 64 << 10
 
 
@@ -72,6 +73,7 @@ class Http2Engine(H2Connection):
         self._limits = limits
         self._budget = NUISANCES_BURST
         self._budget_at = now
+        self._look_at = MIN_STREAMS_LOOK
 
     def start(self, *, connect_protocol: bool = False) -> None:
         """Queue the preface and our settings."""
@@ -118,6 +120,19 @@ class Http2Engine(H2Connection):
         frame.last_stream_id = self.highest_inbound_stream_id
         frame.error_code = ErrorCodes.NO_ERROR
         return frame.serialize()
+
+    def _open_streams(self, remainder: int) -> int:
+        # h2 looks at every stream, three times for each that is opened, and forgets those that are
+        # over. Below the limit an estimate that is too high does as well, and it is enough to look
+        # whenever the streams have doubled.
+        is_ours = remainder == int(self.config.client_side or False)
+        settings = self.remote_settings if is_ours else self.local_settings
+        known = len(self.streams)
+        if known < min(self._look_at, settings.max_concurrent_streams):
+            return known
+        count: int = super()._open_streams(remainder)
+        self._look_at = 2 * len(self.streams) + MIN_STREAMS_LOOK
+        return count
 
     def _receive_frame(self, frame: Frame) -> list[Event]:
         if not isinstance(frame, DataFrame):

@@ -17,6 +17,7 @@ from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry, RemoteConfiguration, Tunnel
 from relay.refusals import Refusals
 from traversal.io.http2 import Http2Connection, Http2Stream, header
+from traversal.io.http2_engine import Http2Limits
 from traversal.io.stream import StreamEndedError
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import MessageSplitter, Struct
@@ -176,11 +177,15 @@ def call(
 
 @asynccontextmanager
 async def dialled(
-    registrar: Registrar, *, connector_id: UUID | None = None, index: int = 0
+    registrar: Registrar,
+    *,
+    connector_id: UUID | None = None,
+    index: int = 0,
+    limits: Http2Limits | None = None,
 ) -> AsyncIterator[FakeConnector]:
     """A connector that has connected to the edge over HTTP/2 in memory, not yet registered."""
     near, far = memory_stream_pair()
-    server = Http2Connection(Pipe(far), client_side=False)
+    server = Http2Connection(Pipe(far), client_side=False, limits=limits)
     async with trio.open_nursery() as nursery:
 
         async def serve() -> None:
@@ -196,10 +201,17 @@ async def dialled(
 
 @asynccontextmanager
 async def registered(
-    registrar: Registrar, handle: Handler, *, connector_id: UUID | None = None, index: int = 0
+    registrar: Registrar,
+    handle: Handler,
+    *,
+    connector_id: UUID | None = None,
+    index: int = 0,
+    limits: Http2Limits | None = None,
 ) -> AsyncIterator[tuple[FakeConnector, TunnelConnection]]:
     """A connector that has registered and answers requests, and the edge's picture of it."""
-    async with dialled(registrar, connector_id=connector_id, index=index) as connector:
+    async with dialled(
+        registrar, connector_id=connector_id, index=index, limits=limits
+    ) as connector:
         details = await connector.register()
         assert isinstance(details, ConnectionDetails)
         await registrar.registry.wait_usable(TUNNEL_ID)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_pair
 
 from relay.edge.connection import (
     ConnectionFailedError,
@@ -15,20 +17,21 @@ from relay.edge.connection import (
     RequestHead,
     ResponseHead,
 )
-from relay.edge.http2_session import PING_SECONDS, PING_TIMEOUT_SECONDS
+from relay.edge.http2_session import PING_SECONDS, PING_TIMEOUT_SECONDS, serve_http2
 from relay.edge.registration import EdgeStage
 from relay.edge.registry import RemoteConfiguration, Tunnel
 from tests.relay.edge.fake_connector import (
     CREDENTIALS,
     TUNNEL_ID,
     FakeConnector,
+    Pipe,
     call,
     dialled,
     make_registrar,
     registered,
 )
 from traversal.io.http2 import Http2Stream, header
-from traversal.io.http2_engine import Http2Error
+from traversal.io.http2_engine import Http2Error, Http2Limits
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.credentials import Credentials
 from traversal.wire.tunnel.headers import (
@@ -252,6 +255,42 @@ async def test_a_stalled_reader_holds_up_nobody() -> None:
             with trio.fail_after(5):
                 async with await connection.request(GET) as exchange:
                     assert await read_all(exchange) == b""
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+async def test_thousands_of_idle_websockets() -> None:
+    """They cost some KiB each, and whoever comes after them is served as if they weren't there."""
+    count = 3000
+    head = RequestHead("GET", "https", "app.example.com", "/ws", (), kind="websocket")
+    limits = Http2Limits(streams=20_000)
+    async with registered(make_registrar(), echo, limits=limits) as (_, connection):
+        idle = []
+        before = resident_bytes()
+        for _ in range(count):
+            exchange = await connection.request(head)
+            assert (await exchange.response()).status == 101
+            idle.append(exchange)
+        assert resident_bytes() - before < count * 20_000  # both ends, in this process
+        assert connection.active == count
+        async with await connection.request(GET) as exchange:
+            assert await read_all(exchange) == b""
+        await idle[0].send(b"still here")
+        assert await idle[0].receive() == b"still here"
+        for exchange in idle:
+            exchange.reset()
+        assert connection.active == 0
+
+
+async def test_probes_are_no_failures() -> None:
+    """A connector that only looks whether it gets through is not counted as refused."""
+    registrar = make_registrar()
+    near, far = memory_stream_pair()
+    await far.aclose()
+    await serve_http2(Pipe(near), registrar, source="192.0.2.1")
+    assert sum(registrar.refusals.counts.values()) == 0
 
 
 async def test_configuration_push() -> None:
