@@ -16,6 +16,7 @@ from prometheus_client.core import Metric
 from relay.admission import AdmissionStatistics
 from relay.bootstrap_dns import BootstrapDnsCounters
 from relay.counters import Kind
+from relay.edge.metrics import edge_families
 from relay.snapshot import Snapshot
 from relay.stun import StunStatistics
 
@@ -50,6 +51,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _stun_families(snapshot.stun or StunStatistics())
     yield from _bootstrap_dns_families(snapshot.bootstrap_dns or BootstrapDnsCounters())
     yield from _admission_families(snapshot.admission or _NO_ADMISSION)
+    if snapshot.edge is not None:
+        yield from edge_families(snapshot.edge)
     yield from _process_families(snapshot)
 
 

@@ -218,7 +218,8 @@ class _Relay:
             raise WorkerError("no worker answers")
         snapshot = merge(snapshots)
         stun = None if self._stun is None else self._stun.statistics()
-        return msgspec.structs.replace(snapshot, stun=stun)
+        edge = None if self._edge is None else self._edge.view()
+        return msgspec.structs.replace(snapshot, stun=stun, edge=edge)
 
     async def _revoke(self, key: NodePublic) -> int:
         return await self._plane.revoke(key.raw, "the operator ended its sessions")

@@ -21,6 +21,7 @@ from relay.admission import AdmissionStatistics
 from relay.bootstrap_dns import BootstrapDnsCounters
 from relay.certificates import CertificateStatus
 from relay.counters import Counters, DropReason, Kind
+from relay.edge.view import EdgeView
 from relay.limits import AcceptStatistics
 from relay.mesh import LinkState
 from relay.pump import Connection, Pump
@@ -198,6 +199,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     clients_left_out: int = 0
     """Connected, but not listed."""
     mesh_links: tuple[MeshLink, ...] = ()
+    edge: EdgeView | None = None
+    """Of the process that the operator started: workers have none."""
 
     @classmethod
     def of(

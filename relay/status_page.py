@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Final
 
+from relay.edge.view import EdgeView, TunnelView
 from relay.figures import bits_text, bytes_text, count_text, seconds_text
 from relay.sampling import SAMPLE_SECONDS
 from relay.snapshot import ClientView, Snapshot
@@ -120,6 +121,7 @@ def render_status_page(snapshot: Snapshot, problems: Sequence[str]) -> str:
 <section>{_mesh(snapshot)}</section>
 <section>{_services(snapshot)}</section>
 </div>
+{_edge(snapshot.edge)}
 <footer>Underpass {escape(snapshot.version)} &middot; <code>{escape(snapshot.server_key)}</code><br>
 {time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(snapshot.unix_time))} UTC, anew every
 {REFRESH_SECONDS} s &middot; rates are of the last {SAMPLE_SECONDS:.0f} s</footer>
@@ -291,6 +293,43 @@ def _services(snapshot: Snapshot) -> str:
     for version, count in snapshot.tls_active.items():
         rows.append((f"clients with TLS {version}", count_text(count)))
     return _list("Other counts", rows, "")
+
+
+def _edge(edge: EdgeView | None) -> str:
+    if edge is None:
+        return ""
+    titles = ("connections", "now", "requests", "failed", "bytes in", "bytes out", "ports")
+    rows = "".join(
+        f'<tr><td class="left"><code title="{escape(t.id)}">{escape(t.name)}</code></td>'
+        f"<td>{_tunnel_state(t)}</td><td>{count_text(t.requests_active)}</td>"
+        f"<td>{count_text(t.requests)}</td><td>{_maybe_bad(t.errors)}</td>"
+        f"<td>{bytes_text(t.bytes_in)}</td><td>{bytes_text(t.bytes_out)}</td>"
+        f"<td>{count_text(t.tcp_active + t.udp_active)}</td></tr>"
+        for t in edge.tunnels
+    )
+    head = '<th class="left">tunnel</th>' + "".join(f"<th>{title}</th>" for title in titles)
+    refused = _list(
+        "Visitors refused",
+        [(stage, _maybe_bad(n)) for stage, n in edge.visitor_refusals.items() if n],
+        "None since the start.",
+    )
+    connectors = _list(
+        "Connectors refused",
+        [(stage, _maybe_bad(n)) for stage, n in edge.connector_refusals.items() if n],
+        "None since the start.",
+    )
+    return (
+        f'<h2>Tunnels</h2><div class="card scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="pair"><section>{refused}</section><section>{connectors}</section></div>'
+    )
+
+
+def _tunnel_state(tunnel: TunnelView) -> str:
+    if not tunnel.connections:
+        return '<span class="bad">not connected</span>'
+    shown = ", ".join(f"{count} {name}" for name, count in tunnel.transports.items())
+    return escape(shown)
 
 
 def _list(title: str, rows: Iterable[tuple[str, str]], otherwise: str) -> str:

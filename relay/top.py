@@ -21,6 +21,7 @@ from rich.text import Text
 
 from relay.admin import read_admin_token
 from relay.config_sources import ConfigError
+from relay.edge.view import EdgeView
 from relay.figures import bits_text, bytes_text, count_text, seconds_text
 from relay.http_client import HttpError, get
 from relay.snapshot import ClientView, QueueDelay, Snapshot, Traffic
@@ -213,6 +214,8 @@ def render(
     if problem:
         parts.append(Text(problem, style="bold red"))
     parts += _summary(before, after)
+    if after.edge is not None:
+        parts.append(_edge_table(before.edge, after.edge, _elapsed(before, after), rows))
     parts.append(_client_table(client_rates(before, after)[:rows]))
     return Group(*parts)
 
@@ -296,6 +299,30 @@ def _client_table(rates: list[ClientRates]) -> Table:
             Text(count_text(each.drops), style="red" if each.drops > 0 else ""),
             bytes_text(client.waiting_bytes),
             bytes_text(client.bytes_in + client.bytes_out),
+        )
+    return table
+
+
+def _edge_table(
+    before: EdgeView | None, after: EdgeView, elapsed: float, rows: int | None
+) -> Table:
+    """Half of the screen at most is for tunnels."""
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+    table.add_column("tunnel", no_wrap=True)
+    for title in ("connections", "now", "requests/s", "failed/s", "in", "out"):
+        table.add_column(title, justify="right", no_wrap=True)
+    earlier = {each.id: each for each in before.tunnels} if before is not None else {}
+    for tunnel in after.tunnels[: None if rows is None else max(1, rows // 2)]:
+        was = earlier.get(tunnel.id, tunnel)
+        failed = (tunnel.errors - was.errors) / elapsed
+        table.add_row(
+            Text(tunnel.name),
+            Text(str(tunnel.connections), style="" if tunnel.connections else "red"),
+            count_text(tunnel.requests_active),
+            count_text((tunnel.requests - was.requests) / elapsed),
+            Text(count_text(failed), style="red" if failed > 0 else ""),
+            bits_text((tunnel.bytes_in - was.bytes_in) / elapsed),
+            bits_text((tunnel.bytes_out - was.bytes_out) / elapsed),
         )
     return table
 

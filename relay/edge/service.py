@@ -24,6 +24,7 @@ from relay.edge.quic_listeners import QuicListeners
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry
 from relay.edge.tunnel_files import TunnelFiles
+from relay.edge.view import EdgeView, view_tunnels
 from relay.file_watch import POLL_SECONDS
 from relay.limits import ConnectionCounter
 from relay.listeners import accept_loop
@@ -114,6 +115,24 @@ class Edge:
             connection.drain("the edge is about to stop")
         with trio.move_on_after(seconds):
             await self.registry.wait_empty()
+
+    def view(self) -> EdgeView:
+        """A picture of it."""
+        peers = self.registrar.peers.switch.statistics()
+        dropped = peers.dropped_for_full_queue, peers.dropped_for_memory, peers.dropped_not_here
+        public = self.public
+        return EdgeView(
+            tunnels=view_tunnels(self.registry, public.meter.tunnels),
+            registrations=self.registrar.accepted,
+            visitor_refusals={str(stage): n for stage, n in public.refusals.counts.items()},
+            connector_refusals={str(stage): n for stage, n in self.refusals.counts.items()},
+            quick_tunnels=len(public.quick),
+            quick_tunnels_created=public.quick.created,
+            peer_nodes=peers.nodes,
+            peer_packets=peers.forwarded,
+            peer_bytes=peers.forwarded_bytes,
+            peer_drops=sum(dropped),
+        )
 
     def reconfigure(self, config: Config) -> None:
         """Take over what can change while it runs."""
