@@ -96,7 +96,7 @@ class Finder:
         """A usable connection; waits for one after an outage. Raises GatewayError."""
         found = self.maybe_find(tunnel)
         left = self._seen.get(tunnel, self._started) + OUTAGE_SECONDS - trio.current_time()
-        with trio.move_on_after(min(left, CONNECTOR_WAIT_SECONDS)):
+        with trio.move_on_after(max(0.0, min(left, CONNECTOR_WAIT_SECONDS))):
             while found is None and self._registry.tunnel(tunnel) is not None:
                 await self._registry.wait_usable(tunnel)
                 found = self.maybe_find(tunnel)

@@ -6,11 +6,16 @@ import h11
 import pytest
 import trio
 import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from relay.edge.limits import RequestLimits
 from relay.edge.proxy import WEBSOCKET_LINGER_SECONDS
 from relay.edge.visit_http1 import (
+    BODY_SECONDS,
+    HEAD_SECONDS,
+    IDLE_SECONDS,
     BadHttpError,
     serve_http1,
 )
@@ -33,7 +38,7 @@ def client_of(arena: Arena) -> Http1Client:
 async def rest(stream: trio.abc.ReceiveStream) -> bytes:
     """Everything until the connection ends."""
     data = b""
-    with trio.fail_after(60):
+    with trio.fail_after(200):
         while chunk := await stream.receive_some(65536):
             data += chunk
     return data
@@ -367,6 +372,29 @@ async def test_a_visitor_that_leaves_ends_the_exchange() -> None:
             assert not arena.meter.tunnels[connection.tunnel_id].by_status
 
 
+async def test_requests_wait_for_a_connector_after_an_outage(autojump_clock: MockClock) -> None:
+    """A tunnel that had connections a moment ago is waited for; one that has had none is not."""
+    async with open_arena() as arena:
+        client = client_of(arena)
+        async with trio.open_nursery() as nursery:
+
+            async def connect_late() -> None:
+                await trio.sleep(15)
+                arena.connect()
+
+            nursery.start_soon(connect_late)
+            started = trio.current_time()
+            assert (await client.ask()).status == 200
+            assert trio.current_time() - started == pytest.approx(15)
+        arena.connections[0].drain("gone")
+        await trio.sleep(61)
+        started = trio.current_time()
+        answer = await client_of(arena).ask()
+        assert answer.status == 503
+        assert answer.header(b"retry-after")
+        assert trio.current_time() == started
+
+
 async def test_nothing_published_here() -> None:
     """An unknown host is 404, the management host is refused, and both are counted."""
     async with open_arena() as arena:
@@ -436,6 +464,38 @@ async def test_bad_chunks_end_the_exchange() -> None:
         assert connection.exchanges[0].is_over
 
 
+async def test_slow_heads_slow_bodies_and_idlers_are_cut_off(autojump_clock: MockClock) -> None:
+    """Slowloris: a head, a body or a pause that takes too long ends the connection."""
+
+    async def drip(stream: trio.SocketStream, data: bytes) -> None:
+        try:
+            for position in range(len(data)):
+                await stream.send_all(data[position : position + 1])
+                await trio.sleep(3)
+        except trio.BrokenResourceError:
+            pass
+
+    head = b"GET / HTTP/1.1\r\nHost: app.example.com\r\n\r\n"
+    for data, seconds in ((head, HEAD_SECONDS), (b"", IDLE_SECONDS)):
+        async with open_arena() as arena:
+            arena.connect()
+            stream = arena.visit(quietly)
+            started = trio.current_time()
+            arena.nursery.start_soon(drip, stream, data)
+            await rest(stream)
+            assert trio.current_time() - started == pytest.approx(seconds, abs=4)
+    async with open_arena() as arena:
+        connection = arena.connect()
+        stream = arena.visit(quietly)
+        await stream.send_all(
+            b"POST / HTTP/1.1\r\nHost: app.example.com\r\nContent-Length: 9\r\n\r\nhal"
+        )
+        started = trio.current_time()
+        await rest(stream)
+        assert trio.current_time() - started == pytest.approx(BODY_SECONDS)
+        assert connection.exchanges[0].is_over
+
+
 async def test_one_source_can_not_have_all() -> None:
     """Requests above a source's share are answered with 429 and an hour to come back."""
 
@@ -449,3 +509,40 @@ async def test_one_source_can_not_have_all() -> None:
             await stream.send_all(b"GET / HTTP/1.1\r\nHost: app.example.com\r\n\r\n")
         await trio.testing.wait_all_tasks_blocked()
         assert (await client_of(arena).ask()).status == 429
+
+
+async def test_a_stalled_reader_is_cut_off_and_stalls_nobody(autojump_clock: MockClock) -> None:
+    """While one visitor does not read, the next is served; in the end the first one is closed."""
+
+    async def flood(exchange: OriginExchange) -> None:
+        assert not isinstance(exchange.head, str)
+        exchange.origin_respond(200)
+        if exchange.head.path == "/flood":
+            while True:
+                await exchange.origin_send(bytes(65536))
+        exchange.origin_end()
+
+    async with open_arena() as arena:
+        connection = arena.connect(flood)
+        stalled = arena.visit(quietly)
+        await stalled.send_all(b"GET /flood HTTP/1.1\r\nHost: app.example.com\r\n\r\n")
+        assert (await client_of(arena).ask()).status == 200
+        await trio.sleep(200)
+        assert connection.exchanges[0].is_over
+        await trio.testing.wait_all_tasks_blocked()
+        assert arena.meter.active == 0
+        await rest(stalled)
+
+
+@given(st.binary(max_size=200), st.sampled_from(SMUGGLES[:12]), st.integers(0, 120))
+async def test_no_bytes_do_harm(noise: bytes, start: bytes, position: int) -> None:
+    """Whatever a visitor sends, the server ends in order and nothing is left behind."""
+    async with open_arena() as arena:
+        arena.connect()
+        stream = arena.visit(quietly)
+        await stream.send_all(start[:position] + noise)
+        await stream.send_eof()
+        await rest(stream)
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.testing.wait_all_tasks_blocked()
+        assert arena.meter.active == 0
