@@ -164,8 +164,8 @@ async def serve_http(
 ) -> None:
     """Carry a request to the origin and its response back.
 
-    Raises OriginError while nothing was answered yet; afterwards a failure resets the exchange.
-    Raises ExchangeEndedError when the edge gave up.
+    Raises OriginError while nothing was answered yet, ExchangeEndedError when the origin breaks off
+    afterwards or the edge gives up.
     """
     stream = pool.take(address, times.idle)
     if stream is not None:
@@ -254,8 +254,11 @@ class _Attempt:
                 self._failure = error
             # After an early answer nobody needs the rest of the request.
             nursery.cancel_scope.cancel()
-        if self._failure is not None:
-            raise self._failure
+        failure = self._failure
+        if isinstance(failure, OriginError) and self.has_answered:
+            raise ExchangeEndedError(f"the origin broke off: {failure}")
+        if failure is not None:
+            raise failure
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
     def _head(self) -> h11.Request:

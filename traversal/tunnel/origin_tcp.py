@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -34,14 +33,8 @@ MAX_SOCKS_BYTES: Final = 1024
 SOCKS_SECONDS: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class IpRule:
-    """Where a SOCKS client may connect to: the first rule that matches decides."""
-
-    network: ipaddress.IPv4Network | ipaddress.IPv6Network
-    ports: frozenset[int]
-    """Empty: all."""
-    is_allowed: bool
+Allows = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address, int], bool]
+"""Whether a visitor may connect to an address and port."""
 
 
 async def serve_tcp(incoming: Incoming, address: OriginAddress, times: OriginTimes) -> None:
@@ -56,7 +49,7 @@ async def serve_tcp(incoming: Incoming, address: OriginAddress, times: OriginTim
         stream.close()
 
 
-async def serve_socks(incoming: Incoming, rules: Sequence[IpRule], times: OriginTimes) -> None:
+async def serve_socks(incoming: Incoming, allows: Allows, times: OriginTimes) -> None:
     """A visitor's websocket in which SOCKS 5 is spoken. Raises ExchangeEndedError."""
     exchange = await _accept(incoming)
     reader = _Reader(exchange)
@@ -72,7 +65,7 @@ async def serve_socks(incoming: Incoming, rules: Sequence[IpRule], times: Origin
         await exchange.send(encode_reply(error.status))
         await exchange.send_end()
         return
-    stream, status = await _dial(request, rules, times)
+    stream, status = await _dial(request, allows, times)
     await exchange.send(encode_reply(status))
     if stream is None:
         await exchange.send_end()
@@ -87,8 +80,26 @@ async def serve_socks(incoming: Incoming, rules: Sequence[IpRule], times: Origin
         stream.close()
 
 
+async def serve_bastion(
+    incoming: Incoming, host: str, port: int, allows: Allows, times: OriginTimes
+) -> None:
+    """A visitor's websocket whose messages are the bytes of a TCP connection to where it says.
+
+    Raises OriginError while nothing was answered yet, ExchangeEndedError when the edge gave up.
+    """
+    stream, status = await _dial(SocksRequest(host, port), allows, times)
+    if stream is None:
+        if status is SocksStatus.NOT_ALLOWED:
+            raise OriginError(f"{host}:{port}: the rule's ipRules do not allow it")
+        raise OriginError(f"{host}:{port}: unreachable")
+    try:
+        await relay_bytes(await _accept(incoming), stream)
+    finally:
+        stream.close()
+
+
 async def _dial(
-    request: SocksRequest, rules: Sequence[IpRule], times: OriginTimes
+    request: SocksRequest, allows: Allows, times: OriginTimes
 ) -> tuple[HandshakeStream | None, SocksStatus]:
     try:
         found = await trio.socket.getaddrinfo(
@@ -97,8 +108,9 @@ async def _dial(
     except OSError:
         return None, SocksStatus.HOST_UNREACHABLE
     # Names are resolved before they are judged, and what was judged is what is dialed.
+    hosts = dict.fromkeys(str(entry[4][0]) for entry in found)
     allowed = [
-        str(entry[4][0]) for entry in found if is_allowed(str(entry[4][0]), request.port, rules)
+        host for host in hosts if allows(ipaddress.ip_address(host.partition("%")[0]), request.port)
     ]
     if not allowed:
         return None, SocksStatus.NOT_ALLOWED
@@ -109,17 +121,6 @@ async def _dial(
             continue
         return stream, SocksStatus.SUCCEEDED
     return None, SocksStatus.HOST_UNREACHABLE
-
-
-def is_allowed(host: str, port: int, rules: Iterable[IpRule]) -> bool:
-    """Whether the rules let a SOCKS client connect to an IP address; without rules, nowhere."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    for rule in rules:
-        if address in rule.network and (not rule.ports or port in rule.ports):
-            return rule.is_allowed
-    return False
 
 
 class _Reader:
