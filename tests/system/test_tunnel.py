@@ -1,0 +1,252 @@
+"""Our connector and our edge together, on loopback: visitor, edge, connector, origin."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import h11
+import pytest
+import trio
+
+from relay.config import Config
+from relay.edge.certificates import authority_path
+from relay.edge.service import Edge
+from relay.edge.tunnel_files import create_tunnel
+from relay.listeners import open_listeners
+from traversal.tunnel.configuration_file import read_configuration
+from traversal.tunnel.connector import Connector, ConnectorError, ConnectorOptions
+from traversal.tunnel.discovery import EdgePlaces
+from traversal.tunnel.edge_connection import DialOptions
+from traversal.tunnel.origin_service import OriginService
+from traversal.tunnel.transport_choice import Transport
+from traversal.tunnel.udp_flows import UdpFlows
+from traversal.wire.tunnel.credentials import Credentials
+
+REQUESTS = int(os.environ.get("UNDERPASS_TUNNEL_REQUESTS", "300"))
+"""Of the test that kills edges: 10000 is the figure to be shown, this is what the suite runs."""
+HOST = "app.example.com"
+
+
+def edge_config(directory: Path, port: int = 0, visitors: int = 0) -> Config:
+    routes = directory / "routes.toml"
+    routes.write_text(f'[[http]]\nhost = "{HOST}"\ntunnel = "web"\n')
+    return Config.dev(
+        {
+            "edge.listen": f"127.0.0.1:{port}",
+            "edge.directory": str(directory),
+            "edge.public.http": f"127.0.0.1:{visitors}",
+            "edge.public.routes_file": str(routes),
+            "server.drain_seconds": 5.0,
+        }
+    )
+
+
+@dataclass
+class RunningEdge:
+    """An edge, and how to end it."""
+
+    edge: Edge
+    scope: trio.CancelScope
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.edge.addresses[0]
+        return host, port
+
+    @property
+    def visitors(self) -> int:
+        return self.edge.public.http[0][1]
+
+
+async def run_edge(
+    config: Config, *, task_status: trio.TaskStatus[RunningEdge] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.CancelScope() as scope:
+        listeners = open_listeners(config.edge.listen[0])
+        try:
+            edge = Edge(config, listeners)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(edge.run)
+                task_status.started(RunningEdge(edge, scope))
+        finally:
+            for listener in listeners:
+                listener.close()
+
+
+async def origin(stream: trio.SocketStream) -> None:
+    """Echoes bodies, tells the path, keeps connections."""
+    connection = h11.Connection(h11.SERVER)
+    while True:
+        body = b""
+        path = ""
+        while True:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                try:
+                    connection.receive_data(await stream.receive_some(65536))
+                except trio.BrokenResourceError:
+                    return
+            elif isinstance(event, h11.Request):
+                path = event.target.decode()
+            elif isinstance(event, h11.Data):
+                body += event.data
+            elif isinstance(event, h11.EndOfMessage):
+                break
+            else:
+                return
+        answer = body or path.encode()
+        head = h11.Response(status_code=200, headers=[("content-length", str(len(answer)))])
+        await stream.send_all(
+            (connection.send(head) or b"")
+            + (connection.send(h11.Data(data=answer)) or b"")
+            + (connection.send(h11.EndOfMessage()) or b"")
+        )
+        connection.start_next_cycle()
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    with trio.fail_after(seconds):
+        while not condition():  # noqa: ASYNC110 # there is no event for what others do
+            await trio.sleep(0.02)
+
+
+async def fetch(port: int, path: str, body: bytes = b"", host: str = HOST) -> tuple[int, bytes]:
+    """One request on a connection of its own."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        connection = h11.Connection(h11.CLIENT)
+        headers = [("host", host), ("connection", "close")]
+        if body:
+            headers.append(("content-length", str(len(body))))
+        method = "POST" if body else "GET"
+        data = connection.send(h11.Request(method=method, target=path, headers=headers)) or b""
+        data += (connection.send(h11.Data(data=body)) or b"") if body else b""
+        data += connection.send(h11.EndOfMessage()) or b""
+
+        status, answer = 0, b""
+
+        async def read() -> None:
+            nonlocal status, answer
+            while True:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
+                    connection.receive_data(await stream.receive_some(65536))
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    answer += event.data
+                elif isinstance(event, h11.EndOfMessage):
+                    return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stream.send_all, data)
+            nursery.start_soon(read)
+        return status, answer
+
+
+def make_connector(
+    edges: Sequence[RunningEdge],
+    credentials: Credentials,
+    service: OriginService,
+    directory: Path,
+    transports: tuple[Transport, ...] = (Transport.QUIC, Transport.HTTP2),
+    connections: int = 4,
+) -> Connector:
+    return Connector(
+        ConnectorOptions(
+            credentials,
+            EdgePlaces(tuple(edge.address for edge in edges)),
+            DialOptions(ca_file=str(authority_path(directory))),
+            transports,
+            connections=connections,
+            grace_seconds=5,
+        ),
+        service,
+        entropy=os.urandom,
+        rng=random.Random(1),
+    )
+
+
+@asynccontextmanager
+async def origin_service() -> AsyncIterator[OriginService]:
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, origin, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        configuration = read_configuration(
+            {
+                "ingress": [
+                    {"hostname": HOST, "path": "^/hello", "service": "hello_world"},
+                    {"hostname": HOST, "path": "^/dead", "service": "http://127.0.0.1:1"},
+                    {"hostname": HOST, "service": f"http://127.0.0.1:{port}"},
+                    {"service": "http_status:404"},
+                ]
+            }
+        )
+        service = OriginService(configuration, UdpFlows())
+        yield service
+        service.close()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("transport", list(Transport))
+async def test_requests(tmp_path: Path, transport: Transport) -> None:
+    """Requests reach the rule's service over either transport, large bodies whole; a connector that
+    stops leaves at once when it is idle."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], credentials, service, tmp_path, (transport,))
+        ended = trio.Event()
+
+        async def run(*, task_status: trio.TaskStatus[None]) -> None:
+            await connector.run(task_status=task_status)
+            ended.set()
+
+        with trio.fail_after(30):
+            await nursery.start(run)
+            await until(lambda: len(connector.connections) == 4)
+            assert {c.transport for c in connector.connections} == {transport}
+            assert await fetch(edge.visitors, "/a?b=c") == (200, b"/a?b=c")
+            body = os.urandom(3_000_000)
+            assert await fetch(edge.visitors, "/", body) == (200, body)
+            status, page = await fetch(edge.visitors, "/hello")
+            assert (status, b"It works" in page) == (200, True)
+            assert (await fetch(edge.visitors, "/dead"))[0] == 502
+            assert service.statistics().errors == 1
+            connector.stop()
+            with trio.fail_after(3):
+                await ended.wait()
+            assert edge.edge.registry.pick(credentials.tunnel_id) is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_wrong_secret(tmp_path: Path) -> None:
+    """Credentials that the edge does not know end the connector, with what to look at."""
+    create_tunnel(str(tmp_path), "web", os.urandom)
+    wrong = create_tunnel(str(tmp_path / "other"), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], wrong, service, tmp_path)
+        with pytest.raises(ConnectorError, match="credentials"), trio.fail_after(20):
+            await connector.run()
+        nursery.cancel_scope.cancel()
+
+
+async def test_pushed_configuration(tmp_path: Path) -> None:
+    """A tunnel that the edge manages gets its rules from there."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    pushed = tmp_path / "tunnels" / "web.config.json"
+    pushed.write_text('{"ingress":[{"service":"http_status:418"}]}')
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], credentials, service, tmp_path, connections=1)
+        with trio.fail_after(20):
+            await nursery.start(connector.run)
+            await until(lambda: service.version >= 0)
+            assert (await fetch(edge.visitors, "/"))[0] == 418
+        nursery.cancel_scope.cancel()
