@@ -55,6 +55,7 @@ class OriginExchange(Exchange):
         self._changed = trio.Event()
         self.failure: ConnectionFailedError | None = None
         self.is_over = False
+        self.is_answered = False
         if isinstance(head, RequestHead) and not head.has_body:
             self._to_origin.close()
 
@@ -65,6 +66,8 @@ class OriginExchange(Exchange):
             )
 
     def fail(self, text: str = "it died", *, is_unprocessed: bool = False) -> None:
+        if self.is_answered:
+            return
         if self.failure is None:
             self.failure = ConnectionFailedError(text, is_unprocessed=is_unprocessed)
         self._changed.set()
@@ -105,6 +108,7 @@ class OriginExchange(Exchange):
         if not self.is_over:
             self.is_over = True
             self._connection._end_exchange()
+            self.is_answered = False
             self.fail("we reset it")
 
     # What the origin does.
@@ -128,8 +132,15 @@ class OriginExchange(Exchange):
     async def origin_send(self, data: bytes) -> None:
         await self._to_visitor.send(data)
 
+    def origin_answer_at_once(self, body: bytes) -> None:
+        """A whole response, which no end of the connection takes back."""
+        self.origin_respond(200, (b"content-length", str(len(body)).encode()))
+        self._to_visitor.send_nowait(body)
+        self.origin_end()
+
     def origin_end(self, *trailers: tuple[bytes, bytes]) -> None:
         self.trailers = trailers
+        self.is_answered = True
         self._to_visitor.close()
 
 
