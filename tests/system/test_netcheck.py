@@ -48,10 +48,7 @@ async def test_presets(name: str, autojump_clock: MockClock) -> None:
         facts = node.nat
         assert node.home_region in (900, 901)
     assert facts.is_udp_blocked is (preset.claims in BLOCKED)
-    if preset.behavior.nat64:
-        # There is no IPv4 to measure, and IPv6 is not translated.
-        assert facts.mapping is MappingClass.UNKNOWN
-    elif not facts.is_udp_blocked:
+    if not facts.is_udp_blocked:
         translates = preset.behavior.translation != "none"
         assert facts.mapping is expected_mapping(Mapping[preset.claims.split("+")[0]], translates)
 

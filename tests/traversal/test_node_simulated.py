@@ -22,6 +22,7 @@ from netlab.behavior import Link as Wire
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.simulated import SimulatedInternet
 from netlab.simulated.udp import UdpSocket
+from tests.system.checks import roaming_topology
 from traversal import (
     Link,
     Node,
@@ -230,13 +231,13 @@ class TestDirectPath:
             assert nodes[2].nat.mapping.name == "NONE"
 
     async def test_samples_ports(self, autojump_clock: MockClock, build: Any) -> None:
-        """How the NAT picks ports and whether it hairpins is known after a full check, and what
-        was found on one network is forgotten on the next."""
+        """How the NAT picks ports and whether it hairpins is known after a full check, outlives
+        fresh sockets, and is forgotten on the next network."""
         counting = NatBehavior(
             ports=PortAllocation(assignment=PortAssignment.SEQUENTIAL, step=2),
             hairpin=Hairpin.EXTERNAL,
         )
-        async with build(topology(counting)) as world:
+        async with build(roaming_topology(counting, Wire())) as world:
             node = await world.open("h0")
             report = await node.refresh()
             assert node.nat.ports == report.ports == PortSeries(PortPattern.SEQUENTIAL, 2)
@@ -247,7 +248,12 @@ class TestDirectPath:
             assert status["port_step"] == 2
             assert status["hairpins"] is True
             world.relays[0].mutes_stun = True
-            await node.rebind()
+            async with world.internet.host("h0"):
+                await node.rebind()
+            report = await node.refresh()
+            assert report.ports.pattern is PortPattern.SEQUENTIAL
+            world.internet.host("h0").roam("cell")
+            await trio.sleep(5)
             report = await node.refresh()
             assert report.ports.pattern is PortPattern.UNKNOWN
             assert node.nat.hairpins is None
