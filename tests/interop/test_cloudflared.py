@@ -195,17 +195,18 @@ class Stage:
         *arguments: str,
         connections: int = 1,
         credentials: Credentials | None = None,
-        hosts: list[str] = HOSTS,
+        checks_first: bool = False,
     ) -> Iterator[Cloudflared]:
         """A running program; it is ended when the block is left."""
         credentials_path = self.directory / "credentials.json"
         credentials_path.write_text((credentials or self.tunnel.credentials).to_file())
         arguments = arguments or ("--url", f"http://127.0.0.1:{self.origin.port}")
-        command = [PROGRAM, "tunnel", "--protocol", self.transport, "--no-prechecks"]
+        command = [PROGRAM, "tunnel", "--protocol", self.transport]
+        command += [] if checks_first else ["--no-prechecks"]
         command += ["--no-autoupdate", "--ha-connections", str(connections)]
         command += ["--cacert", str(authority_path(self.directory)), "--metrics", "127.0.0.1:0"]
         command += ["--grace-period", "20s", "--loglevel", "debug"]
-        command += [part for host in hosts for part in ("--edge", f"{host}:{PORT}")]
+        command += [part for host in HOSTS for part in ("--edge", f"{host}:{PORT}")]
         command += ["run", "--credentials-file", str(credentials_path), *arguments]
         command.append(str(self.tunnel.id))
         log_path = self.directory / "cloudflared.log"
@@ -556,8 +557,11 @@ async def test_registration_put_off(tmp_path: Path, transport: str) -> None:
 
 
 async def test_probes(tmp_path: Path, transport: str) -> None:
-    """The program's checks before it starts find the edge, and are no failure in our counts."""
+    """The program's checks at its start find the edge, and are no failure in our counts."""
     async with staged(tmp_path, transport) as stage:
-        with stage.connector():
+        with stage.connector(checks_first=True) as connector:
             await stage.usable()
+            await eventually(lambda: "precheck complete" in connector.log())
+            assert 'UDP Connectivity" details="QUIC connection successful' in connector.log()
+            assert 'TCP Connectivity" details="HTTP/2 connection successful' in connector.log()
             assert sum(stage.edge.refusals.counts.values()) == 0
