@@ -19,6 +19,7 @@ from relay.edge.certificates import authority_path
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel
 from relay.listeners import open_listeners
+from traversal.tunnel import connector as connector_module
 from traversal.tunnel.configuration_file import read_configuration
 from traversal.tunnel.connector import Connector, ConnectorError, ConnectorOptions
 from traversal.tunnel.discovery import EdgePlaces
@@ -86,13 +87,16 @@ async def origin(stream: trio.SocketStream) -> None:
         body = b""
         path = ""
         while True:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                try:
+            try:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
                     connection.receive_data(await stream.receive_some(65536))
-                except trio.BrokenResourceError:
-                    return
-            elif isinstance(event, h11.Request):
+                    continue
+            except (trio.BrokenResourceError, h11.RemoteProtocolError):
+                return
+            if event is h11.PAUSED:
+                return
+            if isinstance(event, h11.Request):
                 path = event.target.decode()
             elif isinstance(event, h11.Data):
                 body += event.data
@@ -188,8 +192,10 @@ async def origin_service() -> AsyncIterator[OriginService]:
             }
         )
         service = OriginService(configuration, UdpFlows())
-        yield service
-        service.close()
+        try:
+            yield service
+        finally:
+            service.close()
         nursery.cancel_scope.cancel()
 
 
@@ -249,4 +255,131 @@ async def test_pushed_configuration(tmp_path: Path) -> None:
             await nursery.start(connector.run)
             await until(lambda: service.version >= 0)
             assert (await fetch(edge.visitors, "/"))[0] == 418
+        nursery.cancel_scope.cancel()
+
+
+class Visitors:
+    """Sends idempotent requests one after another from several tasks, and keeps count."""
+
+    def __init__(self, ports: Callable[[], int], wanted: int) -> None:
+        self.done = 0
+        self.failed: list[object] = []
+        self._port = ports
+        self._wanted = wanted
+        self._sent = 0
+
+    async def run(self, parallel: int = 6) -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(parallel):
+                nursery.start_soon(self._visit)
+
+    async def _visit(self) -> None:
+        while self._sent < self._wanted:
+            self._sent += 1
+            path = f"/{self._sent}"
+            try:
+                answer = await fetch(self._port(), path)
+            except (OSError, trio.BrokenResourceError, h11.RemoteProtocolError) as error:
+                self.failed.append((path, error))
+                continue
+            if answer != (200, path.encode()):
+                self.failed.append((path, answer))
+            self.done += 1
+
+
+async def test_connections_die_and_no_request_fails(tmp_path: Path) -> None:
+    """While the connector's connections are cut one after the other, every idempotent request is
+    answered: by another connection, or by the one that replaces it."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], credentials, service, tmp_path)
+        await nursery.start(connector.run)
+        visitors = Visitors(lambda: edge.visitors, REQUESTS)
+
+        async def cut() -> None:
+            while True:
+                await trio.sleep(0.2)
+                if connector.connections:
+                    connector.connections[0].close()
+
+        with trio.fail_after(60 + REQUESTS / 20):
+            async with trio.open_nursery() as inner:
+                inner.start_soon(cut)
+                await visitors.run()
+                inner.cancel_scope.cancel()
+        assert visitors.failed == []
+        assert visitors.done == REQUESTS
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_of_two_edges_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one of two edges dies, the other has every connection within seconds, and when it comes
+    back it gets its share again."""
+    monkeypatch.setattr(connector_module, "BALANCE_SECONDS", 1.0)
+    created = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        one = await nursery.start(run_edge, edge_config(tmp_path))
+        two = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([one, two], created, service, tmp_path)
+        await nursery.start(connector.run)
+
+        def spread() -> list[int]:
+            ports = [c.address.port for c in connector.connections]
+            return [ports.count(edge.address[1]) for edge in (one, two)]
+
+        await until(lambda: spread() == [2, 2])
+        visitors = Visitors(lambda: two.visitors, REQUESTS)
+        async with trio.open_nursery() as inner:
+            inner.start_soon(visitors.run)
+            await trio.sleep(0.3)
+            one.scope.cancel()
+        assert visitors.failed == []
+        await until(lambda: spread() == [0, 4])
+        one = await nursery.start(run_edge, edge_config(tmp_path, one.address[1]))
+        await until(lambda: spread() == [2, 2], 60)
+        assert (await fetch(one.visitors, "/again"))[0] == 200
+        nursery.cancel_scope.cancel()
+
+
+async def test_edge_restart(tmp_path: Path) -> None:
+    """An edge that is killed and started again on the same ports has its connector back within
+    seconds; requests that come meanwhile wait instead of failing."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], credentials, service, tmp_path)
+        await nursery.start(connector.run)
+        await until(lambda: len(connector.connections) == 4)
+        edge.scope.cancel()
+        await until(lambda: not connector.connections)
+        config = edge_config(tmp_path, edge.address[1], edge.visitors)
+        again = await nursery.start(run_edge, config)
+        with trio.fail_after(20):
+            assert await fetch(again.visitors, "/waited") == (200, b"/waited")
+        nursery.cancel_scope.cancel()
+
+
+async def test_planned_restart_lets_requests_finish(tmp_path: Path) -> None:
+    """An edge that drains lets a request under way finish; the connector is at the other edge
+    before it is gone from this one."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        one = await nursery.start(run_edge, edge_config(tmp_path))
+        two = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([one, two], credentials, service, tmp_path)
+        await nursery.start(connector.run)
+        await until(lambda: len(connector.connections) == 4)
+        body = os.urandom(8_000_000)
+        answers = []
+
+        async def upload() -> None:
+            answers.append(await fetch(one.visitors, "/", body))
+
+        async with trio.open_nursery() as inner:
+            inner.start_soon(upload)
+            await trio.sleep(0.02)
+            inner.start_soon(one.edge.drain, 10)
+            await until(lambda: {c.address.port for c in connector.connections} == {two.address[1]})
+        assert answers == [(200, body)]
         nursery.cancel_scope.cancel()

@@ -207,8 +207,12 @@ class QuicConnection:
             ):
                 break
             await self._waiting.park()
-        # The library numbers a stream when it is opened, so that two that open at once differ.
-        stream = QuicStream(self, engine._open_stream())
+        try:
+            # The library numbers a stream when it is opened, so that two that open at once differ.
+            stream = QuicStream(self, engine._open_stream())
+        except QuicConnectionError as error:
+            # The other side is closing, and the event that says so is on its way.
+            raise QuicError(f"QUIC: {error.reason_phrase}", error.error_code) from None
         self._streams[stream.stream_id] = stream
         return stream
 
