@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE"})
-MAX_ATTEMPTS: Final = 4
-"""A connector has four connections; when an edge host dies, all of them may be dying."""
+MAX_ATTEMPTS: Final = 8
+"""Two connectors with their four connections each; when a host dies, all of its may be dying."""
 KEPT_BODY_BYTES: Final = 64 << 10
 """A body that has sent more than this can't be sent again: it is not kept."""
 

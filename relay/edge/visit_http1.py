@@ -223,6 +223,9 @@ class _Http1Visit(Visit):
             and status not in (204, 304)
             and all(name != b"content-length" for name, _ in headers)
         )
+        if status >= 400 and self._connection.protocol.their_state is h11.SEND_BODY:
+            # The rest of the request is not wanted, and nothing can follow it.
+            headers = (*headers, (b"connection", b"close"))
         await self._send(h11.Response(status_code=status, headers=list(headers), reason=reason))
 
     async def send(self, data: bytes) -> None:

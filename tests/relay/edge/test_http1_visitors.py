@@ -546,3 +546,12 @@ async def test_no_bytes_do_harm(noise: bytes, start: bytes, position: int) -> No
         await trio.testing.wait_all_tasks_blocked()
         await trio.testing.wait_all_tasks_blocked()
         assert arena.meter.active == 0
+
+
+async def test_a_refusal_before_the_body_was_read_says_that_the_connection_ends() -> None:
+    """A visitor must not send its next request into a connection that closes."""
+    async with open_arena() as arena:
+        client = client_of(arena)
+        await client.start("POST", "/", [("Host", "elsewhere.org"), ("Content-Length", "9")])
+        answer = await client.answer()
+        assert (answer.status, answer.header(b"connection")) == (404, b"close")
