@@ -13,11 +13,15 @@ from relay.edge.connection import TunnelConnection
 from relay.edge.http2 import Http2TunnelConnection, internal_request
 from relay.edge.registration import Registrar
 from relay.edge.session import ControlStream, Service, Transport, run_session
-from traversal.io.http2 import ByteStream, Http2Connection, header
+from traversal.io.http2 import ByteStream, Http2Connection, Http2Stream, header
 from traversal.io.http2_engine import Http2Error, Http2Limits
 from traversal.wire.tunnel.headers import CONTROL_STREAM, UPGRADE
 from traversal.wire.tunnel.peers import PEERS
-from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
+from traversal.wire.tunnel.registration import (
+    FEATURE_DRAIN,
+    ConnectionDetails,
+    RegisterConnection,
+)
 
 READ_BYTES: Final = 128 << 10
 """What a `HandshakeStream` for a connector should read at once, at most."""
@@ -50,6 +54,7 @@ class _Http2Transport(Transport):
         self._http2 = http2
         self._registrar = registrar
         self._source = source
+        self._control: Http2Stream | None = None
 
     async def open_control(self) -> ControlStream | None:
         """See Transport."""
@@ -64,6 +69,7 @@ class _Http2Transport(Transport):
             raise
         if status != b"200":
             raise Http2Error(f"the control stream's status is {status!r}")
+        self._control = control
         return control
 
     def make_connection(
@@ -81,7 +87,13 @@ class _Http2Transport(Transport):
         return [watch, partial(self._serve_peers, connection)]
 
     async def hand_over(self, connection: TunnelConnection) -> None:
-        """Nothing outlives a connection of this transport."""
+        """Tell a connector of ours, so that it replaces the connection before it ends."""
+        # The reference might take it for a failure.
+        if FEATURE_DRAIN in connection.options.features and self._control is not None:
+            try:
+                await self._control.send_end()
+            except Http2Error:
+                pass
 
     async def _serve_peers(self, connection: TunnelConnection) -> None:
         problem = "the channel for peers ended"

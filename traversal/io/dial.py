@@ -21,7 +21,7 @@ import trio
 from traversal.io.chain_check import check_chain, is_address
 from traversal.io.nat64 import discover_prefixes
 from traversal.io.proxy import Proxy
-from traversal.io.stream import HandshakeStream, StreamEndedError
+from traversal.io.stream import READ_BYTES, HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import NONCE_LENGTH, NodePrivate, NodePublic
 from traversal.paths.nat64 import translate
@@ -236,11 +236,12 @@ async def connect(
     *,
     make_context: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     proxy: Proxy | None = None,
+    read_bytes: int = READ_BYTES,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
-    """Connect by TCP and TLS only, within 10 s, for HTTP requests. Raises DialError."""
+    """Connect by TCP and TLS only, within 10 s, for HTTP. Raises DialError."""
     progress = _Progress(str(target))
     with progress, trio.move_on_after(DIAL_TIMEOUT_SECONDS):
-        return await _open(target, progress, make_context, proxy)
+        return await _open(target, progress, make_context, proxy, read_bytes)
     raise progress.timeout()
 
 
@@ -328,9 +329,10 @@ async def _open(
     progress: _Progress,
     make_context: Callable[[], ssl.SSLContext],
     proxy: Proxy | None,
+    read_bytes: int = READ_BYTES,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
     first = target if proxy is None else Target(proxy.host, proxy.port, None)
-    stream = HandshakeStream(await _connect(first, progress))
+    stream = HandshakeStream(await _connect(first, progress), read_bytes=read_bytes)
     with _closed_on_error(stream):
         if proxy is not None:
             await _tunnel(stream, str(target), proxy, progress)

@@ -479,6 +479,11 @@ class Http2Stream:
         """Whether the other side has sent all it will, and all of it was received."""
         return self._is_receive_ended and not self._chunks
 
+    @property
+    def may_receive_more(self) -> bool:
+        """Whether `receive` may return anything: the body is not known to be at its end."""
+        return bool(self._chunks) or not self._is_receive_ended
+
     async def failed(self) -> None:
         """Returns when the stream was reset or its connection ended; may never."""
         await trio.lowlevel.checkpoint_if_cancelled()

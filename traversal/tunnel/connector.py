@@ -45,8 +45,12 @@ logger = logging.getLogger("underpass.tunnel")
 SPACING_SECONDS: Final = 0.2
 """Between the first attempts of two connections, so that they do not all choose alike."""
 IMPROVE_SECONDS: Final = 1.0
-BALANCE_SECONDS: Final = 15.0
-"""How often it is seen whether a connection should move to QUIC, or to another address."""
+BALANCE_SECONDS: Final = 5.0
+"""How often it is seen whether a connection should move to QUIC, or to another address: an edge
+that is back has visitors, too, who wait."""
+YOUNG_SECONDS: Final = 10.0
+"""A connection that does not live as long counts as a failure, or an edge that registers and closes
+would be dialed without a pause."""
 _FEATURES: Final = (
     "serialized_headers",
     "allow_remote_config",
@@ -162,10 +166,13 @@ class Connector:
 
     async def _keep(self, index: int, started: trio.Event) -> None:
         backoff = Backoff(self._rng.random)
+        is_young = False
         await trio.sleep(index * SPACING_SECONDS)
         while True:
             connection = self._current.get(index)
             if connection is None or connection.leaving.is_set():
+                if is_young:
+                    await trio.sleep(backoff.next_wait())
                 connection = await self._connect(index, backoff, started)
                 if connection is None:
                     return
@@ -175,6 +182,9 @@ class Connector:
                 continue
             del self._current[index]
             now = trio.current_time()
+            is_young = connection.over.is_set() and now - connection.since < YOUNG_SECONDS
+            if not is_young:
+                backoff.reset()
             if connection.over.is_set():
                 logger.warning(
                     "Connection %d (%s, %s) ended: %s",
@@ -208,10 +218,10 @@ class Connector:
                 wait = backoff.next_wait()
                 logger.warning("Connection %d: %s; again in %.0f s", index, error, wait)
                 if self._book is not None:
-                    self._book.rotate(index, trio.current_time())
+                    is_unroutable = isinstance(error, DialFailedError) and error.is_unroutable
+                    self._book.rotate(index, trio.current_time(), is_unroutable=is_unroutable)
                 await trio.sleep(wait)
                 continue
-            backoff.reset()
             book.note_success(index)
             await self._take(index, connection)
             started.set()
@@ -285,7 +295,8 @@ class Connector:
                 refused[0]
                 if refused
                 else DialFailedError(
-                    "; ".join(f"{t.value}: {error}" for t, error in errors.items())
+                    "; ".join(f"{t.value}: {error}" for t, error in errors.items()),
+                    is_unroutable=any(error.is_unroutable for error in errors.values()),
                 )
             )
         self._choice.note_registered(

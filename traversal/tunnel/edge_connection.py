@@ -32,7 +32,12 @@ TRANSPORT_ERRORS: Final = (Http2Error, QuicError)
 
 
 class DialFailedError(Exception):
-    """There is no registered connection; the text says why."""
+    """There is no registered connection; the text says why. `is_unroutable`: there is no way to
+    addresses of this family."""
+
+    def __init__(self, text: str, *, is_unroutable: bool = False) -> None:
+        super().__init__(text)
+        self.is_unroutable = is_unroutable
 
 
 class RegistrationRefusedError(DialFailedError):

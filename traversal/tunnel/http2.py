@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import socket
 import ssl
 from collections.abc import Iterable
+from errno import EADDRNOTAVAIL, EHOSTUNREACH, ENETUNREACH
 from typing import Final
 
 import msgspec
@@ -50,6 +52,8 @@ PING_SECONDS: Final = 10.0
 PING_PATIENCE_SECONDS: Final = 10.0
 """A path that swallows everything is noticed within the sum; TCP alone takes minutes."""
 MAX_CONFIGURATION_BYTES: Final = 1 << 20
+READ_BYTES: Final = 128 << 10
+_NO_ROUTE: Final = tuple(os.strerror(code) for code in (ENETUNREACH, EHOSTUNREACH, EADDRNOTAVAIL))
 LIMITS: Final = Http2Limits(streams=1 << 20, stream_window=1 << 20)
 """Streams are the edge's to limit, as the reference has it."""
 
@@ -101,8 +105,13 @@ async def _dial(
         if proxy is None:
             routes = ((address.host, socket.AF_UNSPEC),)
             target = Target(SERVER_NAME, address.port, CertificateName(SERVER_NAME), routes)
-        stream, _ = await connect(target, make_context=make_context, proxy=proxy)
-    except (DialError, ProxyError, OSError) as error:
+        stream, _ = await connect(
+            target, make_context=make_context, proxy=proxy, read_bytes=READ_BYTES
+        )
+    except DialError as error:
+        is_unroutable = any(text in error.reason for text in _NO_ROUTE)
+        raise DialFailedError(f"{address}: {error}", is_unroutable=is_unroutable) from None
+    except (ProxyError, OSError) as error:
         raise DialFailedError(f"{address}: {error}") from None
     http2 = Http2Connection(stream, client_side=False, limits=LIMITS)
     await nursery.start(http2.run)
@@ -265,5 +274,5 @@ def _head(stream: Http2Stream) -> IncomingHead:
         authority=authority,
         path=path,
         headers=tuple(pair for pair in headers if not is_reserved(pair[0])),
-        has_body=is_websocket or not stream.is_receive_ended,
+        has_body=is_websocket or stream.may_receive_more,
     )

@@ -118,6 +118,11 @@ class OriginService:
             await _refuse(counted)
         except ExchangeEndedError:
             pass
+        except Exception:
+            # One exchange must not end the connector, whatever a library did not foresee.
+            self._errors += 1
+            logger.exception("A request for %s failed.", incoming.head.authority)
+            await _refuse(counted)
         finally:
             self._active -= 1
 
