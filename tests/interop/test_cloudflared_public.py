@@ -12,6 +12,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ import trustme
 import wsproto
 
 from relay.config import Config
-from relay.edge.certificates import load_or_create_authority
+from relay.edge.certificates import authority_path, load_or_create_authority
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel
 from relay.listeners import open_listeners
-from tests.interop.test_cloudflared import HOSTS, PORT, PROGRAM, Origin, Stage, pattern
+from tests.interop.test_cloudflared import HOSTS, PORT, PROGRAM, Origin, Stage, eventually, pattern
 
 CURL = shutil.which("curl") or ""
 
@@ -217,3 +218,37 @@ async def test_ports_and_names(tmp_path: Path, transport: str) -> None:
         await tls.send_all(b"hi")
         assert await tls.receive_some(100) == b"own: hi"
         assert json.dumps([t.tcp_total for t in site.edge.public.meter.tunnels.values()]) == "[2]"
+
+
+async def test_quick_tunnel(tmp_path: Path) -> None:
+    """One command without an account publishes a port on a random name."""
+    origin = Origin()
+    load_or_create_authority(tmp_path)
+    config = Config.dev(
+        {
+            "edge.listen": [f"{host}:{PORT}" for host in HOSTS],
+            "edge.directory": str(tmp_path),
+            "edge.public.http": "127.0.0.1:0",
+            "edge.quick.domain": "localhost",
+        }
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(origin.run)
+        edge = Edge(config, [s for place in config.edge.listen for s in open_listeners(place)])
+        await nursery.start(edge.run)
+        port = edge.public.http[0][1]
+        command = [PROGRAM, "tunnel", "--no-autoupdate", "--no-prechecks"]
+        command += ["--cacert", str(authority_path(tmp_path)), "--metrics", "127.0.0.1:0"]
+        command += [part for host in HOSTS for part in ("--edge", f"{host}:{PORT}")]
+        command += ["--quick-service", f"http://localhost:{port}"]
+        command += ["--url", f"http://127.0.0.1:{origin.port}"]
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        run = partial(trio.run_process, command, env=environment, capture_stderr=True, check=False)
+        nursery.start_soon(run)
+        with trio.fail_after(20):
+            await eventually(lambda: bool(list(edge.registry.connections())))
+            (tunnel,) = edge.registry.tunnels()
+            host = f"{tunnel.name.removeprefix('quick-')}.localhost"
+            ask = [CURL, "-sS", "--fail", "-H", f"Host: {host}", f"http://127.0.0.1:{port}/quick"]
+            assert (await trio.run_process(ask, capture_stdout=True)).stdout == b"/quick"
+        nursery.cancel_scope.cancel()
