@@ -106,6 +106,7 @@ class Connector:
 
     Attributes:
         connector_id: of this process.
+        registered: set when the first connection is.
         registrations, failures: registered connections, and attempts that came to nothing.
     """
 
@@ -126,6 +127,7 @@ class Connector:
         self._book: AddressBook | None = None
         self._current: dict[int, EdgeConnection] = {}
         self._old: set[EdgeConnection] = set()
+        self.registered = trio.Event()
         self._refusal = ""
         self._stopping = trio.Event()
         self._nursery: trio.Nursery
@@ -147,14 +149,13 @@ class Connector:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             async with trio.open_nursery() as keepers:
-                started = trio.Event()
                 for index in range(self._options.connections):
-                    keepers.start_soon(self._keep, index, started)
+                    keepers.start_soon(self._keep, index)
                 keepers.start_soon(self._improve_forever)
-                await _first(started, self._stopping)
-                if not self._refusal:
+                await _first(self.registered, self._stopping)
+                if self.registered.is_set():
                     task_status.started()
-                    await self._stopping.wait()
+                await self._stopping.wait()
                 keepers.cancel_scope.cancel()
             if not self._refusal:
                 await self._leave()
@@ -164,7 +165,7 @@ class Connector:
 
     # ---- one connection
 
-    async def _keep(self, index: int, started: trio.Event) -> None:
+    async def _keep(self, index: int) -> None:
         backoff = Backoff(self._rng.random)
         is_young = False
         await trio.sleep(index * SPACING_SECONDS)
@@ -173,7 +174,7 @@ class Connector:
             if connection is None or connection.leaving.is_set():
                 if is_young:
                     await trio.sleep(backoff.next_wait())
-                connection = await self._connect(index, backoff, started)
+                connection = await self._connect(index, backoff)
                 if connection is None:
                     return
             # What leaves is replaced at once, while it finishes what it has.
@@ -200,9 +201,7 @@ class Connector:
             if self._book is not None:
                 self._book.rotate(index, now)
 
-    async def _connect(
-        self, index: int, backoff: Backoff, started: trio.Event
-    ) -> EdgeConnection | None:
+    async def _connect(self, index: int, backoff: Backoff) -> EdgeConnection | None:
         """Until there is a connection; None when the edge refuses us for good at the start."""
         while True:
             try:
@@ -211,9 +210,9 @@ class Connector:
                 connection = await self._race(index, address, backoff.failures)
             except (DialFailedError, DiscoveryError) as error:
                 self.failures += 1
-                if _is_final(error) and not started.is_set():
+                if _is_final(error) and not self.registered.is_set():
                     self._refusal = f"{error}. Is this the right credentials file for this edge?"
-                    started.set()
+                    self._stopping.set()
                     return None
                 wait = backoff.next_wait()
                 logger.warning("Connection %d: %s; again in %.0f s", index, error, wait)
@@ -224,7 +223,7 @@ class Connector:
                 continue
             book.note_success(index)
             await self._take(index, connection)
-            started.set()
+            self.registered.set()
             return connection
 
     async def _take(self, index: int, connection: EdgeConnection) -> None:
