@@ -66,10 +66,22 @@ class ServiceStatistics:
 class OriginService:
     """Serves the exchanges of all connections of a connector.
 
+    Args:
+        is_private_open: whether the edge may have us connect to any address that it names
+            (private-network TCP); it may anyway once it has pushed a configuration, which could say
+            the same.
+
     Raises TunnelError for a configuration that can't be used.
     """
 
-    def __init__(self, configuration: Configuration, udp: UdpFlows | None = None) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        udp: UdpFlows | None = None,
+        *,
+        is_private_open: bool = True,
+    ) -> None:
+        self._is_private_open = is_private_open
         self.udp = udp
         self.configuration = configuration
         self.version = LOCAL_VERSION
@@ -129,6 +141,8 @@ class OriginService:
     async def _serve(self, incoming: _Counted) -> None:
         head = incoming.head
         if head.kind == "tcp":
+            if not self._is_private_open and self.version == LOCAL_VERSION:
+                raise OriginError(f"{head.authority}: this connector takes no private connections")
             self._tcp_sessions += 1
             seconds = self.configuration.warp_routing.connect_timeout or WARP_CONNECT_SECONDS
             await serve_tcp(incoming, _place(head.authority, 0), OriginTimes(connect=seconds))

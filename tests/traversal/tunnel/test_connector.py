@@ -8,6 +8,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,10 +19,12 @@ from relay.edge.connection import RequestHead, TunnelConnection
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel
 from relay.listeners import open_listeners
+from traversal.tunnel import connector as connector_module
 from traversal.tunnel.connector import Connector, ConnectorOptions
 from traversal.tunnel.discovery import EdgePlaces
-from traversal.tunnel.edge_connection import DialOptions
+from traversal.tunnel.edge_connection import DialFailedError, DialOptions
 from traversal.tunnel.origin_service import OriginService
+from traversal.tunnel.quic import serve_quic
 from traversal.tunnel.transport_choice import Transport
 from traversal.wire.tunnel.configuration import Configuration, IngressRule
 from traversal.wire.tunnel.credentials import Credentials
@@ -55,10 +58,11 @@ class Place:
 
     @asynccontextmanager
     async def connector(
-        self, *edges: Edge, service: str = "http_status:204"
+        self, *edges: Edge, service: str = "http_status:204", is_private_open: bool = True
     ) -> AsyncIterator[Connector]:
         """A connector whose four connections are registered."""
-        served = OriginService(Configuration((IngressRule(service),)))
+        configuration = Configuration((IngressRule(service),))
+        served = OriginService(configuration, is_private_open=is_private_open)
         connector = Connector(
             ConnectorOptions(
                 self.credentials,
@@ -137,6 +141,45 @@ async def test_small_bodies_arrive(place: Place) -> None:
                         assert await exchange.receive() == b"hello"
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+async def test_private_connections_need_leave(place: Place, is_open: bool) -> None:
+    """The edge can have the connector connect to an address only where that is allowed."""
+    async with slow_origin() as port:
+        with trio.fail_after(SECONDS):
+            async with place.edge() as edge, place.connector(edge, is_private_open=is_open):
+                connection = await picked(edge, place)
+                async with await connection.connect_tcp(port, "test") as exchange:
+                    response = await exchange.response()
+                    assert response.status == (200 if is_open else 502)
+                    assert response.is_from_connector is not is_open
+
+
+@pytest.mark.slow
+async def test_quic_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where UDP is blocked all connections run over HTTP/2 within seconds; when it heals all are
+    back on QUIC within half a minute."""
+    is_blocked = True
+
+    async def serve(*arguments: Any, task_status: trio.TaskStatus[Any]) -> None:
+        if is_blocked:
+            await trio.sleep(1.5)
+            raise DialFailedError("nothing comes back")
+        await serve_quic(*arguments, task_status=task_status)
+
+    monkeypatch.setitem(connector_module._SERVERS, Transport.QUIC, serve)
+    place = Place(tmp_path, (Transport.QUIC, Transport.HTTP2))
+    async with place.edge() as edge:
+        with trio.fail_after(40):
+            async with place.connector(edge) as connector:
+                assert {c.transport for c in connector.connections} == {Transport.HTTP2}
+                is_blocked = False
+                with trio.fail_after(30):
+                    await until(
+                        lambda: [c.transport for c in connector.connections] == [Transport.QUIC] * 4
+                    )
+                assert (await ask(await picked(edge, place), head()))[0] == 204
+
+
 async def test_planned_restart_loses_nothing(place: Place) -> None:
     """The connections of an edge that drains are replaced at the other one while a long response
     still comes over the old."""
@@ -212,10 +255,18 @@ async def test_edge_that_closes_at_once_is_not_hammered(
             assert 1 <= connector.registrations + connector.failures <= 5
 
 
+@asynccontextmanager
 async def _serve(handle: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
     async with trio.open_nursery() as nursery:
+
+        async def serve(stream: trio.SocketStream) -> None:
+            try:
+                await handle(stream)
+            except trio.BrokenResourceError:
+                pass
+
         listeners = await nursery.start(
-            functools.partial(trio.serve_tcp, handle, 0, host="127.0.0.1")
+            functools.partial(trio.serve_tcp, serve, 0, host="127.0.0.1")
         )
         yield f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         nursery.cancel_scope.cancel()
@@ -232,7 +283,7 @@ async def slow_origin() -> AsyncIterator[str]:
             await stream.send_all(b"x" * 1000)
             await trio.sleep(0.3)
 
-    async for place in _serve(handle):
+    async with _serve(handle) as place:
         yield place
 
 
@@ -249,5 +300,5 @@ async def echo_origin() -> AsyncIterator[str]:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n")
         await stream.send_all(b"Connection: close\r\n\r\nhello")
 
-    async for place in _serve(handle):
+    async with _serve(handle) as place:
         yield place
