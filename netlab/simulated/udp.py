@@ -17,7 +17,8 @@ from netlab.simulated.packet import UDP_HEADER_BYTES, Packet
 from netlab.simulated.sockets import DEFAULT_BUFFER_BYTES, SimulatedSocket
 
 # From the Linux headers; Python's socket module has no names for these.
-_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_DO = 10, 23, 2
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER = 10, 23
+_PMTUDISC_DONT, _PMTUDISC_WANT, _PMTUDISC_DO, _PMTUDISC_PROBE, _PMTUDISC_OMIT = 0, 1, 2, 3, 5
 _SOL_UDP, _UDP_SEGMENT = 17, 103
 
 # Linux accounts for some overhead of each queued datagram; 1300-byte ones take 2304 bytes.
@@ -157,7 +158,7 @@ class UdpSocket(SimulatedSocket):
             fail(errno.EINVAL if self._size == 4 else errno.ENETUNREACH)
         if remote[1] == 0:
             fail(errno.EINVAL)
-        may_fragment = False
+        may_fragment = self._leaves_fragmenting_to_routers
         headers = UDP_HEADER_BYTES + (20 if len(destination) == 4 else 40)
         if len(payload) + headers > self._host.mtu_to(destination):
             if len(payload) > _MAX_PAYLOAD_BYTES or self._forbids_fragments:
@@ -167,12 +168,19 @@ class UdpSocket(SimulatedSocket):
         return len(payload)
 
     @property
-    def _forbids_fragments(self) -> bool:
+    def _mtu_mode(self) -> object:
         if self._size == 4:
-            option = self._options.get((stdlib.IPPROTO_IP, _IP_MTU_DISCOVER), 1)
-        else:
-            option = self._options.get((stdlib.IPPROTO_IPV6, _IPV6_MTU_DISCOVER), 1)
-        return isinstance(option, int) and option >= _PMTUDISC_DO
+            return self._options.get((stdlib.IPPROTO_IP, _IP_MTU_DISCOVER), _PMTUDISC_WANT)
+        return self._options.get((stdlib.IPPROTO_IPV6, _IPV6_MTU_DISCOVER), _PMTUDISC_WANT)
+
+    @property
+    def _forbids_fragments(self) -> bool:
+        return self._mtu_mode in (_PMTUDISC_DO, _PMTUDISC_PROBE)
+
+    @property
+    def _leaves_fragmenting_to_routers(self) -> bool:
+        """IPv4 without "don't fragment"; IPv6's routers never do it."""
+        return self._size == 4 and self._mtu_mode in (_PMTUDISC_DONT, _PMTUDISC_OMIT)
 
     async def sendto(self, *args: Any) -> int:
         data, address = args[0], args[-1]

@@ -29,6 +29,13 @@ from traversal.relay_map import Family
 
 SEND_BUFFER_BYTES: Final = 512 << 10
 """A stream's writer waits while this much of it was not sent once."""
+TURN_BYTES: Final = 16 << 10
+"""What a stream hands to the library before the next one may."""
+STREAM_HEADER_BYTES: Final = 20
+RESERVE_BYTES: Final = 1500
+"""Of the congestion window, never filled with streams. qh3 2.1 sends no acknowledgments while what
+is left of the window is too small for the stream data that waits; with both ends in that state
+each waits for the other until the connection times out."""
 MAX_WAITING_DATAGRAMS: Final = 1024
 """DATAGRAM frames that nobody has received yet, and of those that the network has no room for;
 beyond it the oldest is dropped."""
@@ -100,6 +107,10 @@ class QuicConnection:
         self._opened: deque[QuicStream] = deque()
         self._datagrams: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
         self._outgoing: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
+        self._writers: deque[QuicStream] = deque()
+        """Streams with bytes, or an end, that the library does not have yet."""
+        self._withheld = 0
+        """Bytes that the library has and the other side's windows do not admit."""
         self._foreign = 0 if engine.configuration.is_client is False else 1
         """The two low bits of the other side's bidirectional streams (RFC 9000 2.1)."""
         self._note_id: Callable[[bytes, QuicConnection], None] | None = None
@@ -153,6 +164,7 @@ class QuicConnection:
         if self.failure is None and not self._closing:
             self._closing = True
             try:
+                self._feed_streams()
                 self._engine.close(error_code=code, reason_phrase=reason)
             except QuicConnectionError:
                 pass
@@ -268,11 +280,33 @@ class QuicConnection:
             if len(datagram) <= longest:  # the path may have become narrower
                 engine.send_datagram_frame(datagram)
 
+    def _feed_streams(self) -> None:
+        """Hand bytes of streams to the library, in turns, as far as the congestion window allows:
+        see RESERVE_BYTES."""
+        if not self._writers:
+            return
+        engine = self._engine
+        buffered = engine.get_send_buffer_size() - self._withheld
+        room = engine.congestion_room - RESERVE_BYTES - max(0, buffered)
+        while self._writers and room > 0:
+            stream = self._writers.popleft()
+            room -= stream._feed(min(room, TURN_BYTES))
+            if stream._has_unsent:
+                self._writers.append(stream)
+
+    def _note_withheld(self) -> None:
+        """Nothing more can be sent now; if there was room, the rest waits for other windows."""
+        engine = self._engine
+        if engine.congestion_room > RESERVE_BYTES and not engine.is_paced:
+            self._withheld = engine.get_send_buffer_size()
+
     async def _transmit(self) -> None:
         while True:
             self._queue_datagrams()
+            self._feed_streams()
             datagrams = self._engine.datagrams_to_send(trio.current_time())
             if not datagrams:
+                self._note_withheld()
                 return
             start = 0
             while start < len(datagrams):
@@ -352,6 +386,10 @@ class QuicStream:
         self.stream_id = stream_id
         self._connection = connection
         self._spool = Spool()
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._has_unsent = False
+        self._is_end_unsent = False
         self._readers = trio.lowlevel.ParkingLot()
         self._is_receive_ended = False
         self._is_send_ended = False
@@ -405,14 +443,13 @@ class QuicStream:
         """Send bytes; returns when they are on their way or soon will be. Raises QuicError."""
         await trio.lowlevel.checkpoint_if_cancelled()
         connection = self._connection
-        engine = connection._engine
         view = memoryview(data)
         while view:
             self._check_sending()
-            if engine.get_send_buffer_size(self.stream_id) >= SEND_BUFFER_BYTES:
+            if self._unsent_bytes >= SEND_BUFFER_BYTES:
                 await connection._waiting.park()
                 continue
-            self._write(view[:SEND_BUFFER_BYTES])
+            self._write(bytes(view[:SEND_BUFFER_BYTES]))
             view = view[SEND_BUFFER_BYTES:]
 
     async def send_end(self) -> None:
@@ -420,7 +457,8 @@ class QuicStream:
         await trio.lowlevel.checkpoint_if_cancelled()
         if not self._is_send_ended:
             self._check_sending()
-            self._write(memoryview(b""), is_end=True)
+            self._is_end_unsent = True
+            self._write(b"")
             self._is_send_ended = True
             self._forget_if_over()
 
@@ -452,15 +490,39 @@ class QuicStream:
         if self._send_failure is not None:
             raise QuicError(str(self._send_failure), self._send_failure.code)
 
-    def _write(self, data: memoryview, *, is_end: bool = False) -> None:
-        try:
-            self._connection._engine.send_stream_data(self.stream_id, data, is_end)
-        except QuicConnectionError as error:
-            # Perhaps the other side stopped reading, and that is still among the events.
-            self._connection._handle_events()
-            self._check_sending()
-            raise QuicError(f"QUIC: {error.reason_phrase}") from None
-        self._connection._wake.set()
+    def _write(self, data: bytes) -> None:
+        connection = self._connection
+        if not self._has_unsent:
+            connection._writers.append(self)
+        self._has_unsent = True
+        if data:
+            self._unsent.append(memoryview(data))
+            self._unsent_bytes += len(data)
+        connection._wake.set()
+
+    def _feed(self, max_bytes: int) -> int:
+        """Hand bytes to the library; how many, with something for a header."""
+        data = memoryview(b"")
+        if self._unsent:
+            data = self._unsent.popleft()
+            if len(data) > max_bytes:
+                self._unsent.appendleft(data[max_bytes:])
+                data = data[:max_bytes]
+            self._unsent_bytes -= len(data)
+        self._has_unsent = bool(self._unsent)
+        is_end = self._is_end_unsent and not self._has_unsent
+        if self._send_failure is None or self._is_send_ended:
+            try:
+                self._connection._engine.send_stream_data(self.stream_id, data, is_end)
+            except QuicConnectionError:
+                # The other side stopped reading, and that is among the events to come.
+                self._drop_unsent()
+        return len(data) + STREAM_HEADER_BYTES
+
+    def _drop_unsent(self) -> None:
+        self._unsent.clear()
+        self._unsent_bytes = 0
+        self._has_unsent = False
 
     # ---- from the connection
 
@@ -481,6 +543,7 @@ class QuicStream:
     def _fail_sending(self, failure: QuicError) -> None:
         if not self._is_send_ended and self._send_failure is None:
             self._send_failure = failure
+            self._drop_unsent()
             self._connection._waiting.unpark_all()
             self._forget_if_over()
 

@@ -331,11 +331,9 @@ class _KernelSocket:
         self.set_path_mtu_mode(_PMTUDISC_OMIT)
 
     def set_path_mtu_mode(self, mode: int) -> None:
-        if self._family == 4 and mode == MAY_FRAGMENT:
-            mode = _PMTUDISC_OMIT  # routers do it; those of IPv6 only tell the kernel to
         try:
             if self._family == 4:
-                self._sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, mode)
+                self._sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _ipv4_mode(mode))
             else:
                 self._sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, mode)
         except OSError:
@@ -420,7 +418,7 @@ class _OtherSocket:
         if self._is_ipv6:
             self._sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, mode)
         else:
-            self._sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, mode)
+            self._sock.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _ipv4_mode(mode))
 
     def send(self, data: bytes, address: Source) -> None:
         self._twin.sendto_nowait(data, address)
@@ -453,6 +451,11 @@ class _OtherSocket:
 
 UdpSocket = _KernelSocket | _OtherSocket
 """One bound socket: `receive` gives batches, `close` closes; send by `UdpSockets.send`."""
+
+
+def _ipv4_mode(mode: int) -> int:
+    # IPv4's routers fragment what lacks "don't fragment"; those of IPv6 only tell the sender to.
+    return _PMTUDISC_OMIT if mode == MAY_FRAGMENT else mode
 
 
 def _reason(error: OSError) -> str:

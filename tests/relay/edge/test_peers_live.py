@@ -258,14 +258,14 @@ async def test_udp_blocked_and_healed(tmp_path: Path) -> None:
         one.client.send(two.key, b"by TCP")
         await until(lambda: two.heard.packets)
         middle.is_open = True
-        await until(lambda: one.client.statistics().transport is Transport.QUIC, 20)
+        await until(lambda: one.client.statistics().transport is Transport.QUIC, 60)
         assert one.heard.changes == [True]
         for sender, receiver in ((one, two), (two, one)):
             receiver.heard.packets.clear()
             sender.client.send(receiver.key, b"by UDP")
             await until(lambda receiver=receiver: receiver.heard.packets)
         middle.is_open = False
-        await until(lambda: one.client.statistics().transport is Transport.HTTP2, 20)
+        await until(lambda: one.client.statistics().transport is Transport.HTTP2, 60)
         assert one.heard.changes == [True, False, True]
 
 
