@@ -223,7 +223,9 @@ class QuicConnection:
             # The library numbers a stream when it is opened, so that two that open at once differ.
             stream = QuicStream(self, engine._open_stream())
         except QuicConnectionError as error:
-            # The other side is closing, and the event that says so is on its way.
+            # The other side closed, and the event that says so waits for its turn; nobody else is
+            # to come here meanwhile.
+            self._end(QuicError(f"QUIC: {error.reason_phrase}", error.error_code))
             raise QuicError(f"QUIC: {error.reason_phrase}", error.error_code) from None
         self._streams[stream.stream_id] = stream
         return stream
