@@ -32,6 +32,7 @@ SEND_BUFFER_BYTES: Final = 512 << 10
 TURN_BYTES: Final = 16 << 10
 """What a stream hands to the library before the next one may."""
 STREAM_HEADER_BYTES: Final = 20
+STALLED_SECONDS: Final = 0.5
 RESERVE_BYTES: Final = 1500
 """Of the congestion window, never filled with streams. qh3 2.1 sends no acknowledgments while what
 is left of the window is too small for the stream data that waits; with both ends in that state
@@ -109,6 +110,8 @@ class QuicConnection:
         self._outgoing: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
         self._writers: deque[QuicStream] = deque()
         """Streams with bytes, or an end, that the library does not have yet."""
+        self._leftover = 0
+        self._leftover_since = -math.inf
         self._withheld = 0
         """Bytes that the library has and the other side's windows do not admit."""
         self._foreign = 0 if engine.configuration.is_client is False else 1
@@ -297,10 +300,15 @@ class QuicConnection:
                 self._writers.append(stream)
 
     def _note_withheld(self) -> None:
-        """Nothing more can be sent now; if there was room, the rest waits for other windows."""
-        engine = self._engine
-        if engine.congestion_room > RESERVE_BYTES and not engine.is_paced:
-            self._withheld = engine.get_send_buffer_size()
+        """What the library has had for long without sending it waits for other windows than that
+        of congestion: a reader has stalled, and must not hold up the other streams."""
+        size = self._engine.get_send_buffer_size()
+        now = trio.current_time()
+        if size != self._leftover:
+            self._leftover, self._leftover_since = size, now
+            self._withheld = min(self._withheld, size)
+        elif now - self._leftover_since > STALLED_SECONDS:
+            self._withheld = size
 
     async def _transmit(self) -> None:
         while True:

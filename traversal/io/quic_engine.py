@@ -169,12 +169,6 @@ class QuicEngine(_Connection):
         )
 
     @property
-    def is_paced(self) -> bool:
-        """Whether something waits for its turn in time only (RFC 9002 7.7)."""
-        timer = self._require_core().get_timer()
-        return timer is not None and timer[0] == "pacing"
-
-    @property
     def congestion_room(self) -> int:
         """Bytes that may be sent before something is acknowledged; below 0 if too much was sent."""
         core = self._require_core()
