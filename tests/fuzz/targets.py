@@ -1,4 +1,5 @@
-"""Every parser of network bytes, the errors it may raise, and samples to begin with."""
+"""Every parser of network bytes, the errors it may raise, and samples to begin with; and the state
+machine of a peer, driven by bytes."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from relay.edge.hygiene import (
     clean_response,
 )
 from relay.proxy_protocol import ProxyProtocolError, parse_proxy_header
+from tests.fuzz.machine import drive_peer
 from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
 from traversal.io.quic_engine import parse_initial
 from traversal.keys import KeyFormatError, NodePrivate
@@ -204,6 +206,7 @@ TARGETS: dict[str, Target] = {
     "punching": Target(parse_punch_message, (PunchMessageError,)),
     "stun": Target(_stun, (), (bytes.fromhex("000100002112a442") + bytes(12),)),
     "nat-pmp": Target(nat_pmp.parse_response, (nat_pmp.NatPmpError,), (b"\0\x80" + bytes(10),)),
+    "peer": Target(drive_peer),
     "pcp": Target(pcp.parse_response, (pcp.PcpError,), (b"\2\x81" + bytes(58),)),
     "upnp": Target(_upnp, (), (b"HTTP/1.1 200 OK\r\nLOCATION: http://192.0.2.1/\r\n\r\n", b"<a/>")),
     "ice": Target(_text(parse_description), (IceDescriptionError,), (b"a=ice-ufrag:x\r\n",)),
