@@ -33,7 +33,9 @@ def main(names: tuple[str, ...], seconds: int, in_process: bool) -> None:
         click.echo(f"{name} ", nl=False)
         command = [sys.executable, "-m", "tests.fuzz", name, "--in-process", f"--seconds={seconds}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stderr.splitlines() if line.startswith("#")]
+        lines = [
+            line for line in done.stderr.splitlines() if line.startswith("#") and "cov:" in line
+        ]
         click.echo(" ".join(lines[-1].split()) if lines else "nothing was run")
         if done.returncode:
             failed.append(name)
