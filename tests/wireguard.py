@@ -48,8 +48,8 @@ class Tunnel:
     host: KernelHost
     name: str
     address: str
-    port: int
-    process: trio.Process
+    process: trio.Process | None = None
+    """Absent for one that somebody else started."""
 
     async def add_peer(self, key: Key, allowed: str, endpoint: str) -> None:
         """Send what is for `allowed` to the peer at `endpoint`."""
@@ -58,8 +58,9 @@ class Tunnel:
 
     async def close(self) -> None:
         """End it."""
-        self.process.terminate()
-        await self.process.wait()
+        if self.process is not None:
+            self.process.terminate()
+            await self.process.wait()
 
     async def transferred(self) -> int:
         """Bytes that came through the tunnel."""
@@ -91,4 +92,4 @@ async def open_tunnel(host: KernelHost, name: str, key: Key, address: str, port:
         ["ip", "link", "set", name, "mtu", str(MTU_BYTES), "up"],
     ):
         await host.run_process(command)
-    return Tunnel(host, name, address, port, process)
+    return Tunnel(host, name, address, process)

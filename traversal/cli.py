@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from traversal.agent.status import (
     nat_status,
     report_status,
 )
+from traversal.agent.wireguard import WireGuardError
 from traversal.io.udp import UdpError
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.link import PathKind
@@ -27,7 +29,7 @@ from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import RelayMap
 
 _T = TypeVar("_T")
-_FAILURES = (ConfigError, ControlError, KeyFormatError, NodeError, UdpError)
+_FAILURES = (ConfigError, ControlError, KeyFormatError, NodeError, UdpError, WireGuardError)
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _config = click.option(
@@ -219,7 +221,7 @@ def ping(
 @main.command()
 @_config
 def up(config_path: Path) -> None:
-    """Run the node agent until it is interrupted."""
+    """Run the node agent until it is interrupted or gets SIGTERM."""
     config = _load_config(config_path)
     relay_map = _load_map(config.relay_map, config_path)
 
@@ -230,6 +232,9 @@ def up(config_path: Path) -> None:
             for peer in config.peers:
                 if peer.endpoint is not None:
                     click.echo(f"WireGuard endpoint of {peer.name}: {peer.endpoint}", err=True)
+            with trio.open_signal_receiver(signal.SIGTERM) as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
 
     try:
         _run(run)

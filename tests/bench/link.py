@@ -331,7 +331,7 @@ async def measure_wireguard(
             await wait_for_echo(*pair)
             await trio.sleep(2)
             addresses = pair[0].address, pair[1].address
-            processes = [end.process for end in pair]
+            processes = [end.process for end in pair if end.process is not None]
             async with bursts(name, a, b, addresses, *processes, *programs) as way:
                 rows += [await measure(way, size, seconds) for size in sizes]
     return rows

@@ -172,3 +172,38 @@ async def test_hard_nat(tmp_path: Path) -> None:
             assert await echoes(ends, 1, 10) == 1
             assert await echoes(ends, 50, 3) == 50
             await stream(ends)
+
+
+async def test_the_agent_sets_wireguard_up(tmp_path: Path) -> None:
+    """Where the kernel makes no WireGuard interface the agent runs wireguard-go, gives both ends
+    keys, addresses and a route, and takes the interface away when it ends."""
+    async with programs(tmp_path) as running:
+        wireguard.hide_run_directory()
+        relay_map = await start_relay(running)
+        hosts = ("alice", "bob")
+        nodes = {host: NodePrivate.generate(os.urandom) for host in hosts}
+        keys = {host: Key() for host in hosts}
+        for host, other in zip(hosts, hosts[::-1], strict=True):
+            home = running.home(host)
+            (home / "node.key").write_text(nodes[host].reveal())
+            (home / "wg.key").write_text(keys[host].private)
+            (home / "underpass.toml").write_text(
+                f'key = "node.key"\nrelay_map = "{relay_map}"\n[wireguard]\n'
+                f'interface = "up-{host}"\nkey = "wg.key"\naddresses = ["{ADDRESSES[host]}/24"]\n'
+                f'[[peers]]\nname = "{other}"\nkey = "{nodes[other].public()}"\nrelay = 900\n'
+                f'wireguard_key = "{keys[other].public}"\n'
+                f'allowed_ips = ["{ADDRESSES[other]}/32", "10.99.{host == "bob":d}.0/24"]\n'
+            )
+            await running.start(host, *UNDERPASS, "up", ready="home region 900")
+        lab = running.lab
+        ends = Ends(*(Tunnel(lab.host(host), f"up-{host}", ADDRESSES[host]) for host in hosts))
+        while await echoes(ends, 1, 0.2) == 0:
+            pass
+        assert await echoes(ends, 50, 3) == 50
+        assert await kind(running, "alice") == "direct"
+        _, routes = await running.run("alice", "ip", "route", "show", "dev", "up-alice")
+        assert "10.99.0.0/24" in routes
+        await stream(ends)
+        await running.stop("alice", *UNDERPASS)
+        status, _ = await running.run("alice", "ip", "link", "show", "dev", "up-alice")
+        assert status != 0

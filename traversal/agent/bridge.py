@@ -11,6 +11,7 @@ import trio
 
 from traversal.io.udp import Batch, UdpSockets
 from traversal.link import Link, LinkError
+from traversal.relay_map import Family
 from traversal.wire.address import Address
 from traversal.wire.classify import WIREGUARD
 
@@ -20,13 +21,15 @@ async def run_bridge(
     endpoint: Address,
     wireguard: Address,
     *,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Carry packets between `link` and the WireGuard at `wireguard`, until cancelled.
+    """Carry packets between `link` and the WireGuard at `wireguard`, until cancelled; tells the
+    endpoint, whose port is the kernel's choice if it was 0.
 
     Raises UdpError when `endpoint` can't be bound, LinkClosedError when the link is closed.
     """
-    sockets = UdpSockets({6 if endpoint.is_ipv6 else 4: endpoint.host})
+    family: Family = 6 if endpoint.is_ipv6 else 4
+    sockets = UdpSockets({family: endpoint.host})
     await sockets.open(endpoint.port)
     try:
         async with trio.open_nursery() as nursery:
@@ -40,7 +43,7 @@ async def run_bridge(
                     pass  # the link has just been closed
 
             nursery.start_soon(sockets.receive, handle)
-            task_status.started()
+            task_status.started(Address(endpoint.host, sockets.port(family) or 0))
             while True:
                 sockets.send_many(await link.receive_many(), wireguard)
     finally:

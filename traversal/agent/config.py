@@ -17,6 +17,17 @@
     peer_relay = true                   # this peer may carry our traffic with the others
     port_search = false                 # not for this peer
 
+    [wireguard]                         # instead of wireguard = "...": set WireGuard up
+    interface = "wg0"
+    key = "wg.key"                      # made by `wg genkey`
+    addresses = ["10.88.0.1/24"]
+    port = 51820                        # UDP, on loopback
+    mtu = 1380                          # what fits through most paths without fragments
+
+    [[peers]]
+    wireguard_key = "..."               # the peer's public key, as `wg pubkey` writes it
+    allowed_ips = ["10.88.0.2/32"]
+
     [edge]                              # an edge that the peers know, too
     addresses = ["edge.example.com:7844"]
     credentials = "tunnel.json"         # of any tunnel there
@@ -29,11 +40,16 @@ only keeps paths to its peers.
 
 from __future__ import annotations
 
+import base64
+import ipaddress
+import re
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
+from traversal.agent.wireguard import IpNetwork, WireGuardInterface
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.paths.edge import EdgePolicy
 from traversal.relay_map import RelayMap, RelayMapError
@@ -57,6 +73,18 @@ class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endpoint: str = ""
     peer_relay: bool = False
     port_search: bool = True
+    wireguard_key: str = ""
+    allowed_ips: list[str] = []
+
+
+class WireGuardTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `[wireguard]` table."""
+
+    interface: str
+    key: str
+    addresses: list[str]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 51820
+    mtu: Annotated[int, msgspec.Meta(ge=576, le=65535)] = 1380
 
 
 class EdgeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -73,7 +101,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     relay_map: str
     port: int = 0
     control: str = "underpass.sock"
-    wireguard: str = ""
+    wireguard: str | WireGuardTable = ""
     peer_relay_port: int | None = None
     port_search: bool = True
     state: str = "underpass.state"
@@ -88,6 +116,8 @@ class PeerConfig(msgspec.Struct, frozen=True):
     key: NodePublic
     relay: int
     endpoint: Address | None
+    wireguard_key: str
+    allowed: tuple[IpNetwork, ...]
     is_peer_relay: bool
     may_search_ports: bool
 
@@ -109,6 +139,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     port: int
     control: Path
     wireguard: Address | None
+    interface: WireGuardInterface | None
     peer_relay_port: int | None
     may_search_ports: bool
     state: Path
@@ -139,7 +170,14 @@ def load_config(path: Path) -> AgentConfig:
         for value in values:
             if values.count(value) > 1:
                 raise ConfigError(f"{path}: two peers have the {what} {value}")
-    wireguard = _address(path, "wireguard", file.wireguard)
+    interface = None
+    if isinstance(file.wireguard, WireGuardTable):
+        interface = _check_interface(path, file.wireguard)
+        wireguard: Address | None = Address("127.0.0.1", interface.port)
+    else:
+        wireguard = _address(path, "wireguard", file.wireguard)
+        if any(peer.wireguard_key for peer in peers):
+            raise ConfigError(f"{path}: peers have a wireguard_key, so write a [wireguard] table")
     if wireguard is None and any(peer.endpoint for peer in peers):
         raise ConfigError(f'{path}: peers have an endpoint, so write wireguard = "IP:PORT" too')
     return AgentConfig(
@@ -148,6 +186,7 @@ def load_config(path: Path) -> AgentConfig:
         port=file.port,
         control=path.parent / file.control,
         wireguard=wireguard,
+        interface=interface,
         peer_relay_port=file.peer_relay_port,
         may_search_ports=file.port_search,
         state=path.parent / file.state,
@@ -197,7 +236,53 @@ def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
     endpoint = _address(path, f"peer {number} ({entry.name}), endpoint", entry.endpoint)
     if endpoint is not None and not endpoint.ip.is_loopback:
         raise ConfigError(f"{where} ({entry.name}), endpoint: {endpoint} is no loopback address")
-    return PeerConfig(entry.name, key, entry.relay, endpoint, entry.peer_relay, entry.port_search)
+    allowed = tuple(_network(where, text) for text in entry.allowed_ips)
+    if entry.wireguard_key:
+        _check_wireguard_key(f"{where} ({entry.name}), wireguard_key", entry.wireguard_key)
+    return PeerConfig(
+        name=entry.name,
+        key=key,
+        relay=entry.relay,
+        endpoint=endpoint,
+        wireguard_key=entry.wireguard_key,
+        allowed=allowed,
+        is_peer_relay=entry.peer_relay,
+        may_search_ports=entry.port_search,
+    )
+
+
+def _check_interface(path: Path, table: WireGuardTable) -> WireGuardInterface:
+    where = f"{path}, wireguard"
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", table.interface):
+        raise ConfigError(f"{where}.interface: {table.interface!r} is no name of an interface")
+    key_file = path.parent / table.key
+    try:
+        key = key_file.read_text().strip()
+        addresses = tuple(ipaddress.ip_interface(text) for text in table.addresses)
+    except OSError as error:
+        raise ConfigError(
+            f'{key_file}: {error.strerror}. Make a key with "wg genkey > {key_file}".'
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    _check_wireguard_key(str(key_file), key)
+    return WireGuardInterface(table.interface, key, addresses, table.port, table.mtu)
+
+
+def _check_wireguard_key(where: str, text: str) -> None:
+    try:
+        is_key = len(base64.b64decode(text, validate=True)) == 32
+    except ValueError:
+        is_key = False
+    if not is_key:
+        raise ConfigError(f"{where}: a WireGuard key is 32 bytes in base64, as wg writes it")
+
+
+def _network(where: str, text: str) -> IpNetwork:
+    try:
+        return ipaddress.ip_network(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}, allowed_ips: {error}") from None
 
 
 def _check_edge(path: Path, table: EdgeTable) -> EdgeConfig:

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,8 @@ from traversal.agent.bridge import run_bridge
 from traversal.agent.config import AgentConfig, ConfigError, EdgeConfig
 from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
+from traversal.agent.wireguard import WireGuardPeer, run_wireguard
+from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
 from traversal.link import Link
@@ -23,10 +26,12 @@ from traversal.node import Node, open_node
 from traversal.paths.edge import EdgePolicy
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
+from traversal.wire.address import Address
 
 if TYPE_CHECKING:
     from traversal.io.edge_client import EdgeOptions
 
+ANY_PORT: Final = Address("127.0.0.1", 0)
 ASK_SECONDS: Final = 5.0
 PING_SECONDS: Final = 2.0
 MAX_QUESTION_BYTES: Final = 4096
@@ -69,6 +74,7 @@ async def run_agent(
                 hosts=hosts,
                 admit=lambda key: key.raw in known,
                 relay_options=relay_options,
+                interfaces=_interfaces(config),
                 map_ports=map_ports,
                 peer_relay=peer_relay,
                 edge=_edge_options(config.edge) if config.edge is not None else None,
@@ -79,17 +85,34 @@ async def run_agent(
             trio.open_nursery() as nursery,
         ):
             node.set_peer_relays(peer.key for peer in config.peers if peer.is_peer_relay)
+            wireguard_peers: list[WireGuardPeer] = []
             for peer in config.peers:
                 may_search = config.may_search_ports and peer.may_search_ports
                 link = await node.connect(
                     peer.key, relay=peer.relay, port_search=PunchPolicy(is_enabled=may_search)
                 )
-                if peer.endpoint is not None and config.wireguard is not None:
-                    await nursery.start(run_bridge, link, peer.endpoint, config.wireguard)
+                wanted = peer.endpoint or (ANY_PORT if peer.wireguard_key else None)
+                if wanted is None or config.wireguard is None:
+                    continue
+                endpoint = await nursery.start(run_bridge, link, wanted, config.wireguard)
+                if peer.wireguard_key:
+                    wireguard_peers.append(
+                        WireGuardPeer(peer.wireguard_key, peer.allowed, endpoint)
+                    )
+            if config.interface is not None:
+                await nursery.start(run_wireguard, config.interface, wireguard_peers)
             task_status.started(node)
             while True:
                 sock, _ = await listener.accept()
                 nursery.start_soon(_serve, sock, node, names)
+
+
+def _interfaces(config: AgentConfig) -> InterfaceFilter:
+    """All but overlays, and never the one whose packets we carry."""
+    everywhere = InterfaceFilter()
+    if config.interface is None:
+        return everywhere
+    return replace(everywhere, denied_names=(*everywhere.denied_names, config.interface.name))
 
 
 def _edge_options(edge: EdgeConfig) -> EdgeOptions:
