@@ -49,8 +49,10 @@ BALANCE_SECONDS: Final = 5.0
 """How often it is seen whether a connection should move to QUIC, or to another address: an edge
 that is back has visitors, too, who wait."""
 YOUNG_SECONDS: Final = 10.0
-"""A connection that does not live as long counts as a failure, or an edge that registers and closes
-would be dialed without a pause."""
+YOUNG_BASE_SECONDS: Final = 0.1
+YOUNG_CAP_SECONDS: Final = 10.0
+"""A connection that does not live as long and served nothing is followed by a wait: or an edge that
+registers and closes would be dialed without a pause."""
 _FEATURES: Final = (
     "serialized_headers",
     "allow_remote_config",
@@ -167,13 +169,16 @@ class Connector:
 
     async def _keep(self, index: int) -> None:
         backoff = Backoff(self._rng.random)
-        is_young = False
+        pauses = Backoff(
+            self._rng.random, base_seconds=YOUNG_BASE_SECONDS, cap_seconds=YOUNG_CAP_SECONDS
+        )
+        is_useless = False
         await trio.sleep(index * SPACING_SECONDS)
         while True:
             connection = self._current.get(index)
             if connection is None or connection.leaving.is_set():
-                if is_young:
-                    await trio.sleep(backoff.next_wait())
+                if is_useless:
+                    await trio.sleep(pauses.next_wait())
                 connection = await self._connect(index, backoff)
                 if connection is None:
                     return
@@ -183,9 +188,9 @@ class Connector:
                 continue
             del self._current[index]
             now = trio.current_time()
-            is_young = connection.over.is_set() and now - connection.since < YOUNG_SECONDS
-            if not is_young:
-                backoff.reset()
+            is_useless = not connection.exchanges and now - connection.since < YOUNG_SECONDS
+            if not is_useless:
+                pauses.reset()
             if connection.over.is_set():
                 logger.warning(
                     "Connection %d (%s, %s) ended: %s",
@@ -221,6 +226,7 @@ class Connector:
                     self._book.rotate(index, trio.current_time(), is_unroutable=is_unroutable)
                 await trio.sleep(wait)
                 continue
+            backoff.reset()
             book.note_success(index)
             await self._take(index, connection)
             self.registered.set()

@@ -96,6 +96,7 @@ class EdgeConnection:
         details: what the edge said of it.
         since: when it registered, in monotonic seconds.
         active: exchanges under way.
+        exchanges: since it registered.
         leaving: set when the edge gives it no new requests, or soon will: replace it.
         over: set when it has ended; `failure` says why.
     """
@@ -113,6 +114,7 @@ class EdgeConnection:
         self.details: ConnectionDetails
         self.since = trio.current_time()
         self.active = 0
+        self.exchanges = 0
         self.leaving = trio.Event()
         self.over = trio.Event()
         self.failure = ""
@@ -178,6 +180,7 @@ class EdgeConnection:
     async def serve(self, service: Service, incoming: Incoming) -> None:
         """Have the service serve an exchange."""
         self.active += 1
+        self.exchanges += 1
         try:
             async with incoming:
                 await service.serve(incoming)
