@@ -18,22 +18,23 @@ from relay.edge.hygiene import (
     clean_response,
 )
 from relay.proxy_protocol import ProxyProtocolError, parse_proxy_header
+from tests.fuzz.listener import serve_frames, serve_requests
 from tests.fuzz.machine import drive_peer
 from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
 from traversal.io.quic_engine import parse_initial
-from traversal.keys import KeyFormatError, NodePrivate
+from traversal.keys import Box, DiscoPrivate, KeyFormatError, NodePrivate
 from traversal.relay_map import RelayMap, RelayMapError
 from traversal.wire import derp, nat_pmp, pcp, socks, stun, upnp
 from traversal.wire.address import Address
 from traversal.wire.classify import classify
 from traversal.wire.derp import DerpError
-from traversal.wire.derp_upgrade import ClientHandshake
-from traversal.wire.disco import DiscoError, parse_message
+from traversal.wire.derp_upgrade import ClientHandshake, maybe_server_key_from_certificates
+from traversal.wire.disco import DiscoError, open_envelope, parse_message
 from traversal.wire.geneve import GeneveError, parse_header
 from traversal.wire.ice_check import parse_check_request, parse_check_response
 from traversal.wire.ice_description import IceDescriptionError, parse_description
-from traversal.wire.introduction import IntroductionError, parse_introduction
-from traversal.wire.punching import PunchMessageError, parse_punch_message
+from traversal.wire.introduction import IntroductionError, open_introduction, parse_introduction
+from traversal.wire.punching import PunchMessageError, open_punch_message, parse_punch_message
 from traversal.wire.tunnel import (
     capnp,
     configuration,
@@ -80,6 +81,31 @@ def _derp_upgrade(data: bytes) -> None:
     key = NodePrivate.generate(lambda size: bytes(range(size)))
     upgrade = ClientHandshake(key, "relay.test", info=derp.ClientInfo(), nonce=bytes(24))
     upgrade.receive_data(data)
+
+
+_KEY = NodePrivate.generate(lambda size: bytes(range(size)))
+_BOX = Box(_KEY, NodePrivate.generate(lambda size: bytes(range(1, size + 1))).public())
+_DISCO_BOX = Box(
+    DiscoPrivate.generate(lambda size: bytes(range(size))),
+    DiscoPrivate.generate(lambda size: bytes(range(1, size + 1))).public(),
+)
+
+
+def _envelopes(data: bytes) -> None:
+    """Sealed messages: forged ones, and what an authenticated peer may have put into them."""
+    sealed = _BOX.seal(data, bytes(24))
+    for read, error in (
+        (lambda: open_envelope(data, _DISCO_BOX), DiscoError),
+        (lambda: open_introduction(data, _BOX), IntroductionError),
+        (lambda: open_punch_message(data, _BOX), PunchMessageError),
+        (lambda: derp.parse_server_info(sealed, _BOX), DerpError),
+        (lambda: derp.parse_client_info(_KEY.public().raw + sealed, _KEY), DerpError),
+        (lambda: derp.parse_client_info(data, _KEY), DerpError),
+    ):
+        try:
+            read()
+        except error:
+            pass
 
 
 def _stun(data: bytes) -> None:
@@ -199,6 +225,25 @@ TARGETS: dict[str, Target] = {
     "derp-info": Target(_derp_info, (), (b'{"version":2,"CanAckPings":true}',)),
     "derp-upgrade": Target(
         _derp_upgrade, (DerpError,), (b"HTTP/1.1 101 Switching Protocols\r\n\r\n",)
+    ),
+    "meta-certificate": Target(lambda data: maybe_server_key_from_certificates([data])),
+    "envelopes": Target(_envelopes, (), (b'{"version":2}',)),
+    "relay-http": Target(
+        serve_requests,
+        (),
+        (
+            b"GET /generate_204 HTTP/1.1\r\nHost: r\r\n\r\n",
+            b"GET /derp HTTP/1.1\r\nHost: r\r\nUpgrade: DERP\r\nConnection: upgrade\r\n\r\n",
+            (
+                b"GET /derp HTTP/1.1\r\nHost: r\r\nUpgrade: websocket\r\nConnection: upgrade\r\n"
+                b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dW5kZXJwYXNzIGVkZ2UuLg==\r\n"
+                b"Sec-WebSocket-Protocol: derp\r\n\r\n\x82\x81abcd\x01"
+            ),
+            b"POST / HTTP/1.1\r\nHost: r\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+        ),
+    ),
+    "relay-websocket": Target(
+        serve_frames, (), (b"\x82\x84abcd\1\2\3\4\x89\x80abcd\x88\x82abcd\x62\x8a",)
     ),
     "disco": Target(parse_message, (DiscoError,), (b"\1\0" + bytes(44), b"\3\0" + bytes(18))),
     "geneve": Target(parse_header, (GeneveError,), (bytes.fromhex("0080656500000100"),)),
