@@ -28,6 +28,11 @@
     wireguard_key = "..."               # the peer's public key, as `wg pubkey` writes it
     allowed_ips = ["10.88.0.2/32"]
 
+    [interfaces]                        # which the node uses; overlays are never used by default
+    allow = ["eth", "wlan"]             # only names that begin so; absent for all
+    deny = ["docker", "br-"]            # without allow: all but names that begin so
+    deny_networks = ["172.16.0.0/12"]   # addresses that are neither told to peers nor pinged
+
     [edge]                              # an edge that the peers know, too
     addresses = ["edge.example.com:7844"]
     credentials = "tunnel.json"         # of any tunnel there
@@ -50,6 +55,7 @@ from typing import Annotated
 import msgspec
 
 from traversal.agent.wireguard import IpNetwork, WireGuardInterface
+from traversal.io.interfaces import InterfaceFilter
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.paths.edge import EdgePolicy
 from traversal.relay_map import RelayMap, RelayMapError
@@ -96,6 +102,14 @@ class EdgeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: EdgePolicy = EdgePolicy.LAST
 
 
+class InterfacesTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `[interfaces]` table."""
+
+    allow: list[str] = []
+    deny: list[str] = []
+    deny_networks: list[str] = []
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: str
     relay_map: str
@@ -105,6 +119,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_relay_port: int | None = None
     port_search: bool = True
     state: str = "underpass.state"
+    interfaces: InterfacesTable = InterfacesTable()
     edge: EdgeTable | None = None
     peers: list[PeerEntry] = []
 
@@ -143,6 +158,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     peer_relay_port: int | None
     may_search_ports: bool
     state: Path
+    interfaces: InterfaceFilter
     edge: EdgeConfig | None
     peers: tuple[PeerConfig, ...]
 
@@ -190,8 +206,24 @@ def load_config(path: Path) -> AgentConfig:
         peer_relay_port=file.peer_relay_port,
         may_search_ports=file.port_search,
         state=path.parent / file.state,
+        interfaces=_check_interfaces(path, file.interfaces),
         edge=_check_edge(path, file.edge) if file.edge is not None else None,
         peers=peers,
+    )
+
+
+def _check_interfaces(path: Path, table: InterfacesTable) -> InterfaceFilter:
+    networks = []
+    for text in table.deny_networks:
+        try:
+            networks.append(ipaddress.ip_network(text))
+        except ValueError as error:
+            raise ConfigError(f"{path}, interfaces, deny_networks: {error}") from None
+    usual = InterfaceFilter()
+    return InterfaceFilter(
+        denied_names=(*usual.denied_names, *table.deny),
+        allowed_names=tuple(table.allow),
+        denied_networks=tuple(networks),
     )
 
 

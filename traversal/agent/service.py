@@ -108,11 +108,11 @@ async def run_agent(
 
 
 def _interfaces(config: AgentConfig) -> InterfaceFilter:
-    """All but overlays, and never the one whose packets we carry."""
-    everywhere = InterfaceFilter()
+    """As configured, and never the one whose packets we carry."""
+    wanted = config.interfaces
     if config.interface is None:
-        return everywhere
-    return replace(everywhere, denied_names=(*everywhere.denied_names, config.interface.name))
+        return wanted
+    return replace(wanted, excluded=(config.interface.name,))
 
 
 def _edge_options(edge: EdgeConfig) -> EdgeOptions:

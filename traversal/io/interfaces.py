@@ -45,16 +45,20 @@ class InterfaceFilter:
         denied_names: prefixes of interface names to leave alone.
         denied_kinds: drivers whose interfaces are left alone, as `ip -d link` names them.
         allowed_names: if not empty, only interfaces with one of these prefixes.
+        excluded: whole names that are left alone whatever the others say.
         denied_networks: ranges whose addresses are neither advertised nor pinged.
     """
 
     denied_names: tuple[str, ...] = ("zt", "wt0", "tailscale", "wg")
     denied_kinds: tuple[str, ...] = ("wireguard",)
     allowed_names: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     denied_networks: tuple[IPNetwork, ...] = ()
 
     def admits(self, name: str, kind: str = "") -> bool:
         """Whether an interface may be used."""
+        if name in self.excluded:
+            return False
         if self.allowed_names:
             return name.startswith(self.allowed_names)
         return not name.startswith(self.denied_names) and kind not in self.denied_kinds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -63,6 +64,18 @@ class TestConfig:
         assert [peer.may_search_ports for peer in config.peers] == [True, False]
         assert not load_config(write_config(tmp_path, "port_search = false")).may_search_ports
 
+    def test_interfaces(self, tmp_path: Path) -> None:
+        """Interfaces and ranges can be allowed and denied; overlays stay denied."""
+        table = '[interfaces]\ndeny = ["docker"]\ndeny_networks = ["10.0.0.0/8"]'
+        found = load_config(write_config(tmp_path, table)).interfaces
+        assert found.admits("eth0")
+        assert not found.admits("docker0")
+        assert not found.admits("tailscale0")
+        assert found.denied_networks == (ip_network("10.0.0.0/8"),)
+        only = load_config(write_config(tmp_path, '[interfaces]\nallow = ["wlan"]')).interfaces
+        assert only.admits("wlan0")
+        assert not only.admits("eth0")
+
     def test_edge(self, tmp_path: Path) -> None:
         """The table names the edge, a credentials file and when to use it."""
         table = '[edge]\naddresses = {}\ncredentials = "tunnel.json"\n'
@@ -96,6 +109,7 @@ class TestConfig:
             (peer_table("a", a_key(), endpoint="127.0.0.1:1"), "write wireguard"),
             (peer_table("a", a_key(), endpoint="192.0.2.1:1"), "is no loopback address"),
             ('wireguard = "here"', "must read IP:PORT"),
+            ('[interfaces]\ndeny_networks = ["10.0.0.1/8"]', "deny_networks: 10.0.0.1/8 has host"),
         ],
     )
     def test_names_what_is_wrong(self, tmp_path: Path, text: str, complaint: str) -> None:

@@ -52,6 +52,7 @@ def test_names() -> None:
     assert InterfaceFilter().admits("eth0")
     assert not InterfaceFilter(allowed_names=("wlan",)).admits("eth0")
     assert InterfaceFilter(allowed_names=("zt",)).admits("zt0")
+    assert not InterfaceFilter(allowed_names=("zt",), excluded=("zt0",)).admits("zt0")
 
 
 def test_which_changes_need_fresh_sockets() -> None:
