@@ -378,7 +378,7 @@ async def test_planned_restart_lets_requests_finish(tmp_path: Path) -> None:
 
         async with trio.open_nursery() as inner:
             inner.start_soon(upload)
-            await trio.sleep(0.02)
+            await until(lambda: service.statistics().active == 1)
             inner.start_soon(one.edge.drain, 10)
             await until(lambda: {c.address.port for c in connector.connections} == {two.address[1]})
         assert answers == [(200, body)]

@@ -47,6 +47,11 @@ class HandshakeStream:
         assert isinstance(host, str)
         return host
 
+    @property
+    def selected_protocol(self) -> str | None:
+        """What TLS agreed on by ALPN, None for nothing or without TLS."""
+        return None if self._tls is None else self._tls.selected_protocol()
+
     async def start_tls(
         self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None
     ) -> TlsEngine:

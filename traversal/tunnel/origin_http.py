@@ -193,6 +193,13 @@ async def serve_http(
     _put_back(pool, address, stream, is_reusable=reusable)
 
 
+async def serve_http_on(
+    incoming: Incoming, request: OriginRequest, stream: HandshakeStream
+) -> None:
+    """The same on a connection that is there, and not used again. Raises as `serve_http`."""
+    await _Attempt(incoming, request, stream).run()
+
+
 def _put_back(
     pool: OriginPool, address: OriginAddress, stream: HandshakeStream, *, is_reusable: bool
 ) -> None:

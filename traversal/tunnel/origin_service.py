@@ -23,6 +23,7 @@ from traversal.tunnel.origin_http import (
     serve_http,
     serve_websocket,
 )
+from traversal.tunnel.origin_http2 import serve_http2
 from traversal.tunnel.origin_options import OriginOptions
 from traversal.tunnel.origin_tcp import serve_bastion, serve_socks, serve_tcp
 from traversal.tunnel.services import (
@@ -87,7 +88,7 @@ class OriginService:
         self.version = LOCAL_VERSION
         self._ingress = Ingress.of(configuration)
         self._pool = OriginPool()
-        self._contexts: dict[tuple[str, bool], Callable[[], ssl.SSLContext]] = {}
+        self._contexts: dict[tuple[str, bool, bool], Callable[[], ssl.SSLContext]] = {}
         self._requests = self._active = self._errors = self._tcp_sessions = 0
         self._by_status: Counter[int] = Counter()
         self._logged_at: dict[str, float] = {}
@@ -177,6 +178,8 @@ class OriginService:
                 request = _request(incoming, service, options)
                 if head.kind == "websocket":
                     await serve_websocket(incoming, request, address, times)
+                elif options.is_http2 and service.is_tls:
+                    await serve_http2(incoming, request, address, times)
                 else:
                     await serve_http(incoming, request, address, times, self._pool)
 
@@ -187,7 +190,7 @@ class OriginService:
         name = options.server_name or service.host
         if options.is_sni_of_request:
             name = normalized_host(authority)
-        key = options.ca_pool, options.is_verified
+        key = options.ca_pool, options.is_verified, options.is_http2
         if key not in self._contexts:
             self._contexts[key] = _context_maker(*key)
         return OriginAddress(
@@ -279,7 +282,9 @@ def _place(text: str, default_port: int) -> OriginAddress:
     return OriginAddress(host, port or default_port)
 
 
-def _context_maker(ca_pool: str, is_verified: bool) -> Callable[[], ssl.SSLContext]:
+def _context_maker(
+    ca_pool: str, is_verified: bool, offers_http2: bool
+) -> Callable[[], ssl.SSLContext]:
     made: ssl.SSLContext | None = None
 
     def make() -> ssl.SSLContext:
@@ -291,6 +296,8 @@ def _context_maker(ca_pool: str, is_verified: bool) -> Callable[[], ssl.SSLConte
                     context.load_verify_locations(ca_pool)
                 except (OSError, ssl.SSLError) as error:
                     raise OriginError(f"caPool {ca_pool}: {error}") from None
+            if offers_http2:
+                context.set_alpn_protocols(["h2", "http/1.1"])
             if not is_verified:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
