@@ -86,6 +86,9 @@ async def _open(stream: HandshakeStream, request: Request) -> tuple[WSConnection
     ]
     try:
         websocket.initiate_upgrade_connection([(b"host", b"relay"), *headers], "/derp")
+    except UnicodeError:
+        # wsproto decodes some of these headers as ASCII without asking whether they are.
+        await _refuse(stream, 400, "a header of its WebSocket handshake is not ASCII")
     except RemoteProtocolError as error:
         hint = error.event_hint
         status = hint.status_code if isinstance(hint, events.RejectConnection) else 400

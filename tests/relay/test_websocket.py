@@ -206,6 +206,9 @@ class TestOpening:
             ("POST /derp HTTP/1.1\r\nSec-WebSocket-Version: 13\r\n", 405),
             ("GET /derp HTTP/1.1\r\nSec-WebSocket-Version: 13\r\n", 400),
             ("GET /derp HTTP/1.1\r\nSec-WebSocket-Version: 8\r\n", 426),
+            ("GET /derp HTTP/1.1\r\nSec-WebSocket-Protocol: \xa1\r\n", 400),
+            ("GET /derp HTTP/1.1\r\nSec-WebSocket-Extensions: \xa1\r\n", 400),
+            ("GET /derp HTTP/1.1\r\nConnection: \xa1\r\n", 400),
         ],
     )
     async def test_wrong_handshakes_get_a_status(self, head: str, status: int) -> None:
