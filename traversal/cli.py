@@ -27,6 +27,7 @@ from traversal.link import PathKind
 from traversal.node import NodeError, open_node
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import RelayMap
+from traversal.tunnel.commands import tunnel
 
 _T = TypeVar("_T")
 _FAILURES = (ConfigError, ControlError, KeyFormatError, NodeError, UdpError, WireGuardError)
@@ -305,6 +306,9 @@ def _load_map(source: str | None, config_path: Path) -> RelayMap:
 def _fail(text: str) -> NoReturn:
     click.echo(f"underpass: {text}", err=True)
     sys.exit(2)
+
+
+main.add_command(tunnel)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ REQUESTS = int(os.environ.get("UNDERPASS_TUNNEL_REQUESTS", "300"))
 HOST = "app.example.com"
 
 
-def edge_config(directory: Path, port: int = 0, visitors: int = 0) -> Config:
+def edge_config(
+    directory: Path, port: int = 0, visitors: int = 0, quick_domain: str = ""
+) -> Config:
     routes = directory / "routes.toml"
     routes.write_text(f'[[http]]\nhost = "{HOST}"\ntunnel = "web"\n')
     return Config.dev(
@@ -44,6 +46,7 @@ def edge_config(directory: Path, port: int = 0, visitors: int = 0) -> Config:
             "edge.public.http": f"127.0.0.1:{visitors}",
             "edge.public.routes_file": str(routes),
             "server.drain_seconds": 5.0,
+            **({"edge.quick.domain": quick_domain} if quick_domain else {}),
         }
     )
 

@@ -57,9 +57,9 @@ _FEATURES: Final = (
     "serialized_headers",
     "allow_remote_config",
     "support_quic_eof",
-    FEATURE_DATAGRAM_V3,
     FEATURE_DRAIN,
 )
+_UDP: Final = FEATURE_DATAGRAM_V3
 
 
 class ConnectorError(Exception):
@@ -321,7 +321,7 @@ class Connector:
             connection_index=index,
             options=ConnectionOptions(
                 client_id=self.connector_id,
-                features=_FEATURES,
+                features=_FEATURES if self._service.udp is None else (*_FEATURES, _UDP),
                 version=f"underpass/{version('underpass')}",
                 arch=f"linux_{platform.machine()}",
                 previous_attempts=min(attempts, 255),

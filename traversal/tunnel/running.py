@@ -26,7 +26,12 @@ async def run_tunnel(
 
     Starts when the first connection is registered. Raises ConnectorError.
     """
-    service = OriginService(settings.configuration, UdpFlows())
+    is_private_open = settings.is_private_open
+    service = OriginService(
+        settings.configuration,
+        UdpFlows() if is_private_open else None,
+        is_private_open=is_private_open,
+    )
     connector = Connector(
         ConnectorOptions(
             settings.credentials,
@@ -53,6 +58,8 @@ async def run_tunnel(
                 await connector.registered.wait()
                 task_status.started(connector)
 
+            if service.udp is not None:
+                nursery.start_soon(service.udp.run)
             nursery.start_soon(stop_when_told)
             nursery.start_soon(tell_start)
             try:

@@ -18,6 +18,8 @@
     [[ingress]]
     service = "http_status:404"
 
+    [warp-routing]                   # lets the edge connect to any TCP or UDP address from here
+
 Without `url` and `ingress` the edge says what is served. Paths are relative to the file.
 """
 
@@ -75,6 +77,9 @@ class TunnelSettings:
     connections: int = 4
     grace_seconds: int = 30
     health: tuple[str, int] | None = None
+    is_private_open: bool = True
+    """Whether the edge may have us connect to any address: by a `[warp-routing]` table, or where
+    the edge says what is served anyway."""
 
 
 def load_settings(path: Path) -> TunnelSettings:
@@ -91,19 +96,30 @@ def load_settings(path: Path) -> TunnelSettings:
         raise SettingsError(f"{path}: {error}") from None
 
 
-def read_settings(table: dict[str, Any], directory: Path) -> TunnelSettings:
-    """From a table; paths in it are relative to `directory`. Raises SettingsError."""
+def read_settings(
+    table: dict[str, Any],
+    directory: Path,
+    *,
+    credentials: Credentials | None = None,
+    token: str | None = None,
+) -> TunnelSettings:
+    """From a table; paths in it are relative to `directory`.
+
+    With `credentials` or `token` the table must name no file of them. Raises SettingsError.
+    """
     try:
         given = check_keys("the file", table, _KEYS)
         return TunnelSettings(
             places=_places(given),
-            credentials=_credentials(given, directory),
+            credentials=credentials
+            or (parse_token(token) if token else _credentials(given, directory)),
             configuration=_configuration(given),
             ca_file=_ca_file(given, directory),
             transports=_protocol(given.get("protocol", "auto")),
             connections=_connections(given.get("connections", 4)),
             grace_seconds=whole_seconds("the file", "grace", given.get("grace", 30)),
             health=_health(given.get("health", "")),
+            is_private_open="warp-routing" in given or not ({"url", "ingress"} & given.keys()),
         )
     except TunnelError as error:
         raise SettingsError(str(error)) from None

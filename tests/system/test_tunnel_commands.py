@@ -1,0 +1,117 @@
+"""`underpass tunnel` as a user runs it: processes, files, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from click.testing import CliRunner
+
+from relay.config import Config
+from relay.edge.certificates import authority_path
+from relay.edge.tunnel_files import create_tunnel
+from tests.system.test_tunnel import RunningEdge, edge_config, fetch, origin, run_edge, until
+from traversal.cli import main
+
+COMMAND = [sys.executable, "-m", "traversal.cli", "tunnel"]
+
+
+@asynccontextmanager
+async def local_service() -> AsyncIterator[int]:
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, origin, 0, host="127.0.0.1"))
+        yield listeners[0].socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def command(*arguments: str, **environment: str) -> AsyncIterator[trio.Process]:
+    async with trio.open_nursery() as nursery:
+        process = await nursery.start(
+            partial(
+                trio.run_process,
+                [*COMMAND, *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | environment,
+                check=False,
+            )
+        )
+        yield process
+        nursery.cancel_scope.cancel()
+
+
+async def test_run(tmp_path: Path) -> None:
+    """A token in the environment and a URL publish a service; health says ready; SIGTERM leaves in
+    good order."""
+    token = create_tunnel(str(tmp_path), "web", os.urandom).credentials.to_token()
+    with trio.fail_after(40):
+        async with local_service() as port, trio.open_nursery() as nursery:
+            edge = await nursery.start(run_edge, edge_config(tmp_path))
+            edge_place = "{}:{}".format(*edge.address)
+            arguments = ["--edge", edge_place, "--url", f"http://127.0.0.1:{port}"]
+            arguments += ["--ca", str(authority_path(tmp_path))]
+            async with command("run", *arguments, TUNNEL_TOKEN=token) as process:
+                registry = edge.edge.registry
+                await until(lambda: len(list(registry.connections())) == 4)
+                assert await fetch(edge.visitors, "/a") == (200, b"/a")
+                process.send_signal(signal.SIGTERM)
+                assert await process.wait() == 0
+            assert list(registry.connections()) == []
+            nursery.cancel_scope.cancel()
+
+
+async def test_quick(tmp_path: Path) -> None:
+    """One command without an account gives a name under which the local port is reached."""
+    create_tunnel(str(tmp_path), "web", os.urandom)
+    config: Config = edge_config(tmp_path, quick_domain="localhost")
+    with trio.fail_after(40):
+        async with local_service() as port, trio.open_nursery() as nursery:
+            edge: RunningEdge = await nursery.start(run_edge, config)
+            base = f"http://localhost:{edge.visitors}"
+            place = "{}:{}".format(*edge.address)
+            arguments = ["--edge", base, "--connect", place, "--url", f"http://127.0.0.1:{port}"]
+            arguments += ["--ca", str(authority_path(tmp_path)), "--json"]
+            async with command("quick", *arguments) as process:
+                assert process.stdout is not None
+                said = json.loads(await process.stdout.receive_some())
+                host = said["url"].removeprefix("http://")
+                assert host.endswith(".localhost")
+                await until(lambda: bool(list(edge.edge.registry.connections())))
+                assert await fetch(edge.visitors, "/q", host=host) == (200, b"/q")
+                process.send_signal(signal.SIGINT)
+                assert await process.wait() == 0
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('edge = ["e"]\ncredentials = "c.json"\nurl = "htp://h"', "did you mean 'http://'"),
+        ('edge = ["e"]\ncredential = "c.json"', "did you mean 'credentials'"),
+        ('edge = ["e"]\ncredentials = "none.json"', "create-tunnel"),
+        ('credentials = "c.json"', "edge = ["),
+        ('edge = ["e"]\ncredentials = "c.json"\nurl = "http://h"\nprotocol = "htp2"', "'http2'"),
+    ],
+)
+def test_check_names_the_fix(tmp_path: Path, text: str, part: str) -> None:
+    """A wrong file is told with what to write; a right one with what it means."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    (tmp_path / "c.json").write_text(credentials.to_file())
+    file = tmp_path / "tunnel.toml"
+    file.write_text(text)
+    result = CliRunner().invoke(main, ["tunnel", "check", "-c", str(file)])
+    assert result.exit_code == 2
+    assert part in result.output
+    file.write_text('edge = ["e"]\ncredentials = "c.json"\nurl = "http://h"')
+    result = CliRunner().invoke(main, ["tunnel", "check", "-c", str(file)])
+    assert (result.exit_code, "* * -> http://h" in result.output) == (0, True)
