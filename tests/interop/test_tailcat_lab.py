@@ -362,6 +362,8 @@ def test_soak(tmp_path: Path) -> None:
                     assert link.path.kind is PathKind.DIRECT, link.verdict().text()
                 grown = resident_kilobytes(os.getpid()) - before
                 print(f"LAB {SOAK_MINUTES} min: grown by {grown} kB, {link.statistics()}")
+                for change in changes:
+                    print(f"LAB {change.at - began:.1f} {change.old} {change.new} {change.reason}")
                 assert [change.reason for change in changes] == []
                 assert "now using" not in stock.text()[said:]
                 assert len(link.statistics().peer.candidates) <= candidates

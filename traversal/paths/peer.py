@@ -52,7 +52,7 @@ from traversal.paths.effects import (
 )
 from traversal.paths.liveness import TICK_SECONDS
 from traversal.paths.pinger import Pinger, Purpose
-from traversal.paths.scoring import Path
+from traversal.paths.scoring import GOOD_ENOUGH_SECONDS, Path
 from traversal.paths.search import SearchSchedule
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics, none_if_never
 from traversal.wire.address import Address
@@ -60,10 +60,9 @@ from traversal.wire.disco import RELAY_REGION_HOST
 
 HEARTBEAT_SECONDS: Final = 3.0
 ACTIVITY_SECONDS: Final = 45.0
-GOOD_ENOUGH_SECONDS: Final = 0.005
 PEER_RELAY_MIN_SECONDS: Final = 30.0
 PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
-"""All five: path selection specification 2."""
+"""All four: path selection specification 2."""
 
 PING_BACK_SECONDS: Final = 5.0
 """Least time between two Pings in answer to Pings from one address (P7); while a direct path is in

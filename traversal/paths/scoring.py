@@ -2,7 +2,9 @@
 
 The table is the one that stock nodes use, on purpose: two ends that choose alike end up on the same
 path in both directions. What differs is the latency that goes in (the least of the last three
-samples, not the last one), so that one delayed Pong does not move a peer's traffic.
+samples, not the last one), so that one delayed Pong does not move a peer's traffic; and that all
+latencies up to 5 ms count as the same, since below it a percentage is mostly noise, which would
+move traffic to and fro between two addresses of a near peer.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ PRIVATE_POINTS: Final = 20
 IPV6_POINTS: Final = 10
 MIN_LEAD_POINTS: Final = 2
 """A lead of 1 over 0 (1 % of latency) is noise."""
-
+GOOD_ENOUGH_SECONDS: Final = 0.005
+"""Path selection specification 2: nobody looks for anything faster than this."""
 
 EDGE_HOST: Final = "127.3.3.41"
 """The fictitious host that stands for "by the edge", as 127.3.3.40 does for DERP."""
@@ -78,6 +81,8 @@ def latency_points(one_seconds: float, other_seconds: float) -> tuple[int, int]:
     one, other = round(one_seconds * 1e9), round(other_seconds * 1e9)
     if one <= 0 or other <= 0:
         return 0, 0
+    near = round(GOOD_ENOUGH_SECONDS * 1e9)
+    one, other = max(one, near), max(other, near)
     if one < other:
         return 100 - 100 * one // other, 0
     if other < one:

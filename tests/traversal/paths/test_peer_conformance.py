@@ -155,6 +155,17 @@ def test_t5_scoring(a, a_ms, b, b_ms, expected) -> None:
     assert is_better(one, other) is expected
 
 
+def test_t5_noise_of_near_paths() -> None:
+    """Below 5 ms latency does not count: what an address is decides, however samples vary, so that
+    two addresses of a near peer are not preferred in turn (found in a soak with a stock node)."""
+    for fast, slow in ((0.0002, 0.004), (0.004, 0.0002), (0.0004, 0.0003)):
+        ipv6, ipv4 = Path(Address("2001::5", 1)), Path(X)
+        assert is_better(Measured(ipv6, fast), Measured(ipv4, slow))
+        assert not is_better(Measured(ipv4, slow), Measured(ipv6, fast))
+        assert not is_better(Measured(Path(Y), fast), Measured(ipv4, slow))
+    assert is_better(Measured(Path(X), 0.004), Measured(Path(Y), 0.1))
+
+
 def test_t5_scoring_rules() -> None:
     """The rules before the points: same path, unset, direct against relay, unknown latency."""
     direct, relayed = Path(X), Path(X, vni=7)
