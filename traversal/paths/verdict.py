@@ -53,6 +53,7 @@ class Remedy(Enum):
     MAP_PORT_HERE = "map-port-here"
     MAP_PORT_THERE = "map-port-there"
     PORT_SEARCH = "enable-port-search"
+    PEER_RELAY = "add-peer-relay"
     CHECK_PEER = "check-peer"
     SEND_TRAFFIC = "send-traffic"
 
@@ -67,6 +68,8 @@ _REMEDY_TEXT: Final = {
     "port to the peer.",
     Remedy.PORT_SEARCH: "Allow the port search for this peer: it finds the ports that a hard NAT "
     "picks.",
+    Remedy.PEER_RELAY: "Let a node that both reach by UDP be their peer relay (peer_relay_port in "
+    "its file, peer_relay in theirs).",
     Remedy.CHECK_PEER: "See whether the peer runs and is connected to its relay.",
     Remedy.SEND_TRAFFIC: "Send something: paths are only looked for while there is traffic.",
 }
@@ -393,7 +396,9 @@ class _Builder:
         both = f"This node is behind {describe_nat(own)}, {self._name} behind {describe_nat(peer)}"
         ports = (Remedy.MAP_PORT_HERE, Remedy.MAP_PORT_THERE)
         if own.is_hard and peer.is_hard:
-            self._say(Finding.BOTH_HARD, f"{both}: neither can learn the other's port.", *ports)
+            relay = () if self._statistics.state is PathState.PEER_RELAY else (Remedy.PEER_RELAY,)
+            sentence = f"{both}: neither can learn the other's port."
+            self._say(Finding.BOTH_HARD, sentence, *ports, *relay)
         elif own.is_hard:
             self._say(
                 Finding.HARD_HERE,

@@ -59,6 +59,7 @@ def test_direct(world) -> None:
     ("kinds", "facts", "finding", "remedy"),
     [
         (("hard", "hard"), (HARD, HARD), Finding.BOTH_HARD, Remedy.MAP_PORT_HERE),
+        (("hard", "hard"), (HARD, HARD), Finding.BOTH_HARD, Remedy.PEER_RELAY),
         (("hard", "easy"), (HARD, EASY), Finding.HARD_HERE, Remedy.PORT_SEARCH),
         (("easy", "hard"), (EASY, HARD), Finding.HARD_THERE, Remedy.PORT_SEARCH),
         (("blocked", "easy"), (BLOCKED, EASY), Finding.UDP_BLOCKED_HERE, Remedy.OPEN_UDP_HERE),
