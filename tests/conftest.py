@@ -49,4 +49,6 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for report in data:
         item.ihook.pytest_runtest_logreport(report=from_data(config=item.config, data=report))
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # What tests before this one set up here for its module must go before the next module begins.
+    item.session._setupstate.teardown_exact(nextitem)
     return True

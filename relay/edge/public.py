@@ -95,6 +95,7 @@ class PublicEdge:
             randomness=random.Random(),
         )
         self._accepting = trio.CancelScope()
+        self._leaving = trio.Event()
         self._listeners: list[tuple[socket.socket, _Handler]] = []
         self.udp: tuple[tuple[str, int], ...] = ()
         self._udp: list[tuple[socket.socket, UdpPort]] = []
@@ -131,8 +132,10 @@ class PublicEdge:
             task_status.started()
 
     def stop_accepting(self) -> None:
-        """Take no more visitors; those that are here are served on."""
+        """Take no more visitors. The requests of those that are here are served, and their
+        connections are closed when they are idle."""
         self._accepting.cancel()
+        self._leaving.set()
 
     def reload(self) -> None:
         """Read routes and certificates again; what is no good leaves everything as it was. Ports
@@ -246,7 +249,7 @@ class PublicEdge:
     async def _handle_plain(
         self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
     ) -> None:
-        await serve_http1(stream, Visitor(source, "http"), self._proxy.serve)
+        await serve_http1(stream, Visitor(source, "http"), self._proxy.serve, self._leaving)
 
     async def _handle_tls(
         self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
@@ -268,9 +271,9 @@ class PublicEdge:
         if route is not None:
             await self._pass_through(sock, data, route.tunnel, route.destination, source)
         elif tls.selected_protocol() == "h2":
-            await serve_http2(stream, Visitor(source, "https"), self._proxy.serve)
+            await serve_http2(stream, Visitor(source, "https"), self._proxy.serve, self._leaving)
         else:
-            await serve_http1(stream, Visitor(source, "https"), self._proxy.serve)
+            await serve_http1(stream, Visitor(source, "https"), self._proxy.serve, self._leaving)
 
     async def _handle_tcp(
         self, route: PortRoute, sock: trio.socket.SocketType, stream: HandshakeStream, source: str

@@ -35,6 +35,7 @@ logger = logging.getLogger("underpass.relay.edge")
 
 HANDSHAKE_SECONDS: Final = 15.0
 """A connector allows as long for its side of the TLS handshake."""
+SETTLE_SECONDS: Final = 0.5
 HANDSHAKES: Final = 500
 HANDSHAKES_PER_SOURCE: Final = 100
 """TLS handshakes under way; a connector that starts makes four, one a second."""
@@ -111,6 +112,8 @@ class Edge:
         self.public.stop_accepting()
         self.registrar.is_draining = True
         self.registrar.drain_seconds = seconds
+        # Visitors who were just accepted get their request in, and a connector for it.
+        await trio.sleep(min(SETTLE_SECONDS, seconds / 2))
         for connection in self.registry.connections():
             connection.drain("the edge is about to stop")
         with trio.move_on_after(seconds):

@@ -41,12 +41,18 @@ class BadHttpError(Exception):
     """The visitor speaks no HTTP, or too slowly; the text says how."""
 
 
-async def serve_http1(stream: HandshakeStream, visitor: Visitor, serve: Serve) -> None:
-    """Serve a connection until it is over. Raises BadHttpError; closing is the caller's."""
-    connection = _Connection(stream, visitor, serve)
+async def serve_http1(
+    stream: HandshakeStream, visitor: Visitor, serve: Serve, leaving: trio.Event
+) -> None:
+    """Serve a connection until it is over, or until it is idle once `leaving` is set.
+
+    Raises BadHttpError; closing is the caller's.
+    """
+    connection = _Connection(stream, visitor, serve, leaving)
     problem: BadHttpError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(connection.read)
+        nursery.start_soon(connection.leave_when_told)
         try:
             await connection.serve()
         except BadHttpError as error:
@@ -59,8 +65,11 @@ async def serve_http1(stream: HandshakeStream, visitor: Visitor, serve: Serve) -
 
 
 class _Connection:
-    def __init__(self, stream: HandshakeStream, visitor: Visitor, serve: Serve) -> None:
+    def __init__(
+        self, stream: HandshakeStream, visitor: Visitor, serve: Serve, leaving: trio.Event
+    ) -> None:
         self.visitor = visitor
+        self.leaving = leaving
         self.has_left = trio.Event()
         self.protocol = h11.Connection(
             h11.SERVER, max_incomplete_event_size=MAX_HEADER_BYTES + MAX_TARGET_BYTES
@@ -69,6 +78,14 @@ class _Connection:
         self._serve = serve
         self._arrived, self._chunks = trio.open_memory_channel[bytes](0)
         self._early = b""
+        self._requests = 0
+        self._idle = trio.CancelScope()
+
+    async def leave_when_told(self) -> None:
+        """Stop waiting for another request when we are leaving."""
+        await self.leaving.wait()
+        if self._requests:
+            self._idle.cancel()
 
     async def read(self) -> None:
         try:
@@ -82,6 +99,7 @@ class _Connection:
     async def serve(self) -> None:
         protocol = self.protocol
         while (request := await self._next_request()) is not None:
+            self._requests += 1
             visit = _Http1Visit(self, request)
             await self._serve(visit)
             if visit.is_over:
@@ -97,9 +115,12 @@ class _Connection:
         """None where the visitor is done."""
         protocol = self.protocol
         if protocol.their_state is h11.IDLE and not protocol.trailing_data[0]:
-            with trio.move_on_after(IDLE_SECONDS) as idle:
+            if self._requests and self.leaving.is_set():
+                return None
+            self._idle = trio.CancelScope(deadline=trio.current_time() + IDLE_SECONDS)
+            with self._idle:
                 await self.receive_more()
-            if idle.cancelled_caught:
+            if self._idle.cancelled_caught:
                 return None
         with trio.move_on_after(HEAD_SECONDS):
             while True:
@@ -223,8 +244,9 @@ class _Http1Visit(Visit):
             and status not in (204, 304)
             and all(name != b"content-length" for name, _ in headers)
         )
-        if status >= 400 and self._connection.protocol.their_state is h11.SEND_BODY:
-            # The rest of the request is not wanted, and nothing can follow it.
+        is_unread = status >= 400 and self._connection.protocol.their_state is h11.SEND_BODY
+        if is_unread or self._connection.leaving.is_set():
+            # The rest of the request is not wanted and nothing can follow it, or nothing should.
             headers = (*headers, (b"connection", b"close"))
         await self._send(h11.Response(status_code=status, headers=list(headers), reason=reason))
 

@@ -28,16 +28,20 @@ VISITOR_LIMITS: Final = Http2Limits(
 )
 """A visitor makes us hold `buffered_bytes` at most."""
 RECEIVE_BYTES: Final = 256 << 10
+LEAVING_POLL_SECONDS: Final = 0.1
 
 
-async def serve_http2(stream: HandshakeStream, visitor: Visitor, serve: Serve) -> None:
-    """Serve a connection until it is over."""
+async def serve_http2(
+    stream: HandshakeStream, visitor: Visitor, serve: Serve, leaving: trio.Event
+) -> None:
+    """Serve a connection until it is over, or until it is idle once `leaving` is set."""
     connection = Http2Connection(
         stream, client_side=False, limits=VISITOR_LIMITS, connect_protocol=True
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(connection.run)
         nursery.start_soon(_close_when_idle, connection)
+        nursery.start_soon(_leave_when_told, connection, leaving)
         try:
             while True:
                 nursery.start_soon(_serve_stream, await connection.accept(), visitor, serve)
@@ -53,6 +57,14 @@ async def _close_when_idle(connection: Http2Connection) -> NoReturn:
             idle_since = trio.current_time()
         elif trio.current_time() >= idle_since + IDLE_SECONDS:
             connection.close()
+
+
+async def _leave_when_told(connection: Http2Connection, leaving: trio.Event) -> None:
+    await leaving.wait()
+    connection.leave()
+    while connection.stream_count:  # noqa: ASYNC110 # once in the edge's life
+        await trio.sleep(LEAVING_POLL_SECONDS)
+    connection.close()
 
 
 async def _serve_stream(stream: Http2Stream, visitor: Visitor, serve: Serve) -> None:

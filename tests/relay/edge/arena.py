@@ -258,6 +258,7 @@ class Arena:
     table: RoutingTable
     connections: list[FakeConnection] = field(default_factory=list)
     visitors: list[trio.SocketStream] = field(default_factory=list)
+    leaving: trio.Event = field(default_factory=trio.Event)
 
     def connect(self, origin: Origin = echo) -> FakeConnection:
         """One more connection of the tunnel."""
@@ -269,7 +270,8 @@ class Arena:
     def visit(
         self,
         serve: Callable[
-            [HandshakeStream, Visitor, Callable[[Visit], Awaitable[None]]], Awaitable[None]
+            [HandshakeStream, Visitor, Callable[[Visit], Awaitable[None]], trio.Event],
+            Awaitable[None],
         ],
     ) -> trio.SocketStream:
         """A visitor's end of a connection that `serve` serves."""
@@ -278,7 +280,7 @@ class Arena:
 
         async def run() -> None:
             try:
-                await serve(stream, VISITOR, self.proxy.serve)
+                await serve(stream, VISITOR, self.proxy.serve, self.leaving)
             finally:
                 stream.close()
 

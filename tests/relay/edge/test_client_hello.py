@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.edge.client_hello import MAX_BYTES, ClientHello, ClientHelloError, parse_client_hello
@@ -109,6 +109,7 @@ def test_no_more_is_read_than_there_may_be() -> None:
         parse_client_hello(endless + b"\x16")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(0, 600), st.binary(max_size=8))
 def test_no_bytes_do_harm(noise: bytes, position: int, patch: bytes) -> None:
     """Random bytes, and a real hello with a few of them changed, are parsed or refused."""

@@ -44,6 +44,27 @@ async def rest(stream: trio.abc.ReceiveStream) -> bytes:
     return data
 
 
+async def test_leaving() -> None:
+    """When the edge leaves, a visitor that waits on its connection is let go, and one whose request
+    is under way gets its answer first."""
+    async with open_arena() as arena:
+        arena.connect()
+        idle, busy, new = client_of(arena), client_of(arena), client_of(arena)
+        await idle.ask()
+        await busy.ask()
+        await busy.start("POST", "/", [("Content-Length", "5")])
+        await trio.testing.wait_all_tasks_blocked()
+        arena.leaving.set()
+        assert await rest(idle.stream) == b""
+        await busy.send(h11.Data(data=b"hello"))
+        await busy.send(h11.EndOfMessage())
+        assert (await busy.answer()).body == b"hello"
+        assert await rest(busy.stream) == b""
+        # Somebody who was accepted just before may still ask once.
+        answer = await new.ask()
+        assert (answer.status, answer.header(b"connection")) == (200, b"close")
+
+
 async def test_requests_one_after_another() -> None:
     """A connection carries any number of requests, with and without bodies."""
     async with open_arena() as arena:
