@@ -20,6 +20,9 @@ from relay.config import Config
 from relay.edge.certificates import authority_path
 from relay.edge.tunnel_files import create_tunnel
 from tests.system.test_tunnel import RunningEdge, edge_config, fetch, origin, run_edge, until
+from traversal import NodePrivate, RelayMap
+from traversal.agent.config import ConfigError, load_config
+from traversal.agent.service import run_agent
 from traversal.cli import main
 
 COMMAND = [sys.executable, "-m", "traversal.cli", "tunnel"]
@@ -115,3 +118,26 @@ def test_check_names_the_fix(tmp_path: Path, text: str, part: str) -> None:
     file.write_text('edge = ["e"]\ncredentials = "c.json"\nurl = "http://h"')
     result = CliRunner().invoke(main, ["tunnel", "check", "-c", str(file)])
     assert (result.exit_code, "* * -> http://h" in result.output) == (0, True)
+
+
+async def test_agent_serves_a_tunnel(tmp_path: Path) -> None:
+    """A `[tunnel]` table makes the node agent a connector, too; a mistake in it is named."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    (tmp_path / "web.json").write_text(credentials.to_file())
+    (tmp_path / "node.key").write_text(NodePrivate.generate(os.urandom).reveal())
+    file = tmp_path / "underpass.toml"
+    start = 'key = "node.key"\nrelay_map = "relays.json"\n[tunnel]\ncredentials = "web.json"\n'
+    file.write_text(start + 'edges = ["h"]')
+    with pytest.raises(ConfigError, match=r"tunnel.*did you mean 'edge'"):
+        load_config(file)
+    with trio.fail_after(40):
+        async with local_service() as port, trio.open_nursery() as nursery:
+            edge: RunningEdge = await nursery.start(run_edge, edge_config(tmp_path))
+            place = "{}:{}".format(*edge.address)
+            rest = f'edge = ["{place}"]\nca = "ca.pem"\nurl = "http://127.0.0.1:{port}"\n'
+            file.write_text(start + rest)
+            run = partial(run_agent, hosts={4: "127.0.0.1"}, map_ports=False)
+            await nursery.start(run, load_config(file), RelayMap({}))
+            await until(lambda: bool(list(edge.edge.registry.connections())))
+            assert await fetch(edge.visitors, "/agent") == (200, b"/agent")
+            nursery.cancel_scope.cancel()

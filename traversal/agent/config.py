@@ -9,6 +9,11 @@
     port_search = true                  # guess the ports of hard NATs; the default
     state = "underpass.state"           # what the agent learns and keeps
 
+    [tunnel]                            # publish services through an edge; keys as in the file of
+    edge = ["edge.example.com"]         # `underpass tunnel run`
+    credentials = "web.json"
+    url = "http://127.0.0.1:8000"
+
     [[peers]]
     name = "attic"
     key = "nodekey:..."
@@ -50,7 +55,7 @@ import ipaddress
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
@@ -59,6 +64,7 @@ from traversal.io.interfaces import InterfaceFilter
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.paths.edge import EdgePolicy
 from traversal.relay_map import RelayMap, RelayMapError
+from traversal.tunnel.settings import SettingsError, TunnelSettings, read_settings
 from traversal.wire.address import Address
 from traversal.wire.tunnel.credentials import Credentials, parse_credentials_file
 from traversal.wire.tunnel.errors import TunnelError
@@ -121,6 +127,7 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: str = "underpass.state"
     interfaces: InterfacesTable = InterfacesTable()
     edge: EdgeTable | None = None
+    tunnel: dict[str, Any] | None = None
     peers: list[PeerEntry] = []
 
 
@@ -160,6 +167,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     state: Path
     interfaces: InterfaceFilter
     edge: EdgeConfig | None
+    tunnel: TunnelSettings | None
     peers: tuple[PeerConfig, ...]
 
     def peer(self, name: str) -> PeerConfig | None:
@@ -208,8 +216,16 @@ def load_config(path: Path) -> AgentConfig:
         state=path.parent / file.state,
         interfaces=_check_interfaces(path, file.interfaces),
         edge=_check_edge(path, file.edge) if file.edge is not None else None,
+        tunnel=_check_tunnel(path, file.tunnel) if file.tunnel is not None else None,
         peers=peers,
     )
+
+
+def _check_tunnel(path: Path, table: dict[str, Any]) -> TunnelSettings:
+    try:
+        return read_settings(table, path.parent)
+    except SettingsError as error:
+        raise ConfigError(f"{path}, tunnel: {error}") from None
 
 
 def _check_interfaces(path: Path, table: InterfacesTable) -> InterfaceFilter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -26,12 +27,16 @@ from traversal.node import Node, open_node
 from traversal.paths.edge import EdgePolicy
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
+from traversal.tunnel.settings import TunnelSettings
 from traversal.wire.address import Address
 
 if TYPE_CHECKING:
     from traversal.io.edge_client import EdgeOptions
 
 ANY_PORT: Final = Address("127.0.0.1", 0)
+logger = logging.getLogger("underpass.agent")
+
+TUNNEL_AGAIN_SECONDS: Final = 60.0
 ASK_SECONDS: Final = 5.0
 PING_SECONDS: Final = 2.0
 MAX_QUESTION_BYTES: Final = 4096
@@ -102,6 +107,8 @@ async def run_agent(
             if config.interface is not None:
                 await nursery.start(run_wireguard, config.interface, wireguard_peers)
             task_status.started(node)
+            if config.tunnel is not None:
+                nursery.start_soon(_keep_tunnel, config.tunnel)
             while True:
                 sock, _ = await listener.accept()
                 nursery.start_soon(_serve, sock, node, names)
@@ -122,6 +129,20 @@ def _edge_options(edge: EdgeConfig) -> EdgeOptions:
 
     addresses = tuple(EdgeAddress(host, port) for host, port in edge.addresses)
     return EdgeOptions(addresses, edge.credentials, ca_file=edge.ca_file)
+
+
+async def _keep_tunnel(settings: TunnelSettings) -> None:
+    """Serve a tunnel; what is wrong with it must not cost the node its peers."""
+    # Imported late: not every agent has a tunnel.
+    from traversal.tunnel.connector import ConnectorError
+    from traversal.tunnel.running import run_tunnel
+
+    while True:
+        try:
+            await run_tunnel(settings)
+        except ConnectorError as error:
+            logger.error("The tunnel does not work: %s", error)
+        await trio.sleep(TUNNEL_AGAIN_SECONDS)
 
 
 @contextmanager

@@ -8,15 +8,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
 
 import click
 import trio
 
-from traversal.tunnel.connector import Connector, ConnectorError
-from traversal.tunnel.quick import QuickTunnelError, ask_for_quick_tunnel
-from traversal.tunnel.running import run_tunnel
 from traversal.tunnel.settings import (
     PROTOCOLS,
     SettingsError,
@@ -24,6 +21,11 @@ from traversal.tunnel.settings import (
     load_settings,
     read_settings,
 )
+
+# The rest is imported where it is used: it takes half a second, for which no other command of
+# `underpass` should wait.
+if TYPE_CHECKING:
+    from traversal.tunnel.connector import Connector
 
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -129,7 +131,8 @@ def quick(
     **options: Any,
 ) -> None:
     """Publish a local service under a random name, as long as this runs."""
-    # What is wrong here should not cost a tunnel.
+    from traversal.tunnel.quick import QuickTunnelError, ask_for_quick_tunnel
+
     edges = list(connect) or [urlsplit(base).hostname or ""]
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
     try:
@@ -165,6 +168,8 @@ def _settings(config_path: Path | None, options: dict[str, Any]) -> TunnelSettin
 
 
 def _serve(settings: TunnelSettings, log_level: str) -> None:
+    from traversal.tunnel.connector import ConnectorError
+
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
     # The QUIC library tells every end of a connection.
     logging.getLogger("quic").setLevel(logging.ERROR)
@@ -175,6 +180,8 @@ def _serve(settings: TunnelSettings, log_level: str) -> None:
 
 
 async def _run_until_told(settings: TunnelSettings) -> None:
+    from traversal.tunnel.running import run_tunnel
+
     told = trio.Event()
     async with trio.open_nursery() as nursery:
 

@@ -1,8 +1,9 @@
 """How a connector talks to an origin: `originRequest` with its defaults (edge tunnel
 specification 12.2). Pure.
 
-`noHappyEyeballs`, `proxyAddress`, `proxyPort` and `access` with `required` false are taken and have
-no effect.
+`tcpKeepAlive`, `keepAliveConnections` (a hundred connections wait for requests, all origins
+together), `noHappyEyeballs`, `proxyAddress`, `proxyPort` and `access` with `required` false are
+taken and have no effect.
 """
 
 from __future__ import annotations
@@ -49,8 +50,6 @@ class OriginOptions:
 
     connect_timeout: float = 30.0
     tls_timeout: float = 10.0
-    tcp_keep_alive: float = 30.0
-    keep_alive_connections: int = 100
     keep_alive_timeout: float = 90.0
     host_header: str = ""
     server_name: str = ""
@@ -80,8 +79,6 @@ class OriginOptions:
         values = {
             "connect_timeout": document.connect_timeout,
             "tls_timeout": document.tls_timeout,
-            "tcp_keep_alive": document.tcp_keep_alive,
-            "keep_alive_connections": document.keep_alive_connections,
             "keep_alive_timeout": document.keep_alive_timeout,
             "host_header": document.http_host_header,
             "server_name": document.origin_server_name,
