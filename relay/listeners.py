@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 import trio
 
@@ -20,6 +21,8 @@ TCP_KEEPALIVE_IDLE_SECONDS: Final = 600
 BACKLOG: Final = 4096
 """The kernel's own bound (net.core.somaxconn) applies as well; a storm of reconnecting clients
 should wait there and not be refused."""
+
+FAILURE_LOG_SECONDS: Final = 10.0
 
 _RESOURCE_ERRORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LISTENER_ERRORS: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
@@ -77,15 +80,44 @@ def _open_listener(host: str, port: int, reuse_port: bool) -> socket.socket:
     return sock
 
 
+class Guard:
+    """Runs what serves one connection, so that a mistake of ours in it ends nothing else.
+
+    Attributes:
+        failures: how many connections ended so; each is worth a report.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self._logged_at = -math.inf
+
+    async def run(self, serve: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Await `serve(*arguments)`; raises nothing but Cancelled."""
+        try:
+            await serve(*arguments)
+        except Exception:
+            self.failures += 1
+            now = trio.current_time()
+            # Whoever finds such a mistake may repeat it as often as they like.
+            if now - self._logged_at >= FAILURE_LOG_SECONDS:
+                self._logged_at = now
+                logger.exception(
+                    "a mistake in this program ended one connection (%d so far); "
+                    "everybody else is served on, please report this",
+                    self.failures,
+                )
+
+
 async def accept_loop(
     listener: socket.socket, handle: Callable[[trio.socket.SocketType], Awaitable[None]]
 ) -> None:
     """Accept for ever and start `handle` for each connection, in a nursery of this loop.
 
-    `handle` must not raise. Cancelling cancels the connections that are still in a handler.
+    Cancelling cancels the connections that are still in a handler.
     Raises OSError only where the listener itself is broken.
     """
     sock = trio.socket.from_stdlib_socket(listener)
+    guard = Guard()
     async with trio.open_nursery() as nursery:
         while True:
             try:
@@ -100,4 +132,4 @@ async def accept_loop(
                 elif error.errno in _LISTENER_ERRORS:
                     raise
                 continue  # others concern the one connection, which is gone already
-            nursery.start_soon(handle, connection)
+            nursery.start_soon(guard.run, handle, connection)

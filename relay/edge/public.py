@@ -37,7 +37,7 @@ from relay.edge.visit_http2 import serve_http2
 from relay.edge.visitor_stages import VisitorStage
 from relay.file_watch import POLL_SECONDS, FileWatch
 from relay.limits import ConnectionCounter
-from relay.listeners import ListenError, accept_loop, open_listeners
+from relay.listeners import Guard, ListenError, accept_loop, open_listeners
 from relay.peers import peer_of, receive_proxy_header
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies
 from relay.refusals import Refusals
@@ -95,6 +95,7 @@ class PublicEdge:
             randomness=random.Random(),
         )
         self._accepting = trio.CancelScope()
+        self._guard = Guard()
         self._leaving = trio.Event()
         self._listeners: list[tuple[socket.socket, _Handler]] = []
         self.udp: tuple[tuple[str, int], ...] = ()
@@ -202,7 +203,7 @@ class PublicEdge:
     async def _accept(self, connections: trio.Nursery) -> None:
         def starter(handler: _Handler) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
             async def start(sock: trio.socket.SocketType) -> None:
-                connections.start_soon(self._handle, handler, sock)
+                connections.start_soon(self._guard.run, self._handle, handler, sock)
 
             return start
 

@@ -13,7 +13,7 @@ from relay.certificate_files import CertificatePair
 from relay.edge.certificates import EdgeCertificates
 from relay.edge.quic_session import serve_quic
 from relay.edge.registration import Registrar
-from relay.listeners import ListenError
+from relay.listeners import Guard, ListenError
 from traversal.io.quic import QuicConnection, QuicListener
 from traversal.io.quic_settings import edge_configuration
 from traversal.io.udp import bind_socket
@@ -31,6 +31,7 @@ class QuicListeners:
         self._addresses = addresses
         self._certificates = certificates
         self._registrar = registrar
+        self._guard = Guard()
         self._listeners: list[QuicListener] = []
 
     @property
@@ -64,7 +65,7 @@ class QuicListeners:
     ) -> None:
         while True:
             connection = await listener.accept()
-            nursery.start_soon(self._serve, connection)
+            nursery.start_soon(self._guard.run, self._serve, connection)
             if pair is not self._certificates.pair:
                 pair = self._certificates.pair
                 listener.set_configuration(_configuration(pair))

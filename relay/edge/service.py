@@ -27,7 +27,7 @@ from relay.edge.tunnel_files import TunnelFiles
 from relay.edge.view import EdgeView, view_tunnels
 from relay.file_watch import POLL_SECONDS
 from relay.limits import ConnectionCounter
-from relay.listeners import accept_loop
+from relay.listeners import Guard, accept_loop
 from relay.refusals import Refusals
 from traversal.io.stream import HandshakeStream, StreamEndedError
 
@@ -75,6 +75,7 @@ class Edge:
         self._files = TunnelFiles(config.edge.directory, self.registry)
         self._handshakes = ConnectionCounter(HANDSHAKES, HANDSHAKES_PER_SOURCE)
         self._accepting = trio.CancelScope()
+        self._guard = Guard()
         self._note_problems(self._files.reload())
         self.public = PublicEdge(config, self.registry)
 
@@ -91,7 +92,7 @@ class Edge:
 
     async def _accept(self, connections: trio.Nursery) -> None:
         async def start(sock: trio.socket.SocketType) -> None:
-            connections.start_soon(self._handle_connection, sock)
+            connections.start_soon(self._guard.run, self._handle_connection, sock)
 
         try:
             with self._accepting:

@@ -73,3 +73,30 @@ async def test_accept_survives_what_concerns_one_connection_and_full_tables(
         await accept_loop(flaky, handle)  # type: ignore[arg-type]
     assert accepted == ["connection"]
     assert trio.current_time() == pytest.approx(0.2)
+
+
+async def test_a_mistake_ends_one_connection_only(
+    caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """An error that nobody foresaw is logged, once for many of them, and the loop goes on."""
+    (listener,) = open_listeners(ListenAddress("127.0.0.1", 0))
+    served = trio.Event()
+    connections = 0
+
+    async def handle(connection: trio.socket.SocketType) -> None:
+        nonlocal connections
+        connections += 1
+        connection.close()
+        if connections < 4:
+            raise RuntimeError("a mistake")
+        served.set()
+
+    with listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_loop, listener, handle)
+            for _ in range(4):
+                with trio.socket.socket() as visitor:
+                    await visitor.connect(listener.getsockname())
+            await served.wait()
+            nursery.cancel_scope.cancel()
+    assert [record.exc_info is not None for record in caplog.records] == [True]
