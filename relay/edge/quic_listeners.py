@@ -14,7 +14,8 @@ from relay.edge.certificates import EdgeCertificates
 from relay.edge.quic_session import serve_quic
 from relay.edge.registration import Registrar
 from relay.listeners import Guard, ListenError
-from traversal.io.quic import QuicConnection, QuicListener
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_endpoints import QuicListener
 from traversal.io.quic_settings import edge_configuration
 from traversal.io.udp import bind_socket
 

@@ -16,7 +16,8 @@ from traversal.io.http2 import Http2Connection, Http2Stream, header
 from traversal.io.http2_engine import Http2Error
 from traversal.io.peer_pipe import PeerStream
 from traversal.io.proxy import Proxy, ProxyError
-from traversal.io.quic import QuicConnection, QuicError, dial_quic
+from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic_endpoints import dial_quic
 from traversal.io.quic_settings import connector_configuration
 from traversal.keys import NONCE_LENGTH, Box, Entropy, KeyFormatError, NodePrivate
 from traversal.relay_map import CertificateName

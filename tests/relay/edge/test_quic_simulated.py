@@ -16,7 +16,8 @@ from relay.edge.connection import RequestHead
 from relay.edge.quic_session import serve_quic
 from tests.relay.edge.fake_connector import TUNNEL_ID, make_registrar
 from tests.relay.edge.test_quic import Connector, read_all
-from traversal.io.quic import QuicConnection, QuicListener
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_endpoints import QuicListener
 from traversal.io.quic_settings import SERVER_NAME, edge_configuration
 from traversal.io.udp import bind_socket
 

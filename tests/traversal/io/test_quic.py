@@ -18,8 +18,9 @@ from trio.testing import MockClock
 
 from netlab.model import Host, Link, Server, Topology, Uplink
 from netlab.simulated.internet import SimulatedInternet
-from traversal.io import quic
-from traversal.io.quic import QuicConnection, QuicError, QuicLimits, QuicListener, dial_quic
+from traversal.io import quic, quic_endpoints
+from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic_endpoints import QuicLimits, QuicListener, dial_quic
 from traversal.io.quic_engine import InitialHeader, RetryTokens, parse_initial
 from traversal.io.spool import MEMORY_BYTES, Spool
 from traversal.io.udp import bind_socket
@@ -286,7 +287,7 @@ async def test_retry(
     configurations: tuple[QuicConfiguration, QuicConfiguration], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A listener that wants proof of addresses first still connects honest clients."""
-    monkeypatch.setattr(quic, "FREE_HANDSHAKES", 0)
+    monkeypatch.setattr(quic_endpoints, "FREE_HANDSHAKES", 0)
     async with joined(configurations) as (near, far, _):
         await exchange(near, far, 10_000)
 
@@ -309,7 +310,7 @@ async def test_unproven_initials_cost_little(
                 sent += await sock.sendto(datagram, ("127.0.0.1", listener.port))
                 with trio.move_on_after(0.001):
                     received += len(await sock.recv(2000))
-            assert listener.connections <= quic.FREE_HANDSHAKES
+            assert listener.connections <= quic_endpoints.FREE_HANDSHAKES
             assert 0 < received < sent
         nursery.cancel_scope.cancel()
 

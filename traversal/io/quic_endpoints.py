@@ -1,0 +1,244 @@
+"""Where QUIC connections come from: a listener, with all of its on one socket, and dialing, with a
+socket for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+from qh3.quic.configuration import QuicConfiguration
+
+from traversal.io.quic import SPOOLED_BYTES, QuicConnection, QuicError
+from traversal.io.quic_engine import QuicEngine, RetryTokens, parse_initial
+from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Batch, Source, UdpSocket, bind_socket
+from traversal.relay_map import Family
+
+HANDSHAKE_SECONDS: Final = 5.0
+FREE_HANDSHAKES: Final = 32
+"""Handshakes at one time that begin without a Retry: each costs 30 KiB for up to 5 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuicLimits:
+    """What a listener lets others do.
+
+    Attributes:
+        connections: at one time.
+        handshakes: not finished yet, at one time; further Initials are ignored.
+        spooled_bytes: what all streams of a connection may leave lying together.
+    """
+
+    connections: int = 10_000
+    handshakes: int = 256
+    spooled_bytes: int = SPOOLED_BYTES
+
+
+class QuicListener:
+    """A server on one UDP socket. `await nursery.start(listener.run)`, then `accept`.
+
+    Datagrams are sorted by the connection id that we gave out, which also finds a client whose NAT
+    moved it. When more than a few handshakes are under way, a client must first prove its address
+    by a Retry, which costs us nothing.
+    """
+
+    def __init__(
+        self,
+        sock: UdpSocket,
+        configuration: QuicConfiguration,
+        *,
+        entropy: Callable[[int], bytes],
+        limits: QuicLimits | None = None,
+    ) -> None:
+        self.ignored_initials = 0
+        """Clients that were not served because of our limits."""
+        self._sock = sock
+        self._configuration = configuration
+        self._limits = limits or QuicLimits()
+        self._entropy = entropy
+        self._tokens = RetryTokens(entropy(32))
+        self._by_id: dict[bytes, QuicConnection] = {}
+        self._id_lengths: list[int] = []
+        self._connections: set[QuicConnection] = set()
+        self._handshakes = 0
+        self._ready_in, self._ready_out = trio.open_memory_channel[QuicConnection](
+            self._limits.handshakes
+        )
+
+    @property
+    def port(self) -> int:
+        """The UDP port."""
+        return self._sock.port
+
+    @property
+    def connections(self) -> int:
+        """How many there are, handshakes included."""
+        return len(self._connections)
+
+    def set_configuration(self, configuration: QuicConfiguration) -> None:
+        """For connections from now on: certificates that were renewed."""
+        self._configuration = configuration
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; closes the socket and every connection."""
+        # qh3 searches the path's MTU as client only. As server its packets keep the size that they
+        # have from the beginning, and on a path that is narrower IP has to fragment them.
+        self._sock.set_path_mtu_mode(MAY_FRAGMENT)
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    try:
+                        batch = await self._sock.receive()
+                    except OSError:
+                        continue  # an ICMP error for somebody; the next datagram may be fine
+                    self._handle_batch(batch, nursery)
+        finally:
+            self._sock.close()
+            self._ready_in.close()
+
+    async def accept(self) -> QuicConnection:
+        """The next client whose handshake is done. Raises QuicError at the end."""
+        try:
+            return await self._ready_out.receive()
+        except trio.EndOfChannel:
+            raise QuicError("QUIC: the listener was closed") from None
+
+    def _handle_batch(self, batch: Batch, nursery: trio.Nursery) -> None:
+        # Runs of one connection are passed on at once: most of a busy batch is one run.
+        run: list[bytes] = []
+        last: tuple[QuicConnection, Source] | None = None
+        for datagram, source in batch:
+            connection = self._find(datagram)
+            if connection is None:
+                connection = self._admit(datagram, source, nursery)
+            if connection is None:
+                continue
+            if last is not None and last != (connection, source):
+                last[0].receive(run, last[1])
+                run = []
+            run.append(datagram)
+            last = (connection, source)
+        if last is not None:
+            last[0].receive(run, last[1])
+
+    def _find(self, datagram: bytes) -> QuicConnection | None:
+        if len(datagram) < 21:
+            return None
+        if datagram[0] & 0x80:
+            return self._by_id.get(datagram[6 : 6 + datagram[5]])
+        for length in self._id_lengths:
+            connection = self._by_id.get(datagram[1 : 1 + length])
+            if connection is not None:
+                return connection
+        return None
+
+    def _admit(
+        self, datagram: bytes, source: Source, nursery: trio.Nursery
+    ) -> QuicConnection | None:
+        initial = parse_initial(datagram)
+        if initial is None:
+            return None
+        limits = self._limits
+        if self._handshakes >= limits.handshakes or len(self._connections) >= limits.connections:
+            self.ignored_initials += 1
+            return None
+        now = trio.current_time()
+        original_id = self._tokens.original_id(initial, source, now) if initial.token else None
+        if original_id is None and self._handshakes >= FREE_HANDSHAKES:
+            retry = self._tokens.encode_retry(initial, source, self._entropy(8), now)
+            try:
+                self._sock.send(retry, source)
+            except OSError:
+                pass
+            return None
+        engine = QuicEngine(self._configuration, initial, original_id=original_id)
+        connection = QuicConnection(engine, self._sock, source, spooled_bytes=limits.spooled_bytes)
+        connection._note_id = self._note_id
+        connection._forget_id = self._forget_id
+        self._note_id(initial.destination_id, connection)
+        self._note_id(engine.host_cid, connection)
+        self._connections.add(connection)
+        self._handshakes += 1
+        nursery.start_soon(self._serve, connection)
+        return connection
+
+    async def _serve(self, connection: QuicConnection) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(connection.run)
+                try:
+                    with trio.fail_after(HANDSHAKE_SECONDS):
+                        await connection.wait_established()
+                    self._ready_in.send_nowait(connection)
+                except (QuicError, trio.TooSlowError, trio.WouldBlock):
+                    connection.close()
+                finally:
+                    self._handshakes -= 1
+        finally:
+            self._connections.discard(connection)
+            for identifier in [i for i, c in self._by_id.items() if c is connection]:
+                self._forget_id(identifier)
+
+    def _note_id(self, identifier: bytes, connection: QuicConnection) -> None:
+        self._by_id[identifier] = connection
+        if len(identifier) not in self._id_lengths:
+            self._id_lengths.append(len(identifier))
+
+    def _forget_id(self, identifier: bytes) -> None:
+        self._by_id.pop(identifier, None)
+
+
+async def dial_quic(
+    nursery: trio.Nursery,
+    address: Source,
+    configuration: QuicConfiguration,
+    *,
+    timeout_seconds: float = 5.0,
+    keep_alive_seconds: float = 1.0,
+) -> QuicConnection:
+    """A connection to a server, from a socket of its own, served in `nursery` until it is over.
+
+    `configuration.server_name` must be set. A PING every `keep_alive_seconds` keeps NATs open and
+    tells soon when the other side is gone. Raises QuicError when there is no connection within
+    `timeout_seconds`. Cancelling the nursery closes the connection.
+    """
+    family: Family = 6 if ":" in address[0] else 4
+    try:
+        sock = await bind_socket(family, "::" if family == 6 else "0.0.0.0", 0)
+    except OSError as error:
+        raise QuicError(f"QUIC: no UDP socket: {error.strerror}") from None
+    sock.set_path_mtu_mode(DONT_FRAGMENT)
+    engine = QuicEngine(configuration)
+    engine.connect(address, trio.current_time())
+    connection = QuicConnection(engine, sock, address, keep_alive_seconds=keep_alive_seconds)
+    nursery.start_soon(_serve_dialed, connection, sock)
+    try:
+        with trio.fail_after(timeout_seconds):
+            await connection.wait_established()
+    except trio.TooSlowError:
+        connection.close()
+        raise QuicError(f"QUIC: no answer within {timeout_seconds:g} s") from None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _serve_dialed(connection: QuicConnection, sock: UdpSocket) -> None:
+    async def receive() -> None:
+        while True:
+            try:
+                batch = await sock.receive()
+            except OSError:
+                continue  # "port unreachable"; the handshake's time limit decides
+            connection.receive([datagram for datagram, _ in batch], connection.address)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await connection.run()
+            nursery.cancel_scope.cancel()
+    finally:
+        sock.close()
