@@ -125,8 +125,8 @@ class QuicEngine(_Connection):
     Calls as in qh3: `receive_datagram`, `datagrams_to_send`, `get_timer`, `handle_timer`,
     `next_event`.
 
-    Events are not taken from the core while `is_paused`, and the core extends flow control credit
-    only for what is taken: so a pause stops the other side when its windows are full, without loss.
+    The core extends flow control credit for whatever was taken from it, all streams alike: a single
+    one can't be held back, so whoever reads a stream slowly needs room elsewhere (`Spool`).
     """
 
     def __init__(
@@ -138,24 +138,12 @@ class QuicEngine(_Connection):
     ) -> None:
         """`initial` and, if that answered a Retry, `original_id` are for servers."""
         self._is_peer_anonymous = initial is not None and not initial.source_id
-        self._is_paused = False
         first_id = initial.destination_id if initial is not None else None
         super().__init__(
             configuration=configuration,
             original_destination_connection_id=original_id or first_id,
             retry_source_connection_id=first_id if original_id else None,
         )
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether no events are taken from the core."""
-        return self._is_paused
-
-    @is_paused.setter
-    def is_paused(self, value: bool) -> None:
-        self._is_paused = value
-        if not value and self._core is not None:
-            self._drain_core()
 
     @property
     def max_datagram_bytes(self) -> int:
@@ -194,10 +182,6 @@ class QuicEngine(_Connection):
             return super()._call_core(operation, *args)
         except ValueError as error:
             raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, None, str(error)) from None
-
-    def _drain_core(self) -> None:
-        if not (self._is_paused and self._handshake_complete):
-            super()._drain_core()
 
     def _create_core(self, remote_addr: Any, initial_dcid: bytes, now: float) -> None:
         if not self._is_peer_anonymous:

@@ -21,7 +21,7 @@ from netlab.simulated.internet import SimulatedInternet
 from traversal.io import quic, quic_endpoints
 from traversal.io.quic import QuicConnection, QuicError
 from traversal.io.quic_endpoints import QuicLimits, QuicListener, dial_quic
-from traversal.io.quic_engine import InitialHeader, RetryTokens, parse_initial
+from traversal.io.quic_engine import InitialHeader, QuicEngine, RetryTokens, parse_initial
 from traversal.io.spool import MEMORY_BYTES, Spool
 from traversal.io.udp import bind_socket
 
@@ -75,6 +75,36 @@ async def joined(
         near = await dial_quic(nursery, (host, listener.port), client)
         yield near, await listener.accept(), listener
         nursery.cancel_scope.cancel()
+
+
+async def test_clients_without_a_connection_id(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """A client whose own connection id is empty, as cloudflared's is, connects and is answered."""
+    server, client = configurations
+    anonymous = dataclasses.replace(client, connection_id_length=0)
+    listener = QuicListener(await bind_socket(4, "127.0.0.1", 0), server, entropy=os.urandom)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run)
+        address = ("127.0.0.1", listener.port)
+        sock = await bind_socket(4, "127.0.0.1", 0)
+        engine = QuicEngine(anonymous)
+        # The library would make this one empty as well, which no real client does.
+        engine._original_destination_connection_id = os.urandom(11)
+        engine.connect(address, trio.current_time())
+        near = QuicConnection(engine, sock, address)
+
+        async def receive() -> None:
+            while True:
+                near.receive([datagram for datagram, _ in await sock.receive()], address)
+
+        nursery.start_soon(near.run)
+        nursery.start_soon(receive)
+        with trio.fail_after(10):
+            await near.wait_established()
+            await exchange(near, await listener.accept(), 100_000)
+        nursery.cancel_scope.cancel()
+    sock.close()
 
 
 async def read_all(stream: quic.QuicStream) -> bytes:
