@@ -29,8 +29,9 @@ from typing import Final
 
 import trio
 
+from relay.client import Address, Client
 from relay.counters import DropReason
-from relay.forwarding import BUFFER_SLACK, Address, Client, Switch, ViolationError
+from relay.forwarding import BUFFER_SLACK, Switch, ViolationError
 from relay.limits import TokenBucket
 from traversal.io.tls import TlsEngine, TlsError
 from traversal.keys import NodePublic
@@ -234,8 +235,8 @@ class Pump:
             KEEP_ALIVE_SECONDS + self._randomness.random() * KEEP_ALIVE_SPREAD_SECONDS
         )
         if first_frame:
-            self.switch.send_to_all(first_frame, [connection])
-        self.switch.connect(connection)
+            self.switch.outbox.send_to_all(first_frame, [connection])
+        self.switch.presence.connect(connection)
         if not connection.is_outgoing:
             self._at(self._now + connection.keep_alive_seconds, self._keep_alive, connection)
         connection.partial = received
@@ -261,7 +262,7 @@ class Pump:
             return
         del self.connections[connection.fd]
         self._epoll.unregister(connection.fd)
-        self.switch.disconnect(connection)
+        self.switch.presence.disconnect(connection)
         try:
             if connection.tls is not None and connection.rest is None:
                 connection.tls.close()
@@ -409,7 +410,7 @@ class Pump:
     def flush(self) -> None:
         """Write everything pending and end what is doomed; the shared buffer is free after it."""
         self._flush_dirty()
-        doomed = self.switch.doomed
+        doomed = self.switch.outbox.doomed
         while doomed:
             for client, reason in list(doomed):
                 assert isinstance(client, Connection)
@@ -419,7 +420,7 @@ class Pump:
         self._used = 0
 
     def _flush_dirty(self) -> None:
-        dirty = self.switch.dirty
+        dirty = self.switch.outbox.dirty
         if not dirty:
             return
         # Flushing may close a connection, and that makes others dirty: the list grows meanwhile.
@@ -437,7 +438,7 @@ class Pump:
         connection.out = []
         connection.out_bytes = 0
         if connection.blocked:
-            self.switch.defer(connection, chunks, self._now)
+            self.switch.outbox.defer(connection, chunks, self._now)
             return
         connection.pong_waits = False
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -447,7 +448,7 @@ class Pump:
                 data = connection.tls.data_to_send()
             self._write_ciphertext(connection, data)
         except (TlsError, OSError):
-            self.switch.drop_unwritten(connection, chunks, DropReason.WRITE_ERROR)
+            self.switch.outbox.drop_unwritten(connection, chunks, DropReason.WRITE_ERROR)
             raise
 
     def _write_ciphertext(self, connection: Connection, data: bytes | memoryview) -> None:
@@ -477,7 +478,7 @@ class Pump:
                     connection.rest = connection.rest[count:]
                     return
                 connection.rest = None
-            frames = self.switch.take_waiting(connection, WRITE_BATCH_BYTES, self._now)
+            frames = self.switch.outbox.take_waiting(connection, WRITE_BATCH_BYTES, self._now)
             connection.pong_waits = False
             if not frames:
                 connection.blocked = False
@@ -518,7 +519,7 @@ class Pump:
     def _keep_alive(self, connection: Connection) -> None:
         self._at(self._now + connection.keep_alive_seconds, self._keep_alive, connection)
         if not connection.blocked:  # otherwise there is traffic enough
-            self.switch.send_to_all(KEEP_ALIVE, [connection])
+            self.switch.outbox.send_to_all(KEEP_ALIVE, [connection])
 
 
 def _recv_into(sock: socket.socket, buffer: memoryview) -> int:

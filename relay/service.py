@@ -186,7 +186,7 @@ class Service:
                 notices = encode_health("this relay is about to restart") + encode_restarting(
                     wait_ms, RESTARTING_TRY_MS
                 )
-                self.pump.switch.send_to_all(notices, [connection])
+                self.pump.switch.outbox.send_to_all(notices, [connection])
         self.pump.flush()
         started = trio.current_time()
         for position, connection in enumerate(clients):
@@ -238,8 +238,8 @@ class Service:
         self._counter.limit = limits.connections
         self._counter.limit_per_source = limits.connections_per_ip
         self._proxies = TrustedProxies(config.proxy.trusted)
-        self.pump.switch.queue_depth = limits.queue_packets
-        self.pump.switch.memory_bytes = limits.memory_bytes
+        self.pump.switch.outbox.queue_depth = limits.queue_packets
+        self.pump.switch.outbox.memory_bytes = limits.memory_bytes
         limit = self._rate_limit()
         for connection, session in self._sessions.items():
             if not connection.is_mesh and session.verdict.grant.rate_bytes_per_second is None:
@@ -253,7 +253,7 @@ class Service:
 
     async def revoke(self, key: bytes, reason: str) -> int:
         """Cut every session of a key, on all workers of this host; returns how many here."""
-        count = self.pump.switch.close_key(key, reason)
+        count = self.pump.switch.presence.close_key(key, reason)
         self.pump.flush()
         return count
 

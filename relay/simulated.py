@@ -23,7 +23,8 @@ from typing import Final
 
 import trio
 
-from relay.forwarding import BUFFER_SLACK, Client, Switch, ViolationError
+from relay.client import Client
+from relay.forwarding import BUFFER_SLACK, Switch, ViolationError
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import NONCE_LENGTH, NodePrivate
 from traversal.relay_map import Dial, Region, RelayMap, RelayNode
@@ -112,7 +113,7 @@ class SimRelay:
     @property
     def connected(self) -> int:
         """How many clients there are."""
-        return self.switch.local_keys
+        return self.switch.presence.local_keys
 
     def stop(self) -> None:
         """Die as a killed process does; `serve` may be called again."""
@@ -121,7 +122,7 @@ class SimRelay:
     def say_restarting(self, reconnect_in_ms: int = 0) -> None:
         """Announce a restart to every client."""
         frame = encode_restarting(reconnect_in_ms, 5000)
-        self.switch.send_to_all(frame, list(self.switch.clients()))
+        self.switch.outbox.send_to_all(frame, list(self.switch.presence.clients()))
         self._finish_round()
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -146,7 +147,9 @@ class SimRelay:
     async def _keep_alive(self) -> None:
         while True:
             await trio.sleep(KEEP_ALIVE_SECONDS)
-            self.switch.send_to_all(encode_frame(FrameType.KEEP_ALIVE), self.switch.clients())
+            self.switch.outbox.send_to_all(
+                encode_frame(FrameType.KEEP_ALIVE), self.switch.presence.clients()
+            )
             self._finish_round()
 
     # ---- STUN
@@ -248,7 +251,7 @@ class SimRelay:
         return client, bytes(splitter._buffer)
 
     async def _converse(self, stream: HandshakeStream, client: SimClient, received: bytes) -> None:
-        self.switch.connect(client)
+        self.switch.presence.connect(client)
         self._finish_round()
         try:
             async with trio.open_nursery() as nursery:
@@ -257,7 +260,7 @@ class SimRelay:
                     received = self._handle(client, received)
                     received += await _receive(stream)
         finally:
-            self.switch.disconnect(client)
+            self.switch.presence.disconnect(client)
             self._finish_round()
 
     def _handle(self, client: SimClient, data: bytes) -> bytes:
@@ -271,7 +274,7 @@ class SimRelay:
         return rest
 
     def _finish_round(self) -> None:
-        dirty, self.switch.dirty = self.switch.dirty, []
+        dirty, self.switch.outbox.dirty = self.switch.outbox.dirty, []
         for client in dirty:
             assert isinstance(client, SimClient)
             data = b"".join(client.out)
@@ -281,9 +284,9 @@ class SimRelay:
             client.unwritten_bytes += len(data)
             client.blocked = client.unwritten_bytes >= BLOCK_AT_BYTES
             client.wanted.set()
-        for doomed, _ in self.switch.doomed:
-            self.switch.disconnect(doomed)
-        self.switch.doomed.clear()
+        for doomed, _ in self.switch.outbox.doomed:
+            self.switch.presence.disconnect(doomed)
+        self.switch.outbox.doomed.clear()
 
     async def _write(
         self, stream: HandshakeStream, client: SimClient, scope: trio.CancelScope
@@ -300,7 +303,7 @@ class SimRelay:
                     if client.blocked and not client.unwritten:
                         client.blocked = False
                         now = trio.current_time()
-                        frames = self.switch.take_waiting(client, BLOCK_AT_BYTES, now)
+                        frames = self.switch.outbox.take_waiting(client, BLOCK_AT_BYTES, now)
                         client.unwritten.extend(frames)
                         client.unwritten_bytes += sum(map(len, frames))
         except StreamEndedError:

@@ -426,13 +426,13 @@ def _count_connections(pump: Pump, clients: Iterable[Connection]) -> Connections
         current=current,
         home=home,
         not_ideal=not_ideal,
-        local_keys=switch.local_keys,
-        remote_keys=switch.remote_keys,
-        duplicate_keys=switch.duplicate_keys,
-        duplicate_connections=switch.duplicate_connections,
-        watchers=switch.watchers,
+        local_keys=switch.presence.local_keys,
+        remote_keys=switch.presence.remote_keys,
+        duplicate_keys=switch.presence.duplicate_keys,
+        duplicate_connections=switch.presence.duplicate_connections,
+        watchers=switch.presence.watchers,
         waiting_packets=waiting_packets,
-        waiting_bytes=switch.waiting_bytes,
+        waiting_bytes=switch.outbox.waiting_bytes,
     )
 
 

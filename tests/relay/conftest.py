@@ -184,7 +184,7 @@ class Relay:
     def connection(self, client: DerpClient | NodePublic) -> Connection:
         """The relay's end of a client."""
         public = client if isinstance(client, NodePublic) else client.public
-        connection = self.pump.switch.connections_of(public.raw)[-1]
+        connection = self.pump.switch.presence.connections_of(public.raw)[-1]
         assert isinstance(connection, Connection)
         return connection
 

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay.client import Client
 from relay.counters import DropReason, Kind
-from relay.forwarding import BUFFER_SLACK, MAX_CONTROL_FRAMES, Client, Switch, ViolationError
+from relay.forwarding import BUFFER_SLACK, Switch, ViolationError
+from relay.outbox import MAX_CONTROL_FRAMES
 from traversal.keys import NodePublic
 from traversal.wire import derp
 from traversal.wire.derp import (
@@ -57,7 +59,7 @@ class Bench:
         client = Client(public, connected_at=self.now, **options)  # type: ignore[arg-type]
         self.written[client] = bytearray()
         self.partial[client] = b""
-        self.switch.connect(client)
+        self.switch.presence.connect(client)
         self.flush()
         return client
 
@@ -79,15 +81,15 @@ class Bench:
         buffer[:] = b"\xcc" * len(buffer)
 
     def flush(self) -> None:
-        for client in self.switch.dirty:
+        for client in self.switch.outbox.dirty:
             self._write(client)
-        self.switch.dirty.clear()
-        while self.switch.doomed:
-            client, reason = self.switch.doomed.pop(0)
+        self.switch.outbox.dirty.clear()
+        while self.switch.outbox.doomed:
+            client, reason = self.switch.outbox.doomed.pop(0)
             self.close(client, reason)
-            for other in self.switch.dirty:
+            for other in self.switch.outbox.dirty:
                 self._write(other)
-            self.switch.dirty.clear()
+            self.switch.outbox.dirty.clear()
 
     def _flush_early(self, client: Client) -> None:
         self.early_flushes += 1
@@ -97,17 +99,17 @@ class Bench:
         chunks, client.out = client.out, []
         client.out_bytes = 0
         if client in self.failing and chunks:
-            self.switch.drop_unwritten(client, chunks, DropReason.WRITE_ERROR)
+            self.switch.outbox.drop_unwritten(client, chunks, DropReason.WRITE_ERROR)
             self.close(client, "write error")
         elif client.blocked:
-            self.switch.defer(client, chunks, self.now)
+            self.switch.outbox.defer(client, chunks, self.now)
         else:
             client.pong_waits = False
             for chunk in chunks:
                 self.written[client] += chunk
 
     def unblock(self, client: Client, max_bytes: int = 1 << 30) -> None:
-        while frames := self.switch.take_waiting(client, max_bytes, self.now):
+        while frames := self.switch.outbox.take_waiting(client, max_bytes, self.now):
             for frame in frames:
                 self.written[client] += frame
         client.pong_waits = False
@@ -115,7 +117,7 @@ class Bench:
 
     def close(self, client: Client, reason: str = "test") -> None:
         self.closed.setdefault(client, reason)
-        self.switch.disconnect(client)
+        self.switch.presence.disconnect(client)
 
     def disconnect(self, client: Client) -> None:
         self.close(client)
@@ -133,12 +135,12 @@ class Bench:
         return [maybe_parse_server_frame(*frame) for frame in self.taken(client)]
 
     def tables_are_empty(self) -> bool:
-        switch = self.switch
+        presence, outbox = self.switch.presence, self.switch.outbox
         return not any(
             (
-                switch._active, switch._duplicates, switch._forwarders, switch._siblings,
-                switch._watchers, switch._delivered, switch.dirty, switch.doomed,
-                switch.waiting_bytes,
+                presence.active, presence._duplicates, presence._forwarders, presence._siblings,
+                presence._watchers, presence._delivered, outbox.dirty, outbox.doomed,
+                outbox.waiting_bytes,
             )
         )  # fmt: skip
 
@@ -242,7 +244,7 @@ def test_duplicates_newest_then_last_speaker_then_the_one_left() -> None:
     bench.disconnect(second)
     bench.read(a, packet(B, b"3"))
     assert len(bench.taken(first)) == 1
-    assert bench.switch.duplicate_keys == 0
+    assert bench.switch.presence.duplicate_keys == 0
     bench.disconnect(first)
     assert bench.seen(a) == []
 
@@ -253,7 +255,7 @@ def test_of_three_duplicates_the_most_recent_speaker_takes_over() -> None:
     a, *duplicates = bench.connect(A), *(bench.connect(B) for _ in range(3))
     for number in (2, 0, 1):
         bench.read(duplicates[number], derp.KEEP_ALIVE)
-    assert bench.switch.duplicate_connections == 3
+    assert bench.switch.presence.duplicate_connections == 3
     for receiver in (1, 0, 2):
         bench.read(a, packet(B))
         assert [len(bench.taken(each)) for each in duplicates] == [
@@ -512,7 +514,7 @@ def test_watchers_learn_of_all_that_is_and_all_that_changes() -> None:
     again = bench.connect(A)
     bench.disconnect(again)
     assert bench.seen(watcher) == [PeerPresent(A, None, 0, 1)]
-    bench.disconnect(bench.switch.connections_of(A.raw)[0])
+    bench.disconnect(bench.switch.presence.connections_of(A.raw)[0])
     assert bench.seen(watcher) == [PeerGone(A, 0)]
 
 
@@ -522,7 +524,7 @@ def test_a_server_that_reached_itself_watches_nothing() -> None:
     itself = bench.connect(SERVER, is_mesh=True)
     bench.read(itself, derp.WATCH_CONNS + PING)
     assert bench.taken(itself) == [PONG]
-    assert bench.switch.watchers == 0
+    assert bench.switch.presence.watchers == 0
 
 
 def test_forwarders_are_used_in_the_order_of_their_age() -> None:
@@ -558,9 +560,9 @@ def test_not_here_from_a_link_removes_no_forwarder() -> None:
     bench = Bench()
     link = link_to(bench, 1)
     bench.read(link, present(B) + gone(B, GoneReason.NOT_HERE))
-    assert bench.switch.forwarder_of(B.raw) is link
+    assert bench.switch.presence.forwarder_of(B.raw) is link
     bench.read(link, derp.encode_frame(FrameType.PEER_GONE, B.raw))
-    assert bench.switch.forwarder_of(B.raw) is None
+    assert bench.switch.presence.forwarder_of(B.raw) is None
 
 
 def test_a_link_that_ends_takes_its_keys_along() -> None:
@@ -576,7 +578,7 @@ def test_a_link_that_ends_takes_its_keys_along() -> None:
     assert bench.seen(a) == [RecvPacket(B, b"1"), RecvPacket(C, b"2")]
     bench.disconnect(link)
     assert bench.seen(a) == [PeerGone(B, 0)]
-    assert bench.switch.remote_keys == 1
+    assert bench.switch.presence.remote_keys == 1
 
 
 @pytest.mark.parametrize("payload", [b"", b"hello", DISCO, bytes(65536)])
@@ -723,13 +725,13 @@ def test_what_waits_is_copied_and_disco_goes_first() -> None:
     bench.read(a, packet(B, b"3"))
     counters = bench.switch.counters
     assert counters.packets_sent == 0
-    assert bench.switch.waiting_bytes == 4 * 37 + 3 + len(DISCO)
+    assert bench.switch.outbox.waiting_bytes == 4 * 37 + 3 + len(DISCO)
     bench.unblock(b)
     assert bench.seen(b) == [
         RecvPacket(A, DISCO), RecvPacket(A, b"1"), RecvPacket(A, b"2"), RecvPacket(A, b"3"),
     ]  # fmt: skip
     assert counters.packets_sent == counters.packets_waited == 4
-    assert bench.switch.waiting_bytes == 0
+    assert bench.switch.outbox.waiting_bytes == 0
 
 
 def test_a_client_that_blocks_in_the_middle_of_a_round_keeps_its_order() -> None:
@@ -787,11 +789,11 @@ def test_memory_bound_holds_over_all_clients() -> None:
     b.blocked = c.blocked = True
     for _ in range(10):
         bench.read(a, packet(B, bytes(900)) + packet(C, bytes(900)))
-        assert bench.switch.waiting_bytes <= 5000
+        assert bench.switch.outbox.waiting_bytes <= 5000
     assert dropped(bench) == {(DropReason.QUEUE_TAIL, Kind.OTHER): 15}
     bench.unblock(b)
     bench.disconnect(c)
-    assert bench.switch.waiting_bytes == 0
+    assert bench.switch.outbox.waiting_bytes == 0
     assert dropped(bench)[DropReason.GONE_DISCONNECTED, Kind.OTHER] == 2
 
 
@@ -813,7 +815,7 @@ def test_forwards_over_a_slow_link_wait_and_are_counted_by_payload() -> None:
     bench.disconnect(link)
     reason = DropReason.GONE_DISCONNECTED
     assert bench.switch.counters.bytes_dropped[reason, Kind.OTHER] == 5
-    assert bench.switch.waiting_bytes == 0
+    assert bench.switch.outbox.waiting_bytes == 0
 
 
 def test_a_client_that_hardly_reads_does_not_collect_notices_for_ever() -> None:
@@ -821,10 +823,10 @@ def test_a_client_that_hardly_reads_does_not_collect_notices_for_ever() -> None:
     bench = Bench()
     a, watcher = bench.connect(A), bench.connect(C, is_mesh=True)
     a.blocked = watcher.blocked = True
-    bench.switch.send_to_all(derp.KEEP_ALIVE, [a, watcher] * (MAX_CONTROL_FRAMES - 1))
+    bench.switch.outbox.send_to_all(derp.KEEP_ALIVE, [a, watcher] * (MAX_CONTROL_FRAMES - 1))
     bench.flush()
     assert bench.closed == {}
-    bench.switch.send_to_all(derp.KEEP_ALIVE, [a, watcher] * 5)
+    bench.switch.outbox.send_to_all(derp.KEEP_ALIVE, [a, watcher] * 5)
     bench.flush()
     assert list(bench.closed) == [a]
 
@@ -842,9 +844,9 @@ def test_a_write_error_in_the_middle_of_a_read_ends_the_reader_for_good() -> Non
             + PING + derp.WATCH_CONNS,
         )  # fmt: skip
         assert peer in bench.closed
-    assert bench.switch.watchers == 0
-    assert bench.switch.duplicate_keys == 0
-    for client in list(bench.switch.clients()):
+    assert bench.switch.presence.watchers == 0
+    assert bench.switch.presence.duplicate_keys == 0
+    for client in list(bench.switch.presence.clients()):
         bench.disconnect(client)
     assert bench.tables_are_empty()
 
@@ -1190,7 +1192,7 @@ def check_counters(bench: Bench, model: Model, clients: list[Client]) -> None:
     }.items():
         assert count == model.count[name], name
     waiting = [frame for twin in model.clients for queue in twin.queues.values() for frame in queue]
-    assert bench.switch.waiting_bytes == sum(map(len, waiting))
+    assert bench.switch.outbox.waiting_bytes == sum(map(len, waiting))
     assert sum(c.backlog.packets for c in clients if c.backlog) == len(waiting)
     if not counters.packets_forwarded_out:
         received = sum(counters.packets_received.values()) + counters.packets_forwarded_in

@@ -74,7 +74,7 @@ async def test_a_client_that_never_reads_costs_a_bounded_amount() -> None:
             nonlocal most
             while True:
                 await flooder.stream.send_all(packet * 20)
-                most = max(most, switch.waiting_bytes)
+                most = max(most, switch.outbox.waiting_bytes)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(flood)
@@ -84,7 +84,7 @@ async def test_a_client_that_never_reads_costs_a_bounded_amount() -> None:
                 await stage.converse()
             nursery.cancel_scope.cancel()
         assert most <= 32 * (8000 + 37)
-        assert switch.waiting_bytes == 0
+        assert switch.outbox.waiting_bytes == 0
         assert sum(switch.counters.packets_dropped.values()) > 0
 
 

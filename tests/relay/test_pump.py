@@ -84,11 +84,12 @@ def descriptors() -> Iterator[None]:
 
 
 def tables_are_empty(relay: Relay) -> bool:
-    switch = relay.pump.switch
+    presence, outbox = relay.pump.switch.presence, relay.pump.switch.outbox
     return not any(
         (
-            relay.pump.connections, switch._active, switch._duplicates, switch._delivered,
-            switch._watchers, switch._forwarders, switch.waiting_bytes, switch.dirty, switch.doomed,
+            relay.pump.connections, presence.active, presence._duplicates, presence._delivered,
+            presence._watchers, presence._forwarders, outbox.waiting_bytes, outbox.dirty,
+            outbox.doomed,
         )
     )  # fmt: skip
 
@@ -181,7 +182,7 @@ async def test_every_packet_that_arrives_is_intact(
             await relay.until(lambda: len(relay.pump.connections) == len(clients) - 1)
             clients[14].close()  # with packets waiting for it
             counters = relay.pump.switch.counters
-            await relay.until(lambda: relay.pump.switch.waiting_bytes == 0)
+            await relay.until(lambda: relay.pump.switch.outbox.waiting_bytes == 0)
             received = sum(counters.packets_received.values())
             assert received == counters.packets_sent + sum(counters.packets_dropped.values())
             assert counters.protocol_violations == 0
@@ -350,7 +351,7 @@ async def test_what_waited_arrives_when_the_reader_goes_on(
         assert tail == [number.to_bytes(4, "big") * 250 for number in range(68, 100)]
         connection = relay.connection(slow)
         await relay.until(lambda: not connection.blocked)
-        assert relay.pump.switch.waiting_bytes == 0
+        assert relay.pump.switch.outbox.waiting_bytes == 0
         await a.send(packet(slow.public, b"after"))
         assert await slow.receive_exactly(1) == [RecvPacket(A.public(), b"after")]
 
@@ -390,7 +391,7 @@ async def test_who_takes_nothing_for_two_seconds_is_closed(
         counters = relay.pump.switch.counters
         assert counters.write_timeouts == 1
         assert counters.packets_dropped[DropReason.GONE_DISCONNECTED, Kind.OTHER] >= 32
-        assert relay.pump.switch.waiting_bytes == 0
+        assert relay.pump.switch.outbox.waiting_bytes == 0
 
 
 async def test_a_reader_that_goes_on_in_time_is_kept(
@@ -553,17 +554,17 @@ async def test_a_flush_that_ends_the_very_client_that_is_read(
         async with run_relay(tls) as relay:
             a, again, b = await relay.connect(A), await relay.connect(A), await relay.connect(B)
             pump = relay.pump
-            connection = pump.switch.connections_of(A.public().raw)[0]
+            connection = pump.switch.presence.connections_of(A.public().raw)[0]
             assert isinstance(connection, Connection)
             # Its next write fails, and the buffer is as full as a round can make it.
             connection.sock.shutdown(socket.SHUT_WR)
-            pump.switch.send_to_all(derp.KEEP_ALIVE, [connection])
+            pump.switch.outbox.send_to_all(derp.KEEP_ALIVE, [connection])
             pump._used = BUFFER_BYTES
             await a.send(packet(B.public(), b"x") + PING)
             await relay.until(lambda c=connection: c.closed)
             await again.send(packet(B.public(), b"y"))
             assert await b.receive_exactly(1) == [RecvPacket(A.public(), b"y")]
-            assert pump.switch.duplicate_keys == 0
+            assert pump.switch.presence.duplicate_keys == 0
             for client in (a, again, b):
                 client.close()
             await relay.until(lambda p=pump: not p.connections)

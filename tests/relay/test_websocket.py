@@ -364,7 +364,7 @@ class TestClosing:
                 while server.pump.switch.counters.write_timeouts == 0:
                     await sender.send_bytes(packet)
                     await trio.sleep(0.02)
-            assert server.pump.switch.waiting_bytes == 0
+            assert server.pump.switch.outbox.waiting_bytes == 0
 
 
 async def _until(condition: object) -> None:
