@@ -15,11 +15,8 @@ its own timer, as in a flow table, and a mapping lives as long as its youngest o
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Callable, Sequence
-from enum import IntEnum
-from typing import NamedTuple
 
 from netlab.behavior import (
     AtLimit,
@@ -33,40 +30,11 @@ from netlab.behavior import (
     Translation,
     Unsolicited,
 )
-from netlab.drops import Address, Answer, Drop, DropReason, Endpoint, endpoint_text
+from netlab.drops import Address, Answer, Drop, DropReason, Endpoint
+from netlab.nat.flow import Protocol, TcpFlag, Translated, Verdict
 from netlab.nat.ports import PortAllocator
+from netlab.nat.table import External, Mapped, MappingKey, MappingTable
 from netlab.timeline import MappingBorn, MappingDied
-
-
-class Protocol(IntEnum):
-    """IP protocol numbers that a NAT translates."""
-
-    ICMP = 1
-    TCP = 6
-    UDP = 17
-
-
-class TcpFlag(IntEnum):
-    """The TCP flags that a NAT looks at, as in the header."""
-
-    FIN = 1
-    SYN = 2
-    RST = 4
-    ACK = 16
-
-
-class Translated(NamedTuple):
-    """A packet that goes on, with its new endpoints."""
-
-    source: Address
-    source_port: int
-    destination: Address
-    destination_port: int
-    to_inside: bool
-    """Whether it leaves on the inside: inbound packets and hairpinned ones."""
-
-
-Verdict = Translated | Drop
 
 # Linux makes a UDP flow long-lived when packets go both ways and it is older than this.
 _STREAM_AFTER_SECONDS = 2.0
@@ -75,65 +43,11 @@ _STREAM_AFTER_SECONDS = 2.0
 # permission goes first, as in a router whose flow table is full.
 _MAX_REMOTES = 65_536
 
-# Recently dead external endpoints, kept only so that a drop can say "expired" with the time.
-_MAX_GRAVES = 4096
-
 # Occupied tuples (`Unsolicited.ACCEPT`) come from strangers, so their number is bounded.
 _MAX_OCCUPIED = 4096
 
 # Linux's life of a flow that was never answered, which is what an accepted stranger has.
 _OCCUPIED_SECONDS = 30.0
-
-_MappingKey = tuple[object, ...]
-_External = tuple[int, Address, int]
-
-
-class _Entry:
-    """A live mapping."""
-
-    __slots__ = (
-        "born",
-        "closing",
-        "expires",
-        "external",
-        "external_port",
-        "inside",
-        "inside_port",
-        "key",
-        "lifetime",
-        "older",
-        "permits",
-        "protocol",
-        "remotes",
-        "replied",
-    )
-
-    def __init__(
-        self,
-        protocol: int,
-        inside: Address,
-        inside_port: int,
-        external: Address,
-        external_port: int,
-        key: _MappingKey,
-        born: float,
-        lifetime: float,
-    ) -> None:
-        self.protocol = protocol
-        self.inside = inside
-        self.inside_port = inside_port
-        self.external = external
-        self.external_port = external_port
-        self.key = key
-        self.born = born
-        self.lifetime = lifetime
-        self.expires = born + lifetime
-        self.remotes: dict[Endpoint, float] = {}
-        # What the filter looks in: `remotes` itself for APDF with the scope "mapping".
-        self.permits: dict[object, float] = {}
-        self.replied = False
-        self.closing = False
-        self.older: _Entry | None = None
 
 
 class Translator:
@@ -162,22 +76,16 @@ class Translator:
         if not external and behavior.translation is not Translation.NONE:
             raise ValueError("a NAT that translates needs at least one external address")
         self.behavior = behavior
-        self.name = name
         self._generator = generator
-        self._on_event = on_event
         self._allocator = PortAllocator(behavior.ports, generator)
         self._inside_hosts = tuple(inside_hosts)
         self._lifetime_by_port = dict(behavior.lifetimes.udp_by_port)
-        self._by_inside: dict[_MappingKey, _Entry] = {}
-        self._by_external: dict[_External, list[_Entry]] = {}
-        # With the scope "endpoint": the shared permissions and which mappings use them.
-        self._endpoint_permits: dict[_MappingKey, tuple[dict[object, float], set[_Entry]]] = {}
+        self._by_mapping = behavior.filter_scope is FilterScope.MAPPING
+        self._table = MappingTable(
+            permits_of_endpoint=not self._by_mapping, name=name, on_event=on_event
+        )
         self._occupied: dict[tuple[int, Address, int, Address, int], float] = {}
-        self._graves: dict[_External, _Entry] = {}
-        self._entries_of: dict[Address, dict[_Entry, None]] = {}
         self._pairs: dict[Address, Address] = {}
-        self._deadlines: list[tuple[float, int, _Entry]] = []
-        self._serial = 0
         # What the packet path asks about on every packet.
         self._translates = behavior.translation is not Translation.NONE
         self._napt = behavior.translation is Translation.NAPT
@@ -185,7 +93,6 @@ class Translator:
         self._filtering = behavior.filtering
         self._refresh_inbound = behavior.refresh is Refresh.BOTH
         self._shares_ports = behavior.ports.overloading and self._napt
-        self._by_mapping = behavior.filter_scope is FilterScope.MAPPING
         self._remotes_are_permits = self._filtering is Filtering.APDF and self._by_mapping
         self._two_stages = behavior.lifetimes.udp_unreplied_seconds is not None
         self._may_split = self._shares_ports or behavior.unsolicited is Unsolicited.ACCEPT
@@ -227,7 +134,7 @@ class Translator:
     ) -> Verdict:
         """Translate a packet that arrived from outside, or drop it."""
         external = (protocol, destination, destination_port)
-        entries = self._by_external.get(external)
+        entries = self._table.by_external.get(external)
         if entries is not None:
             for entry in entries:
                 if entry.expires <= now:
@@ -247,16 +154,14 @@ class Translator:
 
     def inside_of(self, protocol: int, external: Address, port: int, now: float) -> Endpoint | None:
         """Return the inside endpoint behind an external one, for ICMP errors from outside."""
-        for entry in self._by_external.get((protocol, external, port), ()):
-            if entry.expires > now:
-                return entry.inside, entry.inside_port
-        return None
+        entry = self._table.live((protocol, external, port), now)
+        return None if entry is None else (entry.inside, entry.inside_port)
 
     def external_of(
         self, protocol: int, inside: Address, port: int, remote: Endpoint, now: float
     ) -> Endpoint | None:
         """Return the external endpoint that `remote` knows, for ICMP errors from inside."""
-        entry = self._by_inside.get(self._key(protocol, inside, port, *remote))
+        entry = self._table.by_inside.get(self._key(protocol, inside, port, *remote))
         while entry is not None:
             if entry.expires > now:
                 return entry.external, entry.external_port
@@ -279,37 +184,26 @@ class Translator:
 
     def next_deadline(self) -> float | None:
         """Return when the next mapping may have expired."""
-        return self._deadlines[0][0] if self._deadlines else None
+        return self._table.next_deadline()
 
     def on_time(self, now: float) -> None:
         """Bury the mappings that have expired by `now`."""
-        deadlines = self._deadlines
-        while deadlines and deadlines[0][0] <= now:
-            _, serial, entry = heapq.heappop(deadlines)
-            if entry.expires > now:
-                heapq.heappush(deadlines, (entry.expires, serial, entry))
-            elif entry in self._entries_of.get(entry.inside, ()):
-                self._bury(entry, "expired", now)
+        self._table.on_time(now)
 
     @property
     def mapping_count(self) -> int:
         """How many mappings the table holds, expired ones included until `on_time`."""
-        return sum(map(len, self._by_external.values()))
+        return len(self._table)
 
-    def external_endpoints(self, now: float) -> list[tuple[int, Address, int]]:
+    def external_endpoints(self, now: float) -> list[External]:
         """Return (protocol, address, port) of every live mapping."""
-        return [
-            external
-            for external, entries in self._by_external.items()
-            for entry in entries
-            if entry.expires > now
-        ]
+        return self._table.external_endpoints(now)
 
     # --- outbound ------------------------------------------------------------------------
 
     def _key(
         self, protocol: int, inside: Address, port: int, remote: Address, remote_port: int
-    ) -> _MappingKey:
+    ) -> MappingKey:
         if self._mapping is Mapping.EIM:
             return (protocol, inside, port)
         if self._mapping is Mapping.ADM:
@@ -325,17 +219,17 @@ class Translator:
         destination_port: int,
         now: float,
         tcp_flags: int,
-    ) -> _Entry | Drop:
+    ) -> Mapped | Drop:
         """Find or make the mapping of an outbound packet, and refresh it."""
         # `_key`, written out: this is the one place where a call per packet would show.
-        key: _MappingKey
+        key: MappingKey
         if self._mapping is Mapping.EIM:
             key = (protocol, source, source_port)
         elif self._mapping is Mapping.ADM:
             key = (protocol, source, source_port, destination)
         else:
             key = (protocol, source, source_port, destination, destination_port)
-        entry = self._by_inside.get(key)
+        entry = self._table.by_inside.get(key)
         remote = (destination, destination_port)
         if entry is None or entry.expires <= now or self._may_split:
             found = self._find_or_make(key, entry, remote, now, tcp_flags)
@@ -359,12 +253,12 @@ class Translator:
 
     def _find_or_make(
         self,
-        key: _MappingKey,
-        newest: _Entry | None,
+        key: MappingKey,
+        newest: Mapped | None,
         remote: Endpoint,
         now: float,
         tcp_flags: int,
-    ) -> _Entry | Drop:
+    ) -> Mapped | Drop:
         """Take an existing mapping that may be used towards `remote`, else make one."""
         entry = newest
         while entry is not None:
@@ -388,22 +282,22 @@ class Translator:
             return Drop(DropReason.IDLE_CONNECTION, Answer.RESET)
         return self._make(key, remote, now)
 
-    def _make(self, key: _MappingKey, remote: Endpoint, now: float) -> _Entry | Drop:
+    def _make(self, key: MappingKey, remote: Endpoint, now: float) -> Mapped | Drop:
         protocol, inside, inside_port = key[:3]
         assert isinstance(protocol, int)
         assert isinstance(inside, bytes)
         assert isinstance(inside_port, int)
-        of_host = self._entries_of.get(inside, {})
+        of_host = self._table.of_host(inside)
         limit = self.behavior.max_mappings_per_host
         if limit is not None and len(of_host) >= limit:
             if self.behavior.at_limit is AtLimit.REFUSE:
                 return Drop(DropReason.HOST_LIMIT, note=f"{limit} mappings")
-            self._bury(next(iter(of_host)), "evicted", now)
+            self._table.bury(next(iter(of_host)), "evicted", now)
         endpoint = self._external_endpoint(protocol, inside, inside_port, key, remote, now)
         if endpoint is None:
             return Drop(DropReason.NO_PORT, inside=(inside, inside_port))
         external, external_port = endpoint
-        entry = _Entry(
+        entry = Mapped(
             protocol,
             inside,
             inside_port,
@@ -415,26 +309,7 @@ class Translator:
         )
         if self._remotes_are_permits:
             entry.permits = entry.remotes  # type: ignore[assignment]  # read only through permits
-        elif not self._by_mapping:
-            entry.permits, users = self._endpoint_permits.setdefault(key[:3], ({}, set()))
-            users.add(entry)
-        entry.older = self._by_inside.get(key)
-        self._by_inside[key] = entry
-        self._by_external.setdefault((protocol, external, external_port), []).append(entry)
-        self._entries_of.setdefault(inside, {})[entry] = None
-        self._serial += 1
-        heapq.heappush(self._deadlines, (entry.expires, self._serial, entry))
-        if self._on_event is not None:
-            self._on_event(
-                MappingBorn(
-                    at=now,
-                    nat=self.name,
-                    protocol=Protocol(protocol).name.lower(),
-                    inside=endpoint_text((inside, inside_port)),
-                    external=endpoint_text(endpoint),
-                    remote=endpoint_text(remote),
-                )
-            )
+        self._table.add(entry, remote)
         return entry
 
     def _external_endpoint(
@@ -442,7 +317,7 @@ class Translator:
         protocol: int,
         inside: Address,
         inside_port: int,
-        key: _MappingKey,
+        key: MappingKey,
         remote: Endpoint,
         now: float,
     ) -> Endpoint | None:
@@ -467,14 +342,14 @@ class Translator:
         port: int,
         remote: Endpoint,
         now: float,
-        user: _Entry | None,
+        user: Mapped | None,
     ) -> bool:
         """Return whether an external port cannot be used towards `remote` (by `user`)."""
         if self._occupied:
             until = self._occupied.get((protocol, external, port, *remote), now)
             if until > now:
                 return True
-        for entry in self._by_external.get((protocol, external, port), ()):
+        for entry in self._table.by_external.get((protocol, external, port), ()):
             if entry is user or entry.expires <= now:
                 continue
             if not self._shares_ports or entry.remotes.get(remote, now) > now:
@@ -514,14 +389,14 @@ class Translator:
             return remote
         return remote[0] if self._filtering is Filtering.ADF else None
 
-    def _permits(self, entry: _Entry, remote: Endpoint, now: float) -> bool:
+    def _permits(self, entry: Mapped, remote: Endpoint, now: float) -> bool:
         if self._filtering is Filtering.APDF:
             return entry.permits.get(remote, now) > now
         if self._filtering is Filtering.ADF:
             return entry.permits.get(remote[0], now) > now
         return True
 
-    def _refresh(self, entry: _Entry, remote: Endpoint, now: float) -> None:
+    def _refresh(self, entry: Mapped, remote: Endpoint, now: float) -> None:
         """Renew the mapping, and the permission of the remote endpoint that was heard."""
         if self._two_stages:
             self._mature(entry, now)
@@ -535,12 +410,12 @@ class Translator:
         if expires > entry.expires:
             entry.expires = expires
 
-    def _mature(self, entry: _Entry, now: float) -> None:
+    def _mature(self, entry: Mapped, now: float) -> None:
         """Give a UDP mapping with traffic both ways its long life."""
         if entry.protocol == Protocol.UDP and now - entry.born > _STREAM_AFTER_SECONDS:
             entry.lifetime = self.behavior.lifetimes.udp_seconds
 
-    def _track_tcp(self, entry: _Entry, flags: int, now: float) -> None:
+    def _track_tcp(self, entry: Mapped, flags: int, now: float) -> None:
         """Give a connection that was answered its long life, and a closing one its short one.
 
         Connections that share a mapping share its lifetime: the table follows endpoints, not
@@ -562,7 +437,7 @@ class Translator:
         bare_syn = flags & (TcpFlag.SYN | TcpFlag.ACK) == TcpFlag.SYN
         return bare_syn and not self.behavior.tcp.simultaneous_open
 
-    def _refuse(self, external: _External, remote: Endpoint, now: float) -> Verdict:
+    def _refuse(self, external: External, remote: Endpoint, now: float) -> Verdict:
         """Decide about an inbound packet that no mapping lets in."""
         protocol, destination, port = external
         if not self._napt and self._filtering is Filtering.EIF:
@@ -579,8 +454,8 @@ class Translator:
             self._occupied[(*external, *remote)] = now + _OCCUPIED_SECONDS
             if len(self._occupied) > _MAX_OCCUPIED:
                 del self._occupied[next(iter(self._occupied))]
-        grave = self._graves.get(external)
-        for entry in self._by_external.get(external, ()):
+        grave = self._table.graves.get(external)
+        for entry in self._table.by_external.get(external, ()):
             if entry.expires > now:
                 apdf = self._filtering is Filtering.APDF
                 return Drop(
@@ -620,8 +495,7 @@ class Translator:
         mode = self.behavior.hairpin
         if mode is Hairpin.NONE:
             return Drop(DropReason.NO_HAIRPIN)
-        entries = self._by_external.get((protocol, destination, destination_port), ())
-        target = next((entry for entry in entries if entry.expires > now), None)
+        target = self._table.live((protocol, destination, destination_port), now)
         if target is None:
             return Drop(DropReason.NO_MAPPING, note="asked for from inside")
         target.replied = True
@@ -636,7 +510,7 @@ class Translator:
             entry.external, entry.external_port, target.inside, target.inside_port, True
         )
 
-    # --- the end of mappings -------------------------------------------------------------
+    # --- addresses ------------------------------------------------------------------------
 
     def _set_external(self, external: Sequence[Address]) -> None:
         self._pool = tuple(external)
@@ -647,54 +521,5 @@ class Translator:
                 self._external_address(inside)
 
     def _clear(self, cause: str, now: float) -> None:
-        for entries in list(self._entries_of.values()):
-            for entry in list(entries):
-                self._bury(entry, cause, now)
-        self._deadlines.clear()
+        self._table.clear(cause, now)
         self._occupied.clear()
-        self._endpoint_permits.clear()
-
-    def _bury(self, entry: _Entry, cause: str, now: float) -> None:
-        """Take a mapping out of every table."""
-        external = (entry.protocol, entry.external, entry.external_port)
-        entries = self._by_external[external]
-        entries.remove(entry)
-        if not entries:
-            del self._by_external[external]
-        of_host = self._entries_of[entry.inside]
-        del of_host[entry]
-        if not of_host:
-            del self._entries_of[entry.inside]
-        newest = self._by_inside.get(entry.key)
-        if newest is entry:
-            if entry.older is None:
-                del self._by_inside[entry.key]
-            else:
-                self._by_inside[entry.key] = entry.older
-        else:
-            while newest is not None and newest.older is not entry:
-                newest = newest.older
-            if newest is not None:
-                newest.older = entry.older
-        if not self._by_mapping:
-            _, users = self._endpoint_permits[entry.key[:3]]
-            users.discard(entry)
-            if not users:
-                del self._endpoint_permits[entry.key[:3]]
-        self._graves.pop(external, None)
-        self._graves[external] = entry
-        if len(self._graves) > _MAX_GRAVES:
-            del self._graves[next(iter(self._graves))]
-        entry.expires = min(entry.expires, now)
-        if self._on_event is not None:
-            self._on_event(
-                MappingDied(
-                    at=entry.expires if cause == "expired" else now,
-                    nat=self.name,
-                    protocol=Protocol(entry.protocol).name.lower(),
-                    inside=endpoint_text((entry.inside, entry.inside_port)),
-                    external=endpoint_text((entry.external, entry.external_port)),
-                    cause=cause,
-                    born_at=entry.born,
-                )
-            )
