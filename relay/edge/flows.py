@@ -19,7 +19,8 @@ from uuid import UUID
 import trio
 
 from relay.edge.connection import ConnectionFailedError, UdpFlow
-from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_stream import QuicError
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import Struct
 from traversal.wire.tunnel.datagrams import (

@@ -16,8 +16,9 @@ from relay.edge.connection import (
     ResponseHead,
     TunnelConnection,
 )
-from traversal.io.http2 import Http2Connection, Http2Stream, Http2StreamError, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
+from traversal.io.http2_stream import Http2Stream, Http2StreamError, header
 from traversal.wire.tunnel.errors import TunnelError
 from traversal.wire.tunnel.headers import (
     RESPONSE_HEADERS,

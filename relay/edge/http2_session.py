@@ -13,8 +13,9 @@ from relay.edge.connection import TunnelConnection
 from relay.edge.http2 import Http2TunnelConnection, internal_request
 from relay.edge.registration import Registrar
 from relay.edge.session import ControlStream, Service, Transport, run_session
-from traversal.io.http2 import ByteStream, Http2Connection, Http2Stream, header
+from traversal.io.http2 import ByteStream, Http2Connection
 from traversal.io.http2_engine import Http2Error, Http2Limits
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.wire.tunnel.headers import CONTROL_STREAM, UPGRADE
 from traversal.wire.tunnel.peers import PEERS
 from traversal.wire.tunnel.registration import (

@@ -9,7 +9,8 @@ import trio
 from relay.edge.peers import Member, PeerSwitch
 from traversal.io.http2_engine import Http2Error
 from traversal.io.peer_pipe import PeerPipe, PeerPipeError, PeerStream
-from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_stream import QuicError
 from traversal.keys import NONCE_LENGTH, Entropy, NodePrivate, NodePublic
 from traversal.wire.derp import (
     DerpError,

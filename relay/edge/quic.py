@@ -20,7 +20,8 @@ from relay.edge.connection import (
     TunnelConnection,
 )
 from relay.edge.flows import Flow, Flows
-from traversal.io.quic import NO_ERROR, QuicConnection, QuicError, QuicStream
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_stream import NO_ERROR, QuicError, QuicStream
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import Struct
 from traversal.wire.tunnel.connect import (

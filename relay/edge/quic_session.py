@@ -14,7 +14,8 @@ from relay.edge.connection import TunnelConnection
 from relay.edge.quic import QuicTunnelConnection
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.session import ControlStream, Service, Transport, run_session
-from traversal.io.quic import NO_ERROR, QuicConnection, QuicError, QuicStream
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_stream import NO_ERROR, QuicError, QuicStream
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import Struct
 from traversal.wire.tunnel.connect import RPC_SIGNATURE, SIGNATURE_LENGTH

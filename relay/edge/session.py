@@ -26,7 +26,7 @@ from relay.edge.control import (
 )
 from relay.edge.registration import Accepted, EdgeStage, Registrar
 from traversal.io.http2_engine import Http2Error
-from traversal.io.quic import QuicError
+from traversal.io.quic_stream import QuicError
 from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnection
 
 logger = logging.getLogger("underpass.relay.edge.session")

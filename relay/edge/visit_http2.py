@@ -14,8 +14,9 @@ from relay.edge.connection import Headers
 from relay.edge.hygiene import MAX_HEADER_BYTES, RawRequest, Visitor
 from relay.edge.visit import Visit, VisitorGoneError
 from relay.edge.visit_http1 import IDLE_SECONDS, Serve
-from traversal.io.http2 import Http2Connection, Http2Stream
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error, Http2Limits
+from traversal.io.http2_stream import Http2Stream
 from traversal.io.stream import HandshakeStream
 
 VISITOR_LIMITS: Final = Http2Limits(

@@ -12,13 +12,15 @@ from typing import Final
 import trio
 
 from traversal.io.dial import DialError, Target, connect
-from traversal.io.http2 import Http2Connection, Http2Stream, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.peer_pipe import PeerStream
 from traversal.io.proxy import Proxy, ProxyError
-from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import dial_quic
 from traversal.io.quic_settings import connector_configuration
+from traversal.io.quic_stream import QuicError
 from traversal.keys import NONCE_LENGTH, Box, Entropy, KeyFormatError, NodePrivate
 from traversal.relay_map import CertificateName
 from traversal.tunnel.control import ControlClient, Refused, Registered

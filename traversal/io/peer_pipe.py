@@ -9,7 +9,8 @@ from typing import Final, Protocol
 import trio
 
 from traversal.io.http2_engine import Http2Error
-from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic import QuicConnection
+from traversal.io.quic_stream import QuicError
 from traversal.wire.derp import HEADER, HEADER_LENGTH, DerpError, FrameSplitter, FrameType
 
 FRAMES_PER_TURN: Final = 64

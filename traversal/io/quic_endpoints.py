@@ -10,8 +10,9 @@ from typing import Final
 import trio
 from qh3.quic.configuration import QuicConfiguration
 
-from traversal.io.quic import SPOOLED_BYTES, QuicConnection, QuicError
+from traversal.io.quic import SPOOLED_BYTES, QuicConnection
 from traversal.io.quic_engine import QuicEngine, RetryTokens, parse_initial
+from traversal.io.quic_stream import QuicError
 from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Batch, Source, UdpSocket, bind_socket
 from traversal.relay_map import Family
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 import trio
 
 from traversal.io.http2_engine import Http2Error
-from traversal.io.quic import QuicError
+from traversal.io.quic_stream import QuicError
 from traversal.tunnel.control import (
     ControlClient,
     ControlEvent,

@@ -16,8 +16,9 @@ import msgspec
 import trio
 
 from traversal.io.dial import DialError, Target, connect
-from traversal.io.http2 import Http2Connection, Http2Stream, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error, Http2Limits
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.proxy import Proxy, ProxyError
 from traversal.relay_map import CertificateName
 from traversal.tunnel.edge_connection import (

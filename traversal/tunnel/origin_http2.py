@@ -10,8 +10,9 @@ from typing import Final
 
 import trio
 
-from traversal.io.http2 import Headers, Http2Connection, Http2Stream, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error, Http2Limits
+from traversal.io.http2_stream import Headers, Http2Stream, header
 from traversal.io.stream import HandshakeStream
 from traversal.tunnel.exchange import ExchangeEndedError, Incoming
 from traversal.tunnel.origin_http import (

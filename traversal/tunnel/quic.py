@@ -7,9 +7,10 @@ from typing import Final
 
 import trio
 
-from traversal.io.quic import QuicConnection, QuicError, QuicStream
+from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import dial_quic
 from traversal.io.quic_settings import KEEP_ALIVE_SECONDS, connector_configuration
+from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.tunnel.edge_connection import (
     DialFailedError,
     DialOptions,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from traversal.io.quic import QuicError, QuicStream
+from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.tunnel.exchange import ExchangeEndedError, Headers, Incoming, IncomingHead
 from traversal.wire.tunnel.connect import (
     HOST_KEY,

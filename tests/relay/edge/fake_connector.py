@@ -16,8 +16,9 @@ from relay.edge.peer_channel import PeerChannels
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.registry import Registry, RemoteConfiguration, Tunnel
 from relay.refusals import Refusals
-from traversal.io.http2 import Http2Connection, Http2Stream, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Limits
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.stream import StreamEndedError
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import MessageSplitter, Struct

@@ -30,8 +30,8 @@ from tests.relay.edge.fake_connector import (
     make_registrar,
     registered,
 )
-from traversal.io.http2 import Http2Stream, header
 from traversal.io.http2_engine import Http2Error, Http2Limits
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.credentials import Credentials
 from traversal.wire.tunnel.headers import (

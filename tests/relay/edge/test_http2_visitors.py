@@ -11,7 +11,8 @@ import trio.testing
 
 from relay.edge.visit_http2 import VISITOR_LIMITS, serve_http2
 from tests.relay.edge.arena import Arena, OriginExchange, open_arena
-from traversal.io.http2 import Http2Connection, Http2Stream, Http2StreamError, header
+from traversal.io.http2 import Http2Connection
+from traversal.io.http2_stream import Http2Stream, Http2StreamError, header
 from traversal.io.stream import HandshakeStream
 
 

@@ -19,9 +19,10 @@ from relay.edge.quic import QuicTunnelConnection
 from relay.edge.quic_session import serve_quic
 from relay.edge.registration import EdgeStage, Registrar
 from tests.relay.edge.fake_connector import CREDENTIALS, TUNNEL_ID, make_registrar
-from traversal.io.quic import QuicConnection, QuicStream
+from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import QuicListener, dial_quic
 from traversal.io.quic_settings import SERVER_NAME, connector_configuration, edge_configuration
+from traversal.io.quic_stream import QuicStream
 from traversal.io.udp import bind_socket
 from traversal.tunnel.control import ControlClient, ControlEvent
 from traversal.tunnel.edge_connection import (

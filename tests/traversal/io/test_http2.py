@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, memory_stream_pair
 
-from traversal.io.http2 import Headers, Http2Connection, Http2StreamError
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
+from traversal.io.http2_stream import Headers, Http2StreamError
 from traversal.io.stream import HandshakeStream, StreamEndedError
 
 REQUEST: Headers = [

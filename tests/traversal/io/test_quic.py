@@ -19,9 +19,10 @@ from trio.testing import MockClock
 from netlab.model import Host, Link, Server, Topology, Uplink
 from netlab.simulated.internet import SimulatedInternet
 from traversal.io import quic, quic_endpoints
-from traversal.io.quic import QuicConnection, QuicError
+from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import QuicLimits, QuicListener, dial_quic
 from traversal.io.quic_engine import InitialHeader, QuicEngine, RetryTokens, parse_initial
+from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.io.spool import MEMORY_BYTES, Spool
 from traversal.io.udp import bind_socket
 
@@ -107,7 +108,7 @@ async def test_clients_without_a_connection_id(
     sock.close()
 
 
-async def read_all(stream: quic.QuicStream) -> bytes:
+async def read_all(stream: QuicStream) -> bytes:
     body = bytearray()
     while chunk := await stream.receive():
         body += chunk
@@ -127,11 +128,11 @@ async def exchange(near: QuicConnection, far: QuicConnection, size: int) -> None
     sent = os.urandom(size)
     arrived = []
 
-    async def send(stream: quic.QuicStream) -> None:
+    async def send(stream: QuicStream) -> None:
         await stream.send(sent)
         await stream.send_end()
 
-    async def receive(stream: quic.QuicStream) -> None:
+    async def receive(stream: QuicStream) -> None:
         arrived.append(await read_all(stream))
 
     async with trio.open_nursery() as nursery:

@@ -12,8 +12,9 @@ import trio
 import trustme
 
 from tests.traversal.tunnel.test_origins import Visitor
-from traversal.io.http2 import Http2Connection, Http2Stream, header
+from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
+from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.stream import HandshakeStream
 from traversal.tunnel.origin_http import OriginAddress, OriginError, OriginRequest, OriginTimes
 from traversal.tunnel.origin_http2 import serve_http2
