@@ -114,6 +114,7 @@ class Link:
     ) -> None:
         self._session = session
         self._machine = session.machine
+        self._outlet = session.outlet
         self._relays = relays
         self._own_nat = own_nat
         self._forget = forget
@@ -156,11 +157,11 @@ class Link:
         mtu_bytes = machine.max_payload_bytes
         if not has_address:
             is_relay = kind is PathKind.RELAY
-            mtu_bytes = MAX_PACKET_LENGTH if is_relay else self._session.edge_payload_bytes
+            mtu_bytes = MAX_PACKET_LENGTH if is_relay else self._outlet.edge_payload_bytes
         return LinkPath(
             kind=kind,
             address=route.path.address if has_address and route.path is not None else None,
-            region=self._session.relay_region,
+            region=self._outlet.relay_region,
             latency_seconds=best.latency_seconds or None if best is not None else None,
             loss_ratio=best.loss_ratio if best is not None else 0.0,
             mtu_bytes=mtu_bytes,
@@ -177,13 +178,13 @@ class Link:
 
     def verdict(self) -> Verdict:
         """Why this path: what is known, what was tried, what would help."""
-        session = self._session
+        session, region = self._session, self._outlet.relay_region
         return judge(
             session.key.short(),
             self._machine.statistics(),
             self._own_nat(),
             session.nat,
-            f"of region {session.relay_region}" if session.relay_region else "(none known)",
+            f"of region {region}" if region else "(none known)",
             trio.current_time(),
             session.search.facts if session.search is not None else None,
         )
@@ -234,9 +235,9 @@ class Link:
             self._machine.sent += len(datagrams)
             self._sent += len(datagrams)
             if route.path.vni:
-                fault = self._session.send_data(datagrams, route.path)
+                fault = self._outlet.send_data(datagrams, route.path)
             else:
-                fault = self._session.udp.send_many(datagrams, route.path.address)
+                fault = self._outlet.udp.send_many(datagrams, route.path.address)
             self._follow_up(route, fault)
 
     @staticmethod
@@ -250,7 +251,7 @@ class Link:
             # The relay's writer needs a few turns for what it queued; more than these means that
             # the network is slower than we are, and then datagrams are dropped, not held up.
             for _ in range(MAX_EXTRA_CHECKPOINTS):
-                if self._relays.backlog(self._session.relay_region) < SENDS_PER_CHECKPOINT:
+                if self._relays.backlog(self._outlet.relay_region) < SENDS_PER_CHECKPOINT:
                     return
                 await trio.lowlevel.checkpoint()
 
@@ -264,11 +265,11 @@ class Link:
         if route.path is not None:
             address, vni = route.path
             if vni:
-                fault = self._session.send_data((datagram,), route.path)
+                fault = self._outlet.send_data((datagram,), route.path)
             else:
-                fault = self._session.udp.send(datagram, address)
+                fault = self._outlet.udp.send(datagram, address)
         if route.relay:
-            self._session.send_by_relay(datagram)
+            self._outlet.send_by_relay(datagram)
         if fault or route.wake:
             self._follow_up(route, fault)
 
@@ -293,7 +294,7 @@ class Link:
     def _follow_up(self, route: Route, fault: int) -> None:
         now = trio.current_time()
         if fault and route.path is not None:
-            self._session.handle_send_fault(fault, route.path, now)
+            self._outlet.handle_send_fault(fault, route.path, now)
         if route.wake:
             self._session.wake(now)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -23,13 +23,12 @@ from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions, PeerRelayService
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
-from traversal.io.udp import Batch, Source, UdpSockets, UdpStatistics
+from traversal.io.udp import UdpSockets, UdpStatistics
 from traversal.keys import (
     Box,
     DiscoPrivate,
     DiscoPublic,
     Entropy,
-    KeyFormatError,
     NodePrivate,
     NodePublic,
 )
@@ -44,41 +43,27 @@ from traversal.paths.peer_relay_server import PeerRelayStatistics
 from traversal.paths.punch_memory import PunchMemory
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.paths.report import NatFacts, Report
-from traversal.paths.scoring import Path
 from traversal.peer_relays import PeerRelays
 from traversal.port_searches import PortSearches
+from traversal.reception import Reception
 from traversal.relay_map import Family, RelayMap
-from traversal.session import Session, Wiring
+from traversal.session import Session
+from traversal.strangers import Admit, HandleStranger, Strangers
 from traversal.wire.address import Address
-from traversal.wire.classify import WIREGUARD, Kind, classify
-from traversal.wire.disco import MAGIC, DiscoError, Message, Ping, is_disco
 from traversal.wire.introduction import (
     Capability,
     Introduction,
-    IntroductionError,
-    is_introduction,
-    open_introduction,
 )
-from traversal.wire.punching import PunchMessageError, is_punch_message
+from traversal.wiring import Wiring
 
 if TYPE_CHECKING:
     from traversal.io.edge_client import EdgeClient, EdgeOptions, EdgeStatistics
 
-MAX_WAITING_LINKS: Final = 64
-"""Links that peers opened and nobody has accepted yet; further peers must try again."""
-STRANGERS_PER_SECOND: Final = 50.0
-STRANGERS_BURST: Final = 200.0
-"""Introductions of unknown keys that are opened: each costs a key agreement of 30 us."""
 HOME_PATIENCE_SECONDS: Final = 2.0
 """How long opening a node waits for its home relay, so that peers can reach it at once."""
 ANNOUNCE_AT_ONCE: Final = 16
 ANNOUNCE_PAUSE_SECONDS: Final = 0.05
 """A relay queue holds 32 packets: announcements to a thousand peers must not overrun it."""
-
-Admit = Callable[[NodePublic], bool]
-"""Whether a peer that is not connected yet may open a link to us."""
-HandleStranger = Callable[[int, NodePublic, bytes], None]
-"""Region, node key and payload of a relay packet from a node that is no peer of ours."""
 
 
 class NodeError(Exception):
@@ -210,15 +195,22 @@ class Node:
     ) -> None:
         self.public_key = private_key.public()
         self.disco_key = disco_key.public()
-        self._admit = admit
-        self._handle_stranger = handle_stranger
         self._entropy = entropy
         self._introduction_session = new_session(entropy)
         self._capabilities = Capability.PEER_RELAY
         if port_search.is_enabled:
             self._capabilities |= Capability.PORT_SEARCH
+        self._sessions: dict[bytes, Session] = {}
+        self._links: dict[bytes, Link] = {}
+        self._strangers = Strangers(
+            private_key,
+            admit,
+            handle_stranger,
+            lambda key: self._add_peer(key, 0, is_introduced=True),
+        )
+        self._reception = reception = Reception(self._sessions, self._strangers)
         self._udp = UdpSockets(hosts)
-        self._relays = Relays(relay_map, private_key, self, options=relay_options, rng=rng)
+        self._relays = Relays(relay_map, private_key, reception, options=relay_options, rng=rng)
         self._deadlines = Deadlines()
         self._ice = IceRouter(self._udp, self._deadlines, entropy)
         self._endpoints = Endpoints(
@@ -246,7 +238,7 @@ class Node:
             deadlines=self._deadlines,
             endpoints=self._endpoints,
             entropy=entropy,
-            handle_batch=self._handle_batch,
+            handle_batch=reception.handle_batch,
         )
         self._wiring = Wiring(
             private_key=private_key,
@@ -262,13 +254,14 @@ class Node:
             note_seen_as=self._endpoints.handle_seen_as,
             port_searches=self._port_searches,
         )
+        reception.connect(self._wiring, self._endpoints, self._ice)
         self._edge_policy = edge_policy
         self._edge: EdgeClient | None = None
         if edge is not None:
             # Imported late: QUIC and HTTP/2 are slow to import, and few nodes need them.
             from traversal.io.edge_client import EdgeClient
 
-            self._edge = EdgeClient(edge, private_key, self, entropy=entropy, rng=rng)
+            self._edge = EdgeClient(edge, private_key, reception, entropy=entropy, rng=rng)
             self._wiring.edge = self._edge
         self._relay_service: PeerRelayService | None = None
         if peer_relay is not None:
@@ -281,20 +274,9 @@ class Node:
                 entropy=entropy,
                 rng=rng,
             )
-        self._sessions: dict[bytes, Session] = {}
         self._peer_relays = PeerRelays(self._wiring, self._sessions.get, self._relay_service)
         self._wiring.peer_relays = self._peer_relays
-        self._links: dict[bytes, Link] = {}
-        self._opened_links, self._links_to_accept = trio.open_memory_channel[Link](
-            MAX_WAITING_LINKS
-        )
         self._announce_wanted = trio.Event()
-        self._stranger_budget = STRANGERS_BURST
-        self._stranger_budget_at = trio.current_time()
-        self._unknown_datagrams = 0
-        self._rejected_disco = 0
-        self._rejected_introductions = 0
-        self._rejected_punch_messages = 0
 
     # ---- look
 
@@ -325,17 +307,19 @@ class Node:
 
     def statistics(self) -> NodeStatistics:
         """A snapshot."""
+        reception = self._reception
+        rejected = reception.rejected_introductions + self._strangers.rejected_introductions
         return NodeStatistics(
             peers=len(self._sessions),
             home_region=self.home_region,
             udp=self._udp.statistics(),
             relays=self._relays.statistics(),
-            unknown_datagrams=self._unknown_datagrams,
-            rejected_disco=self._rejected_disco,
-            rejected_introductions=self._rejected_introductions,
+            unknown_datagrams=reception.unknown_datagrams,
+            rejected_disco=reception.rejected_disco,
+            rejected_introductions=rejected,
             edge=self._edge.statistics() if self._edge else None,
             peer_relay=self._relay_service.statistics() if self._relay_service else None,
-            rejected_punch_messages=self._rejected_punch_messages,
+            rejected_punch_messages=reception.rejected_punch_messages,
         )
 
     # ---- commands
@@ -390,7 +374,7 @@ class Node:
 
     async def accept(self) -> Link:
         """The next link that an admitted peer opened towards us."""
-        return await self._links_to_accept.receive()
+        return await self._strangers.accept()
 
     def set_peer_relays(self, keys: Iterable[NodePublic]) -> None:
         """Say which peers serve as UDP peer relays: they may carry traffic between us and others.
@@ -430,7 +414,7 @@ class Node:
         await self._udp.open(port)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._udp.receive, self._handle_batch)
+                nursery.start_soon(self._udp.receive, self._reception.handle_batch)
                 nursery.start_soon(self._deadlines.run)
                 nursery.start_soon(self._announce_forever)
                 nursery.start_soon(self._port_searches.run)
@@ -447,11 +431,10 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
-        self._admit = None
+        self._strangers.close()
         for link in self.links:
             link.close()
         self._ice.close()
-        self._opened_links.close()
 
     async def _announce_forever(self) -> None:
         while True:
@@ -542,183 +525,3 @@ class Node:
             session.carry_out()
         self._ice.set_local_networks(self._endpoints.local_networks)
         self._ice.handle_rebind()
-
-    # ---- from UDP
-
-    def _handle_batch(self, batch: Batch) -> None:
-        # Data is nearly everything, so it is sorted by source and looked up and delivered once per
-        # source; most of it is told by the zero bytes of WireGuard, without a call.
-        data: dict[Source, list[bytes]] = {}
-        for datagram, source in batch:
-            kind = Kind.DATA if datagram[1:4] == WIREGUARD else classify(datagram)
-            if kind is Kind.DATA:
-                if source in data:
-                    data[source].append(datagram)
-                else:
-                    data[source] = [datagram]
-            elif kind is Kind.DISCO:
-                self._handle_disco(datagram, source)
-            elif kind is Kind.STUN:
-                if not self._ice.handle_datagram(datagram, source):
-                    self._endpoints.handle_stun(datagram, source, trio.current_time())
-            elif kind is Kind.INTRODUCTION:
-                self._handle_direct_introduction(datagram, source)
-            elif kind is Kind.RELAYED_DISCO:
-                self._handle_relayed_disco(datagram, source)
-            elif not self._peer_relays.handle_data(datagram, source):
-                self._unknown_datagrams += 1
-        for source, datagrams in data.items():
-            session = self._wiring.by_address.get(source)
-            if session is not None:
-                session.machine.received += len(datagrams)
-                session.receive_data(datagrams)
-                continue
-            for datagram in datagrams:
-                if not self._ice.handle_datagram(datagram, source):
-                    self._unknown_datagrams += 1
-
-    def _handle_disco(self, datagram: bytes, source: Source) -> None:
-        sessions = self._wiring.by_disco.get(datagram[6:38])
-        if sessions is None or not is_disco(datagram):
-            self._rejected_disco += 1
-            return
-        try:
-            message = sessions[0].open_disco(datagram)
-        except DiscoError:
-            self._rejected_disco += 1
-            return
-        now = trio.current_time()
-        for session in _order_by_claim(sessions, message):
-            if session.handle_disco(message, Path(Address(*source)), now):
-                return
-        self._rejected_disco += 1
-
-    def _handle_relayed_disco(self, datagram: bytes, source: Source) -> None:
-        try:
-            self._peer_relays.handle_disco(datagram, source, trio.current_time())
-        except DiscoError:
-            self._rejected_disco += 1
-
-    def _handle_direct_introduction(self, datagram: bytes, source: Source) -> None:
-        session = self._wiring.by_address.get(source)
-        try:
-            if session is None:
-                raise IntroductionError("it comes from no address of a peer")
-            session.handle_introduction(datagram, 0, trio.current_time())
-        except IntroductionError:
-            self._rejected_introductions += 1
-
-    # ---- from relays
-
-    def handle_relay_packet(self, region: int, source: bytes, payload: bytes) -> None:
-        """A packet came by relay from the node key `source`."""
-        session = self._sessions.get(source)
-        if session is None:
-            self._handle_unknown(region, source, payload)
-        elif payload.startswith(MAGIC):
-            try:
-                session.handle_relay_disco(payload, region, trio.current_time())
-            except DiscoError:
-                self._rejected_disco += 1
-        elif is_introduction(payload):
-            try:
-                session.handle_introduction(payload, region, trio.current_time())
-            except IntroductionError:
-                self._rejected_introductions += 1
-        elif is_punch_message(payload):
-            try:
-                session.handle_punch_message(payload, region, trio.current_time())
-            except PunchMessageError:
-                self._rejected_punch_messages += 1
-        else:
-            session.handle_relay_data(payload, region)
-
-    def handle_peer_gone(self, region: int, key: bytes) -> None:
-        """A relay does not know a peer of ours."""
-        session = self._sessions.get(key)
-        if session is not None:
-            session.handle_peer_gone(region, trio.current_time())
-
-    # ---- from the edge
-
-    def handle_edge_packet(self, source: bytes, payload: bytes) -> None:
-        """A packet came by the edge from the node key `source`, which the edge has verified."""
-        session = self._sessions.get(source)
-        now = trio.current_time()
-        try:
-            if session is None:
-                self._handle_unknown(0, source, payload)
-            elif payload.startswith(MAGIC):
-                session.handle_edge_disco(payload, now)
-            elif is_introduction(payload):
-                session.handle_introduction(payload, 0, now)
-            else:
-                session.handle_edge_data(payload)
-        except DiscoError:
-            self._rejected_disco += 1
-        except IntroductionError:
-            self._rejected_introductions += 1
-
-    def handle_edge_peer_gone(self, key: bytes) -> None:
-        """The edge does not know a peer of ours."""
-        session = self._sessions.get(key)
-        if session is not None:
-            session.handle_edge_gone(trio.current_time())
-
-    def handle_edge_change(self, *, is_up: bool) -> None:
-        """The tunnel to the edge came up or went down."""
-        now = trio.current_time()
-        for session in list(self._sessions.values()):
-            session.handle_edge_change(now, is_up=is_up)
-
-    def handle_relay_change(self, region: int, *, is_up: bool) -> None:
-        """A relay connection came up or went down."""
-        now = trio.current_time()
-        for session in list(self._sessions.values()):
-            if session.home_region == region:
-                session.machine.set_relay_available(is_up, now)
-                session.carry_out()
-        if not is_up and region == self.home_region:
-            self._endpoints.refresh()
-
-    def _handle_unknown(self, region: int, source: bytes, payload: bytes) -> None:
-        key = NodePublic(source)
-        if not is_introduction(payload):
-            if self._handle_stranger is not None:
-                self._handle_stranger(region, key, payload)
-            return
-        if self._admit is None or not key or not self._admit(key):
-            self._rejected_introductions += 1
-            return
-        now = trio.current_time()
-        elapsed = now - self._stranger_budget_at
-        self._stranger_budget_at = now
-        self._stranger_budget = min(
-            STRANGERS_BURST, self._stranger_budget + elapsed * STRANGERS_PER_SECOND
-        )
-        waiting = self._links_to_accept.statistics().current_buffer_used
-        if self._stranger_budget < 1 or waiting >= MAX_WAITING_LINKS:
-            self._rejected_introductions += 1
-            return
-        self._stranger_budget -= 1
-        try:
-            # Opened here for the proof, so that a forgery costs no state.
-            open_introduction(payload, Box(self._wiring.private_key, key))
-        except (IntroductionError, KeyFormatError):
-            self._rejected_introductions += 1
-            return
-        session, link = self._add_peer(key, 0, is_introduced=True)
-        try:
-            session.handle_introduction(payload, region, now)
-        except IntroductionError:
-            link.close()
-            self._rejected_introductions += 1
-            return
-        self._opened_links.send_nowait(link)
-
-
-def _order_by_claim(sessions: list[Session], message: Message) -> list[Session]:
-    """Of several nodes with one disco key, the one that a Ping names first (disco 8.2)."""
-    if len(sessions) == 1 or not isinstance(message, Ping):
-        return list(sessions)
-    return sorted(sessions, key=lambda session: session.key != message.node_key)

@@ -26,7 +26,7 @@ from traversal.paths.peer_relay import (
     SendVia,
 )
 from traversal.paths.scoring import Path
-from traversal.session import Session, Wiring
+from traversal.session import Session
 from traversal.wire.address import Address
 from traversal.wire.disco import (
     AllocateRequest,
@@ -41,6 +41,7 @@ from traversal.wire.disco import (
     seal_envelope,
 )
 from traversal.wire.geneve import HEADER_LENGTH, PROTOCOL_DISCO, Header
+from traversal.wiring import Wiring
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ class PeerRelays:
             raise DiscoError("an allocation that is not for its sender, or not for this node")
         response = self._service.maybe_allocate(session.key, request, now)
         if response is not None:
-            session.send_disco_by_relay(response)
+            session.outlet.send_disco_by_relay(response)
 
     def _sessions_of(self, clients: tuple[DiscoPublic, DiscoPublic]) -> list[Session]:
         own = self._wiring.disco_public
@@ -153,7 +154,7 @@ class PeerRelays:
         sessions = self._wiring.by_disco.get(envelope[6:38])
         if sessions is None:
             raise DiscoError("relayed disco from nobody we know")
-        message = sessions[0].open_disco(envelope)
+        message = sessions[0].outlet.open_disco(envelope)
         for session in list(sessions):
             if session.handle_disco(message, path, now):
                 return
@@ -226,7 +227,7 @@ class PeerRelays:
             return self._service.maybe_allocate(effect.relay, effect.request, now)
         relay = self._find_session(effect.relay.raw)
         if relay is not None:
-            relay.send_disco_by_relay(effect.request)
+            relay.outlet.send_disco_by_relay(effect.request)
         return None
 
     def _can_ask(self, key: NodePublic) -> bool:
@@ -316,12 +317,12 @@ class Negotiation:
                 if response is not None:
                     self.client.handle_response(effect.relay, response, self._in_use(now), now)
             case SendVia():
-                session.send_disco_by_relay(effect.message)
+                session.outlet.send_disco_by_relay(effect.message)
             case SendControl():
                 self._shared.send_control(effect)
             case SendRelayedPing():
                 ping = Ping(effect.transaction_id, self._wiring.public_key)
-                session.send_disco(ping, effect.path)
+                session.outlet.send_disco(ping, effect.path)
             case PathBound():
                 self._paths.add(effect.path)
                 self._shared.bind(effect.path, session)

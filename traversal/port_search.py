@@ -187,7 +187,7 @@ class PortSearch:
 
     def _handle_disco(self, number: int, datagram: bytes, source: Address, now: float) -> None:
         try:
-            message = self._session.open_disco(datagram)
+            message = self._session.outlet.open_disco(datagram)
         except DiscoError:
             return
         if isinstance(message, CallMeMaybe):
@@ -234,9 +234,11 @@ class PortSearch:
                 self._measure(socket)
             case SendPunchMessage(message):
                 nonce = searches.entropy(NONCE_LENGTH)
-                session.send_by_relay(seal_punch_message(message, session.box_of_nodes(), nonce))
+                session.outlet.send_by_relay(
+                    seal_punch_message(message, session.outlet.box_of_nodes(), nonce)
+                )
             case SendCallMeMaybe(addresses):
-                session.send_disco_by_relay(CallMeMaybe(addresses))
+                session.outlet.send_disco_by_relay(CallMeMaybe(addresses))
             case OpenSockets(count, batch):
                 self._open(count, batch)
             case CloseSockets(sockets):
@@ -251,7 +253,7 @@ class PortSearch:
                 self._proven.clear()
 
     def _send_disco(self, number: int | None, message: Ping | Pong, address: Address) -> None:
-        envelope = self._session.seal_disco(message)
+        envelope = self._session.outlet.seal_disco(message)
         if envelope is None:
             return
         sock = None
@@ -284,7 +286,7 @@ class PortSearch:
         self._sockets.close(numbers)
         if self._found in numbers:
             self._found = None
-            self._session.udp = self._searches.udp
+            self._session.outlet.udp = self._searches.udp
             self._session.tell_own_addresses(trio.current_time())
 
     def _adopt(self, effect: AdoptSocket) -> None:
@@ -292,7 +294,7 @@ class PortSearch:
         sock = None if effect.socket is None else self._sockets.get(effect.socket)
         if sock is not None:
             self._found = effect.socket
-            session.udp = FoundPath(self._searches.udp, sock, effect.remote)
+            session.outlet.udp = FoundPath(self._searches.udp, sock, effect.remote)
             self._searches.want_lifetime()
         session.tell_own_addresses(now)
         session.machine.handle_found(effect.remote, effect.latency_seconds, now)

@@ -7,27 +7,14 @@ introduction, everything travels by the relay and the machine sleeps.
 
 from __future__ import annotations
 
-import errno
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
-from traversal.io.deadlines import Deadlines
-from traversal.io.relays import Relays
-from traversal.io.udp import Sender, Source, UdpSockets
-from traversal.keys import (
-    NONCE_LENGTH,
-    Box,
-    DiscoPrivate,
-    DiscoPublic,
-    Entropy,
-    KeyFormatError,
-    NodePrivate,
-    NodePublic,
-)
+from traversal.keys import NONCE_LENGTH, DiscoPublic, KeyFormatError, NodePublic
+from traversal.outlet import Outlet
 from traversal.paths.effects import (
     AddressForgotten,
     AddressLearned,
@@ -48,18 +35,8 @@ from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import EDGE_PATH, Path
 from traversal.port_search import PortSearch
-from traversal.port_searches import PortSearches
 from traversal.wire.address import Address
-from traversal.wire.disco import (
-    CallMeMaybe,
-    DiscoError,
-    Message,
-    Ping,
-    Pong,
-    open_envelope,
-    seal_envelope,
-)
-from traversal.wire.geneve import PROTOCOL_DISCO, PROTOCOL_WIREGUARD, Header
+from traversal.wire.disco import CallMeMaybe, DiscoError, Message, Ping, Pong
 from traversal.wire.introduction import (
     Capability,
     FilteringClass,
@@ -69,64 +46,7 @@ from traversal.wire.introduction import (
     open_introduction,
     seal_introduction,
 )
-
-if TYPE_CHECKING:
-    from traversal.peer_relays import PeerRelays
-
-NO_ROUTE: Final = frozenset(
-    {
-        errno.ENETUNREACH,
-        errno.EHOSTUNREACH,
-        errno.ENETDOWN,
-        errno.EHOSTDOWN,
-        errno.EADDRNOTAVAIL,
-        errno.EAFNOSUPPORT,
-        errno.EINVAL,
-    }
-)
-"""Send errors that say: this address can't be reached from here."""
-NEEDS_FRESH_SOCKET: Final = frozenset({errno.EPIPE, errno.ENOTCONN, errno.EPERM})
-"""Send errors that a rebind may heal (path selection specification 15)."""
-
-
-class EdgeCarrier(Protocol):
-    """The tunnel to the edge, which carries packets to nodes by their keys."""
-
-    @property
-    def is_connected(self) -> bool:
-        """Whether a packet would leave at once."""
-
-    @property
-    def max_payload_bytes(self) -> int:
-        """The longest packet that it carries."""
-
-    def send(self, destination: bytes, payload: bytes) -> bool:
-        """Queue a packet for the node with this raw key; False when it can't be carried."""
-
-
-@dataclass(slots=True)
-class Wiring:
-    """What all sessions of a node share."""
-
-    private_key: NodePrivate
-    public_key: NodePublic
-    disco_private: DiscoPrivate
-    disco_public: DiscoPublic
-    entropy: Entropy
-    udp: UdpSockets
-    relays: Relays
-    deadlines: Deadlines
-    refresh: Callable[[], None]
-    """Ask for a net check; coalesced."""
-    want_rebind: Callable[[], None]
-    """Ask for fresh sockets; throttled."""
-    note_seen_as: Callable[[Address, Address, float], None]
-    """A peer at the first address saw us at the second."""
-    port_searches: PortSearches
-    by_address: dict[Source, Session] = field(default_factory=dict)
-    by_disco: dict[bytes, list[Session]] = field(default_factory=dict)
-    peer_relays: PeerRelays = field(init=False)
-    edge: EdgeCarrier | None = None
+from traversal.wiring import Wiring
 
 
 class Session:
@@ -145,12 +65,11 @@ class Session:
         self.armed_at = math.inf
         self.key = key
         self.machine = machine
-        self.home_region = region
+        self.outlet = Outlet(wiring, key, machine, self.carry_out)
+        self.outlet.home_region = region
         self.disco_key: DiscoPublic | None = None
         self.can_use_peer_relays = False
         """Whether the peer understands disco's messages about UDP peer relays."""
-        self.udp: Sender = wiring.udp
-        """What direct datagrams leave by."""
         self.search: PortSearch | None = None
         self.receive_data: Callable[[list[bytes]], None] = _ignore
         self.note_change: Callable[[PathChanged], None] = _ignore
@@ -161,10 +80,6 @@ class Session:
         self._side = PeerSide()
         self._told_nat = (MappingClass.UNKNOWN, FilteringClass.UNKNOWN)
         self._own_addresses: tuple[Address, ...] = ()
-        self._disco_box: Box | None = None
-        self._node_box: Box | None = None
-        self._heard_region = 0
-        self._is_gone = False
         self._wanted_at = -math.inf
         self._has_keys = trio.Event()
 
@@ -200,7 +115,7 @@ class Session:
         """
         if key == self.disco_key:
             return
-        self._disco_box = Box(self._wiring.disco_private, key)
+        self.outlet.set_disco_key(key)
         self._wiring.peer_relays.forget(self)
         self._set_disco_index(key)
         self._has_keys.set()
@@ -247,7 +162,7 @@ class Session:
 
     def ping(self, now: float) -> None:
         """Ping by all ways at once; without the peer's disco key this does nothing."""
-        if self._disco_box is not None:
+        if self.outlet.has_keys:
             self.machine.ping_all(now)
             self.carry_out()
 
@@ -256,59 +171,8 @@ class Session:
     def wake(self, now: float) -> None:
         """A datagram was sent while the machine slept."""
         self._wanted_at = now
-        if self._disco_box is not None:
+        if self.outlet.has_keys:
             self.machine.handle_send(now)
-            self.carry_out()
-
-    @property
-    def relay_region(self) -> int:
-        """By which region's relay the peer is sent to; 0 for none (path selection 10)."""
-        relays, home, heard = self._wiring.relays, self.home_region, self._heard_region
-        if heard and heard != home and not relays.is_connected(home) and relays.is_connected(heard):
-            return heard
-        return home or heard
-
-    def send_by_relay(self, payload: bytes) -> None:
-        """Queue a packet for the peer at its relay; and at the edge, if the relay can't be relied
-        upon and the edge is there."""
-        wiring, region = self._wiring, self.relay_region
-        wiring.relays.send(region, self.key.raw, payload)
-        if wiring.edge is None:
-            return
-        is_out = not wiring.relays.is_connected(region)
-        if is_out and self.machine.has_relay:
-            self.machine.set_relay_available(False, trio.current_time())
-            self.carry_out()
-        if is_out or self._is_gone:
-            self.send_by_edge(payload)
-
-    def send_by_edge(self, payload: bytes) -> bool:
-        """Queue a packet for the peer at the edge; False when that can't carry it."""
-        edge = self._wiring.edge
-        return edge is not None and edge.send(self.key.raw, payload)
-
-    @property
-    def edge_payload_bytes(self) -> int | None:
-        """The longest datagram that the edge carries, None without one."""
-        edge = self._wiring.edge
-        return edge.max_payload_bytes if edge is not None else None
-
-    def send_data(self, datagrams: Sequence[bytes], path: Path) -> int:
-        """Send the application's datagrams by a path that is not direct: 0 or an errno."""
-        if path.is_edge:
-            for datagram in datagrams:
-                if not self.send_by_edge(datagram):
-                    self._wiring.relays.send(self.relay_region, self.key.raw, datagram)
-            return 0
-        header = Header(path.vni, PROTOCOL_WIREGUARD).encode()
-        return self._wiring.udp.send_many([header + d for d in datagrams], path.address)
-
-    def handle_send_fault(self, fault: int, path: Path, now: float) -> None:
-        """Sending to `path` failed with this errno."""
-        if fault in NEEDS_FRESH_SOCKET:
-            self._wiring.want_rebind()
-        elif fault in NO_ROUTE:
-            self.machine.handle_send_error(path, now)
             self.carry_out()
 
     # ---- feed
@@ -323,7 +187,7 @@ class Session:
             is_known = self.machine.handle_pong(
                 message.transaction_id, path.address, message.source, now
             )
-            if is_known and not path.vni and self.udp is self._wiring.udp:
+            if is_known and not path.vni and self.outlet.udp is self._wiring.udp:
                 self._wiring.note_seen_as(path.address, message.source, now)
             if not is_known and self.search is not None and not path.vni:
                 return self.search.handle_pong(message, now)
@@ -333,15 +197,9 @@ class Session:
             return self._wiring.peer_relays.handle_relayed(self, message, path, now)
         return is_known
 
-    def open_disco(self, datagram: bytes) -> Message:
-        """Open an envelope from this peer. Raises DiscoError."""
-        if self._disco_box is None:
-            raise DiscoError("the peer's disco key is not known")
-        return open_envelope(datagram, self._disco_box)
-
     def handle_relay_disco(self, datagram: bytes, region: int, now: float) -> None:
         """A disco envelope by relay, from this peer's node key. Raises DiscoError."""
-        self._note_heard(region, now)
+        self._note_heard(region)
         message = self._open_relayed(datagram)
         if isinstance(message, Ping):
             self.machine.handle_relay_ping(message.transaction_id, region)
@@ -365,7 +223,7 @@ class Session:
     def _open_relayed(self, datagram: bytes) -> Message:
         if self.disco_key is None or datagram[6:38] != self.disco_key.raw:
             raise DiscoError("a disco message by relay that is not sealed by its source")
-        return self.open_disco(datagram)
+        return self.outlet.open_disco(datagram)
 
     def _handle_call(self, message: Message, now: float) -> None:
         if isinstance(message, CallMeMaybe):
@@ -379,11 +237,11 @@ class Session:
         """An introduction from this peer's node key, by the relay of `region` or, with 0, by the
         edge or by UDP from an address of the peer. Raises IntroductionError."""
         if region:
-            self._note_heard(region, now)
+            self._note_heard(region)
         if self._introducer is None:
             raise IntroductionError("this peer's keys come from a control plane")
         outcome = self._introducer.handle_introduction(
-            open_introduction(packet, self.box_of_nodes()), now
+            open_introduction(packet, self.outlet.box_of_nodes()), now
         )
         if outcome.answer is not None:
             self._send_introduction(outcome.answer)
@@ -393,13 +251,12 @@ class Session:
 
     def handle_punch_message(self, packet: bytes, region: int, now: float) -> None:
         """A punch message from this peer's node key, by relay. Raises PunchMessageError."""
-        self._note_heard(region, now)
-        self._make_search(now).handle_message(packet, self.box_of_nodes(), now)
+        self._note_heard(region)
+        self._make_search(now).handle_message(packet, self.outlet.box_of_nodes(), now)
 
     def handle_relay_data(self, payload: bytes, region: int) -> None:
         """The application's datagram, by relay."""
-        if region != self._heard_region or self._is_gone:
-            self._note_heard(region, trio.current_time())
+        self._note_heard(region)
         self.receive_data([payload])
 
     def handle_edge_data(self, payload: bytes) -> None:
@@ -423,23 +280,18 @@ class Session:
 
     def handle_peer_gone(self, region: int, now: float) -> None:
         """The relay of a region does not know the peer."""
-        if self._wiring.edge is not None and region == self.relay_region:
-            self._is_gone = True
+        if self.outlet.note_gone(region):
             self.machine.set_relay_available(False, now)
-        if self._heard_region == region:
-            self._heard_region = 0
         self.carry_out()
 
-    def _note_heard(self, region: int, now: float) -> None:
-        self._heard_region = region
-        if self._is_gone:
-            self._is_gone = False
-            self.machine.set_relay_available(True, now)
+    def _note_heard(self, region: int) -> None:
+        if self.outlet.note_heard(region):
+            self.machine.set_relay_available(True, trio.current_time())
 
     # ---- timers
 
     def next_deadline(self) -> float:
-        deadline = self.machine.next_deadline() if self._disco_box is not None else math.inf
+        deadline = self.machine.next_deadline() if self.outlet.has_keys else math.inf
         if self._introducer is not None:
             deadline = min(deadline, self._introducer.next_deadline())
         return deadline
@@ -447,7 +299,7 @@ class Session:
     def on_time(self, now: float) -> None:
         if self._introducer is not None and now >= self._introducer.next_deadline():
             self._introduce(now)
-        if self._disco_box is not None:
+        if self.outlet.has_keys:
             self.machine.on_time(now)
         self.carry_out()
 
@@ -473,15 +325,16 @@ class Session:
     def _carry_out(self, effect: Effect) -> None:
         match effect:
             case SendPing():
-                self._send_ping(effect)
+                self.outlet.send_ping(effect)
             case SendPong(path=None):
-                self.send_disco_by_relay(Pong(effect.transaction_id, effect.source))
+                self.outlet.send_disco_by_relay(Pong(effect.transaction_id, effect.source))
             case SendPong(path=Path() as path):
-                self.send_disco(Pong(effect.transaction_id, effect.source), path)
+                self.outlet.send_disco(Pong(effect.transaction_id, effect.source), path)
             case SendCallMeMaybe():
-                self.send_disco_by_relay(CallMeMaybe(effect.addresses))
+                self.outlet.send_disco_by_relay(CallMeMaybe(effect.addresses))
             case SendRelayPing():
-                self.send_disco_by_relay(Ping(effect.transaction_id, self._wiring.public_key))
+                ping = Ping(effect.transaction_id, self._wiring.public_key)
+                self.outlet.send_disco_by_relay(ping)
             case RefreshEndpoints():
                 self._wiring.refresh()
             case AddressLearned():
@@ -496,60 +349,6 @@ class Session:
             case DiscoverPeerRelay():
                 self._wiring.peer_relays.discover(self, trio.current_time())
 
-    def _send_ping(self, effect: SendPing) -> None:
-        ping = Ping(effect.transaction_id, self._wiring.public_key, effect.padding_bytes)
-        if not effect.padding_bytes:
-            self.send_disco(ping, effect.path)
-            return
-        envelope = self._seal(ping, effect.path)
-        if envelope is None:
-            return
-        fault = self._sender(effect.path).send_unfragmented(envelope, effect.path.address)
-        if fault == errno.EMSGSIZE:
-            self.machine.handle_too_big(effect.padding_bytes, trio.current_time())
-        elif fault:
-            self._handle_disco_fault(fault, effect.path)
-
-    def send_disco(self, message: Message, path: Path) -> None:
-        """Send a message to the peer by UDP, behind Geneve if the path has a VNI."""
-        envelope = self._seal(message, path)
-        if envelope is not None and path.is_edge:
-            self.send_by_edge(envelope)
-        elif envelope is not None:
-            fault = self._sender(path).send(envelope, path.address)
-            if fault:
-                self._handle_disco_fault(fault, path)
-
-    def _sender(self, path: Path) -> Sender:
-        """Peer relays know us by the node's own sockets, whatever a port search found."""
-        return self._wiring.udp if path.vni else self.udp
-
-    def _handle_disco_fault(self, fault: int, path: Path) -> None:
-        if fault in NEEDS_FRESH_SOCKET:
-            self._wiring.want_rebind()
-        elif fault in NO_ROUTE:
-            self.machine.handle_send_error(path, trio.current_time())
-
-    def send_disco_by_relay(self, message: Message) -> None:
-        """Send a message to the peer by its relay; nothing while its disco key is unknown."""
-        envelope = self.seal_disco(message)
-        if envelope is not None:
-            self.send_by_relay(envelope)
-
-    def seal_disco(self, message: Message) -> bytes | None:
-        """An envelope for the peer; None while its disco key is not known."""
-        if self._disco_box is None:
-            return None
-        wiring = self._wiring
-        nonce = wiring.entropy(NONCE_LENGTH)
-        return seal_envelope(message, wiring.disco_public, self._disco_box, nonce)
-
-    def _seal(self, message: Message, path: Path) -> bytes | None:
-        envelope = self.seal_disco(message)
-        if envelope is not None and path.vni and not path.is_edge:
-            return Header(path.vni, PROTOCOL_DISCO).encode() + envelope
-        return envelope
-
     # ---- introductions
 
     def _introduce(self, now: float) -> None:
@@ -561,20 +360,21 @@ class Session:
     def _send_introduction(self, introduction: Introduction) -> None:
         self._told_nat = (introduction.mapping, introduction.filtering)
         nonce = self._wiring.entropy(NONCE_LENGTH)
-        packet = seal_introduction(introduction, self.box_of_nodes(), nonce)
-        self.send_by_relay(packet)
+        packet = seal_introduction(introduction, self.outlet.box_of_nodes(), nonce)
+        self.outlet.send_by_relay(packet)
         # The peer's home may be dead, and this be the news of where we went: then a direct path
         # still leads to the peer, and perhaps it went where we are.
-        relays, path = self._wiring.relays, self.machine.route.path
+        relays, region = self._wiring.relays, self.outlet.relay_region
+        path = self.machine.route.path
         if path is not None and not path.vni:
-            self.udp.send(packet, path.address)
-        if relays.home != self.relay_region and not relays.is_connected(self.relay_region):
+            self.outlet.udp.send(packet, path.address)
+        if relays.home != region and not relays.is_connected(region):
             relays.send(relays.home, self.key.raw, packet)
 
     def _believe(self, introduction: Introduction, now: float) -> None:
         region = introduction.home_region
-        if region != self.home_region and self._wiring.relays.is_known(region):
-            self.home_region = region
+        if region != self.outlet.home_region and self._wiring.relays.is_known(region):
+            self.outlet.home_region = region
             self.machine.set_relay_available(True, now)
         self.can_use_peer_relays = Capability.PEER_RELAY in introduction.capabilities
         self._wiring.peer_relays.update(self)
@@ -606,12 +406,6 @@ class Session:
         return self.search
 
     # ---- keys
-
-    def box_of_nodes(self) -> Box:
-        """The box between our node key and the peer's."""
-        if self._node_box is None:
-            self._node_box = Box(self._wiring.private_key, self.key)
-        return self._node_box
 
     def _set_disco_index(self, key: DiscoPublic | None) -> None:
         index = self._wiring.by_disco

@@ -31,14 +31,14 @@ class ModelEdge:
         tunnel = ModelTunnel(self, node)
         self.nodes[node.public_key.raw] = node
         node._wiring.edge = tunnel
-        node.handle_edge_change(is_up=True)
+        node._reception.handle_edge_change(is_up=True)
         return tunnel
 
     async def deliver(self, source: bytes, destination: bytes, payload: bytes) -> None:
         await trio.sleep(DELAY_SECONDS)
         if destination in self.nodes and source in self.nodes:
             self.carried += 1
-            self.nodes[destination].handle_edge_packet(source, payload)
+            self.nodes[destination]._reception.handle_edge_packet(source, payload)
 
 
 class ModelTunnel:
@@ -60,7 +60,7 @@ class ModelTunnel:
 
     def cut(self) -> None:
         del self._edge.nodes[self._node.public_key.raw]
-        self._node.handle_edge_change(is_up=False)
+        self._node._reception.handle_edge_change(is_up=False)
 
 
 def close_gates(world: World, *, are_open: bool = False) -> None:
