@@ -25,6 +25,7 @@ from relay.certificate_files import (
 )
 from relay.certificates import Certificates
 from relay.config import AcmeConfig, TlsConfig
+from traversal.io.tls import TlsEngine, TlsError
 from traversal.keys import NodePublic
 
 SERVER_KEY = NodePublic(b"k" * 32)
@@ -135,6 +136,16 @@ class TestHandshake:
         context = context_of(Certificates(TlsConfig(directory=""), NAME, SERVER_KEY))
         with pytest.raises(ssl.SSLError, match=r"(?i)internal.error"):
             handshake(context, trusting_nobody_asked(), asked)
+
+    def test_the_reason_says_that_the_name_was_wrong(self) -> None:
+        """What an operator reads in the log."""
+        context = context_of(Certificates(TlsConfig(directory=""), NAME, SERVER_KEY))
+        server = TlsEngine(context, server_side=True)
+        client = TlsEngine(trusting_nobody_asked(), server_side=False, server_hostname="b.example")
+        assert not client.do_handshake()
+        server.receive_data(client.data_to_send())
+        with pytest.raises(TlsError, match="one that is not served here"):
+            server.do_handshake()
 
     def test_names_are_compared_without_case(self) -> None:
         """As DNS does."""

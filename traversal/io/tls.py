@@ -145,6 +145,8 @@ def _describe(error: Exception) -> str:
     reason: str | None = getattr(error, "reason", None)
     if isinstance(error, ssl.SSLZeroReturnError) or reason == "UNEXPECTED_EOF_WHILE_READING":
         return "the other side closed the connection"
+    if reason == "CALLBACK_FAILED":  # the only callback that we set looks at the name
+        return "it asked for no server name, or for one that is not served here"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verification failed: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and reason:
