@@ -10,6 +10,7 @@ from typing import Final, Self
 
 import trio
 
+from traversal.io.inbox import Inbox
 from traversal.io.relays import Relays
 from traversal.keys import NodePublic
 from traversal.paths.effects import PathChanged, PathState, PingAnswered, Route
@@ -23,9 +24,6 @@ from traversal.wire.derp import MAX_PACKET_LENGTH
 
 MAX_DATAGRAM_BYTES: Final = 65507
 """What UDP over IPv4 can carry. Path MTU is another matter: see `LinkPath.mtu_bytes`."""
-MAX_WAITING_DATAGRAMS: Final = 4096
-MAX_WAITING_BYTES: Final = 4 << 20
-"""What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
 SENDS_PER_CHECKPOINT: Final = 16
 """Half a relay queue: its writer gets a turn before the queue overflows."""
 MAX_EXTRA_CHECKPOINTS: Final = 8
@@ -119,16 +117,12 @@ class Link:
         self._own_nat = own_nat
         self._forget = forget
         self._is_closed = False
-        self._queue: deque[bytes] = deque()
-        self._queued_bytes = 0
-        self._readers = trio.lowlevel.ParkingLot()
+        self._inbox = Inbox(self._check_open)
         self._sent = 0
-        self._received = 0
-        self._dropped = 0
         self._last_path = self.path
         self._watchers: set[PathChanges] = set()
         self._pingers: set[trio.MemorySendChannel[PingAnswer]] = set()
-        session.receive_data = self._deliver
+        session.receive_data = self._inbox.put
         session.note_change = self._note_change
         session.note_ping = self._note_ping
 
@@ -174,7 +168,8 @@ class Link:
 
     def statistics(self) -> LinkStatistics:
         """A snapshot."""
-        return LinkStatistics(self._sent, self._received, self._dropped, self._machine.statistics())
+        inbox = self._inbox
+        return LinkStatistics(self._sent, inbox.received, inbox.dropped, self._machine.statistics())
 
     def verdict(self) -> Verdict:
         """Why this path: what is known, what was tried, what would help."""
@@ -305,38 +300,15 @@ class Link:
 
         Cancelling loses nothing.
         """
-        await self._wait()
-        datagram = self._queue.popleft()
-        self._queued_bytes -= len(datagram)
-        return datagram
+        return await self._inbox.receive()
 
     async def receive_many(self) -> list[bytes]:
         """Everything that waits, at least one datagram. Otherwise like `receive`."""
-        await self._wait()
-        datagrams = list(self._queue)
-        self._queue.clear()
-        self._queued_bytes = 0
-        return datagrams
+        return await self._inbox.receive_many()
 
-    async def _wait(self) -> None:
-        # A reader that never sleeps while there is something to read is harmless: what fills the
-        # queue is another task, which runs only when this one sleeps.
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._queue:
-            if self._is_closed:
-                raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
-            await self._readers.park()
-
-    def _deliver(self, datagrams: list[bytes]) -> None:
-        queue = self._queue
-        queue += datagrams
-        self._received += len(datagrams)
-        self._queued_bytes += sum(map(len, datagrams))
-        while len(queue) > MAX_WAITING_DATAGRAMS or self._queued_bytes > MAX_WAITING_BYTES:
-            self._queued_bytes -= len(queue.popleft())
-            self._dropped += 1
-        if self._readers:
-            self._readers.unpark()
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise LinkClosedError(f"the link to {self.peer_key.short()} is closed")
 
     # ---- watching and pinging
 
@@ -382,7 +354,7 @@ class Link:
         self._forget(self)
         for watcher in list(self._watchers):
             watcher.end()
-        self._readers.unpark_all()
+        self._inbox.wake_all()
 
 
 class PathChanges:

@@ -8,7 +8,6 @@ of the node's `Deadlines`.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
@@ -16,6 +15,7 @@ from typing import Final, Self
 import trio
 
 from traversal.io.deadlines import Deadlines
+from traversal.io.inbox import Inbox
 from traversal.io.udp import Source, UdpSockets
 from traversal.keys import Entropy
 from traversal.paths.candidates import LocalNetworks
@@ -41,9 +41,6 @@ from traversal.wire.ice_description import (
 )
 
 MAX_DATAGRAM_BYTES: Final = 65507
-MAX_WAITING_DATAGRAMS: Final = 1024
-MAX_WAITING_BYTES: Final = 4 << 20
-"""What may wait for an application that reads slowly; beyond either, the oldest is dropped."""
 SENDS_PER_CHECKPOINT: Final = 16
 """A checkpoint costs as much as sending; others get a turn this often."""
 
@@ -121,12 +118,8 @@ class IceSession:
         self._agent = agent
         self._reason = ""
         self._changed = trio.Event()
-        self._queue: deque[bytes] = deque()
-        self._queued_bytes = 0
-        self._readers = trio.lowlevel.ParkingLot()
+        self._inbox = Inbox(self._check_open)
         self._sent = 0
-        self._received = 0
-        self._dropped = 0
         router.by_ufrag[agent.description.ufrag] = self
 
     def __repr__(self) -> str:
@@ -162,7 +155,8 @@ class IceSession:
 
     def statistics(self) -> IceStatistics:
         """A snapshot."""
-        return IceStatistics(self._sent, self._received, self._dropped, self._agent.rejected)
+        inbox = self._inbox
+        return IceStatistics(self._sent, inbox.received, inbox.dropped, self._agent.rejected)
 
     # ---- commands
 
@@ -226,16 +220,11 @@ class IceSession:
 
         Raises IceError when the session has failed or is closed, and nothing waits any more.
         """
-        # A reader that never sleeps while there is something to read is harmless: what fills the
-        # queue is another task, which runs only when this one sleeps.
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._queue:
-            if self.state in (IceState.FAILED, IceState.CLOSED):
-                self._check_connected()
-            await self._readers.park()
-        datagram = self._queue.popleft()
-        self._queued_bytes -= len(datagram)
-        return datagram
+        return await self._inbox.receive()
+
+    def _check_open(self) -> None:
+        if self.state in (IceState.FAILED, IceState.CLOSED):
+            self._check_connected()
 
     def close(self) -> None:
         """End the session; harmless when repeated. Whoever waits gets IceError."""
@@ -253,13 +242,7 @@ class IceSession:
 
     def deliver(self, datagram: bytes) -> None:
         """Data from an address where the peer has proved to be."""
-        self._received += 1
-        self._queue.append(datagram)
-        self._queued_bytes += len(datagram)
-        while len(self._queue) > MAX_WAITING_DATAGRAMS or self._queued_bytes > MAX_WAITING_BYTES:
-            self._queued_bytes -= len(self._queue.popleft())
-            self._dropped += 1
-        self._readers.unpark()
+        self._inbox.put((datagram,))
 
     def set_local_networks(self, local: LocalNetworks) -> None:
         """What is known about our own addresses changed."""
@@ -300,7 +283,7 @@ class IceSession:
                     self._reason = effect.reason
                     self._changed.set()
                     self._changed = trio.Event()
-                    self._readers.unpark_all()
+                    self._inbox.wake_all()
         router.deadlines.arm(self)
 
     def _check_connected(self) -> None:

@@ -27,7 +27,8 @@ from traversal import (
     open_node,
 )
 from traversal.io.deadlines import Deadlines
-from traversal.io.ice import MAX_DATAGRAM_BYTES, MAX_WAITING_DATAGRAMS, IceRouter
+from traversal.io.ice import MAX_DATAGRAM_BYTES, IceRouter
+from traversal.io.inbox import MAX_WAITING_DATAGRAMS
 from traversal.io.udp import Source, UdpSockets
 from traversal.paths.candidates import LocalNetworks
 from traversal.paths.ice_candidates import make_candidates
