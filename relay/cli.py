@@ -1,4 +1,8 @@
-"""The `underpass-relay` command."""
+"""The `underpass-relay` command.
+
+What a command needs is imported when it runs: all of it takes a second, which a help text must not
+cost.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +11,59 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from relay.config import Config, ConfigError
-from relay.config_schema import DERP_PORT
-from relay.demo import demo_command
-from relay.edge.cli import edge_command
-from relay.loadtest import loadtest_command
-from relay.map_entry import PRIVATE_REGION_ID, build_map
-from relay.probe import probe_command
-from relay.top import top_command
-from traversal.keys import KeyFormatError, MeshKey, NodePrivate, NodePublic
-from traversal.relay_map import RelayMap, RelayMapError
+if TYPE_CHECKING:
+    from relay.config import Config
+    from traversal.relay_map import RelayMap
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 DEFAULT_CONFIG_PATH = "/etc/underpass-relay/relay.toml"
 MAX_TOKEN_DAYS = 36_500
+ELSEWHERE: Final = {
+    "demo": ("relay.demo:demo_command", "Run a relay and two clients that send packets."),
+    "edge": ("relay.edge.cli:edge_command", "Tunnels: services that connectors publish here."),
+    "loadtest": ("relay.loadtest:loadtest_command", "Send packets through a server and measure."),
+    "probe": ("relay.probe:probe_command", "Check DERP servers from outside."),
+    "top": ("relay.top:top_command", "Show who uses a relay, live."),
+}
+"""Commands in modules of their own: where, and what the list of commands says of them."""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Group(click.Group):
+    """Imports commands of `ELSEWHERE` only when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = ELSEWHERE[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in ELSEWHERE:
+                rows.append((name, ELSEWHERE[name][1]))
+            elif (command := super().get_command(ctx, name)) is not None:
+                rows.append((name, command.get_short_help_str(limit=80)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="underpass", prog_name="underpass-relay")
 def main() -> None:
     """A relay for DERP clients: a drop-in for Tailscale's derper, with STUN.
@@ -102,6 +135,8 @@ def _config_path(options: Mapping[str, Any]) -> str:
 
 def _loader(options: Mapping[str, Any], *, dev: bool = False) -> Callable[[], Config]:
     """A function that reads the configuration, now and at each reload."""
+    from relay.config import Config
+
     overrides = _overrides(options)
     if dev:
         if options["config_path"]:
@@ -112,6 +147,8 @@ def _loader(options: Mapping[str, Any], *, dev: bool = False) -> Callable[[], Co
 
 
 def _load(options: Mapping[str, Any]) -> Config:
+    from relay.config import ConfigError
+
     try:
         return _loader(options)()
     except ConfigError as error:
@@ -141,9 +178,11 @@ def serve(dev: bool, dev_map: str | None, **options: Any) -> None:
     """
     import trio
 
+    from relay.config import ConfigError
     from relay.logs import set_up_logging
     from relay.server import Bound, StartError
     from relay.server import serve as serve_relay
+    from traversal.relay_map import RelayMapError
 
     load = _loader(options, dev=dev)
     path = "" if dev else _config_path(options)
@@ -185,6 +224,8 @@ def _messages(group: BaseExceptionGroup[Any]) -> list[str]:
 
 
 def _map_of_running(config: Config, bound: Any) -> RelayMap:
+    from relay.map_entry import build_map
+
     return build_map(
         config,
         derp_port=bound.derp[0][1],
@@ -218,11 +259,12 @@ def check_config(as_json: bool, **options: Any) -> None:
 
     Exit status 1 if it is not. Everything wrong is listed, with file and line.
     """
+    from relay.config import ConfigError
+    from relay.server import check_files
+
     problems: list[str] = []
     try:
         config = _loader(options)()
-        from relay.server import check_files
-
         problems = check_files(config)
     except ConfigError as error:
         problems = list(error.problems)
@@ -241,6 +283,8 @@ def check_config(as_json: bool, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The public half, too, as JSON.")
 def keygen(kind: str, output: str | None, as_json: bool) -> None:
     """Make a key: the SERVER's own, in derper's file format, or a MESH key for a region."""
+    from traversal.keys import MeshKey, NodePrivate
+
     public = ""
     if kind == "server":
         private = NodePrivate.generate(os.urandom)
@@ -288,7 +332,7 @@ def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., 
 
 
 @main.command("print-map")
-@click.option("--region-id", type=int, default=PRIVATE_REGION_ID, show_default=True)
+@click.option("--region-id", type=int, help="Default: 900, the first that is free for own use.")
 @click.option("--region-code", default="underpass", show_default=True)
 @click.option("--region-name", default="Underpass", show_default=True)
 @click.option("--node-name", default="", help="Default: the region id and the letter a.")
@@ -314,7 +358,7 @@ def _address_type(kind: type[IPv4Address] | type[IPv6Address]) -> Callable[..., 
 )
 @_config_options
 def print_map(
-    region_id: int,
+    region_id: int | None,
     region_code: str,
     region_name: str,
     node_name: str,
@@ -329,9 +373,12 @@ def print_map(
 
     For a self-signed certificate the entry carries its pin.
     """
-    config = _load(options)
+    from relay.config_schema import DERP_PORT
+    from relay.map_entry import PRIVATE_REGION_ID, build_map
     from relay.server import StartError, certificate_pin
+    from traversal.relay_map import RelayMapError
 
+    config = _load(options)
     listen = config.listen
     try:
         relay_map = build_map(
@@ -340,7 +387,7 @@ def print_map(
             stun_port=stun_port or (listen.stun[0].port if listen.stun else None),
             can_port_80=listen.http is not None and listen.http.port == 80,
             pin=certificate_pin(config),
-            region_id=region_id,
+            region_id=PRIVATE_REGION_ID if region_id is None else region_id,
             region_code=region_code,
             region_name=region_name,
             node_name=node_name,
@@ -418,8 +465,9 @@ def token_issue(
     """
     import time
 
-    from relay.config_sources import read_text_file
+    from relay.config_sources import ConfigError, read_text_file
     from relay.tokens import Claims, TokenError, TokenSigner
+    from traversal.keys import KeyFormatError, NodePublic
 
     try:
         signer = TokenSigner.parse(read_text_file(Path(signing_key), "signing key"))
@@ -447,9 +495,6 @@ def token_issue(
         click.echo(text)
         click.echo(f"id {claims.id}", err=True)
 
-
-for command in (demo_command, edge_command, probe_command, loadtest_command, top_command):
-    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -432,6 +432,7 @@ def _attempt(candidate: CandidateStatistics, now: float) -> Attempt:
 
 def _facts_dict(facts: NatFacts) -> dict[str, object]:
     return {
+        "text": describe_nat(facts),
         "mapping": facts.mapping.name.lower(),
         "filtering": facts.filtering.name.lower(),
         "port_pattern": facts.ports.pattern.value,

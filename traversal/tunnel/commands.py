@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from urllib.parse import urlsplit
 
 import click
-import trio
 
-from traversal.tunnel.settings import (
-    PROTOCOLS,
-    SettingsError,
-    TunnelSettings,
-    load_settings,
-    read_settings,
-)
+from traversal.tunnel.transport_choice import PROTOCOLS
 
 # The rest is imported where it is used: it takes half a second, for which no other command of
 # `underpass` should wait.
 if TYPE_CHECKING:
+    import trio
+
     from traversal.tunnel.connector import Connector
+    from traversal.tunnel.settings import TunnelSettings
 
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -132,6 +128,7 @@ def quick(
 ) -> None:
     """Publish a local service under a random name, as long as this runs."""
     from traversal.tunnel.quick import QuickTunnelError, ask_for_quick_tunnel
+    from traversal.tunnel.settings import SettingsError, read_settings
 
     edges = list(connect) or [urlsplit(base).hostname or ""]
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
@@ -148,6 +145,8 @@ def quick(
 
 
 def _settings(config_path: Path | None, options: dict[str, Any]) -> TunnelSettings:
+    from traversal.tunnel.settings import SettingsError, load_settings, read_settings
+
     names = {"credentials_file": "credentials"}
     table = {
         names.get(key, key): list(value) if isinstance(value, tuple) else value
@@ -168,6 +167,8 @@ def _settings(config_path: Path | None, options: dict[str, Any]) -> TunnelSettin
 
 
 def _serve(settings: TunnelSettings, log_level: str) -> None:
+    import trio
+
     from traversal.tunnel.connector import ConnectorError
 
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
@@ -180,6 +181,8 @@ def _serve(settings: TunnelSettings, log_level: str) -> None:
 
 
 async def _run_until_told(settings: TunnelSettings) -> None:
+    import trio
+
     from traversal.tunnel.running import run_tunnel
 
     told = trio.Event()

@@ -35,17 +35,12 @@ from traversal.tunnel.configuration_file import CONFIGURATION_KEYS, read_configu
 from traversal.tunnel.discovery import EdgePlaces, parse_edge
 from traversal.tunnel.ingress import Ingress
 from traversal.tunnel.services import parse_place
-from traversal.tunnel.transport_choice import Transport
+from traversal.tunnel.transport_choice import PROTOCOLS, Transport
 from traversal.wire.tunnel.configuration import Configuration
 from traversal.wire.tunnel.credentials import Credentials, parse_credentials_file, parse_token
 from traversal.wire.tunnel.errors import TunnelError
 
 MAX_CONNECTIONS: Final = 8
-PROTOCOLS: Final = {
-    "auto": (Transport.QUIC, Transport.HTTP2),
-    "quic": (Transport.QUIC,),
-    "http2": (Transport.HTTP2,),
-}
 _KEYS: Final = (
     "edge",
     "edge_domain",

@@ -31,6 +31,14 @@ class Transport(enum.Enum):
     HTTP2 = "http2"
 
 
+PROTOCOLS: Final = {
+    "auto": (Transport.QUIC, Transport.HTTP2),
+    "quic": (Transport.QUIC,),
+    "http2": (Transport.HTTP2,),
+}
+"""What a person may allow, the preferred transport first."""
+
+
 class TransportChoice:
     """The choice of a whole connector; `draw` returns random numbers in [0, 1)."""
 

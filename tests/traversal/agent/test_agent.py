@@ -238,7 +238,7 @@ class TestCommands:
             (["netcheck", "--map", "ftp://x"], "file or an https URL"),
             (["status", "-c", "none.toml"], "none.toml: No such file"),
             (["up", "-c", "none.toml"], "none.toml: No such file"),
-            (["ping", "nodekey:1", "-c", "none.toml"], "no peer"),
+            (["ping", "nodekey:1", "-c", "none.toml"], "'nodekey:1' is no node key"),
         ],
     )
     def test_wrong_input(self, arguments: list[str], complaint: str) -> None:
