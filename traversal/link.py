@@ -171,17 +171,22 @@ class Link:
         inbox = self._inbox
         return LinkStatistics(self._sent, inbox.received, inbox.dropped, self._machine.statistics())
 
-    def verdict(self) -> Verdict:
-        """Why this path: what is known, what was tried, what would help."""
+    def verdict(self, peer_name: str = "") -> Verdict:
+        """Why this path: what is known, what was tried, what would help.
+
+        Sentences call the peer `peer_name`, by default a short form of its key.
+        """
         session, region = self._session, self._outlet.relay_region
         return judge(
-            session.key.short(),
+            peer_name or session.key.short(),
             self._machine.statistics(),
             self._own_nat(),
             session.nat,
             f"of region {region}" if region else "(none known)",
             trio.current_time(),
             session.search.facts if session.search is not None else None,
+            session.contact,
+            self._relays.problem(region),
         )
 
     def path_changes(self) -> PathChanges:

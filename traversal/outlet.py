@@ -17,6 +17,7 @@ from traversal.keys import NONCE_LENGTH, Box, DiscoPublic, NodePublic
 from traversal.paths.effects import SendPing
 from traversal.paths.peer import Peer
 from traversal.paths.scoring import Path
+from traversal.paths.verdict import Contact
 from traversal.wire.disco import DiscoError, Message, Ping, open_envelope, seal_envelope
 from traversal.wire.geneve import PROTOCOL_DISCO, PROTOCOL_WIREGUARD, Header
 from traversal.wiring import Wiring
@@ -51,6 +52,8 @@ class Outlet:
         self._machine = machine
         self._settle = settle
         self._heard_region = 0
+        self._gone_region = 0
+        """Whose relay said that the peer is not there, and nothing came by a relay since."""
         self._is_gone = False
         self._box: Box | None = None
         self._node_box: Box | None = None
@@ -84,10 +87,12 @@ class Outlet:
         """Something of the peer came by the relay of this region; whether it had been gone."""
         was_gone, self._is_gone = self._is_gone, False
         self._heard_region = region
+        self._gone_region = 0
         return was_gone
 
     def note_gone(self, region: int) -> bool:
         """The relay of this region does not know the peer; whether no other relay leads there."""
+        self._gone_region = region
         is_used = self._wiring.edge is not None and region == self.relay_region
         self._is_gone = self._is_gone or is_used
         if self._heard_region == region:
@@ -101,6 +106,16 @@ class Outlet:
         if heard and heard != home and not relays.is_connected(home) and relays.is_connected(heard):
             return heard
         return home or heard
+
+    @property
+    def contact(self) -> Contact:
+        """How far the way by the relay leads, as far as relays tell."""
+        relays, region = self._wiring.relays, self.relay_region
+        if not relays.is_known(region):
+            return Contact.NO_REGION
+        if relays.problem(region):
+            return Contact.RELAY_DOWN
+        return Contact.NOT_THERE if self._gone_region == region else Contact.OPEN
 
     def send_by_relay(self, payload: bytes) -> None:
         """Queue a packet for the peer at its relay; and at the edge, if the relay can't be relied

@@ -34,6 +34,7 @@ from traversal.paths.peer import ACTIVITY_SECONDS, Peer
 from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import EDGE_PATH, Path
+from traversal.paths.verdict import Contact
 from traversal.port_search import PortSearch
 from traversal.wire.address import Address
 from traversal.wire.disco import CallMeMaybe, DiscoError, Message, Ping, Pong
@@ -87,6 +88,13 @@ class Session:
     def nat(self) -> NatFacts:
         """What the peer says of the NAT in front of it."""
         return self._side.nat
+
+    @property
+    def contact(self) -> Contact:
+        """How far the way by the relay leads."""
+        contact = self.outlet.contact
+        is_stranger = self._introducer is not None and not self._introducer.is_introduced
+        return Contact.NOT_INTRODUCED if contact is Contact.OPEN and is_stranger else contact
 
     # ---- commands
 

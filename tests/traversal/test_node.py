@@ -32,6 +32,7 @@ from traversal import (
     RelayOptions,
     open_node,
 )
+from traversal.paths.verdict import Finding, Remedy
 
 ON_LOOPBACK: dict[str, Any] = {
     "hosts": {4: "127.0.0.1"},
@@ -218,6 +219,48 @@ class TestConversation:
             assert answer.latency_seconds < 5
             stranger = await a.connect(new_key().public(), relay=900)
             assert await stranger.ping(timeout_seconds=0.05) is None
+
+
+class TestNobodyAnswers:
+    """The first thing that goes wrong for a person: the verdict says which of the reasons it is."""
+
+    async def test_peer_is_not_at_its_relay(self, relay_map: RelayMap) -> None:
+        """The relay knows; and it is no longer said once the peer came."""
+        b_key = new_key()
+        async with node_on(relay_map) as a:
+            link = await a.connect(b_key.public(), relay=900)
+            await until(lambda: Finding.NOT_AT_RELAY in link.verdict().findings)
+            verdict = link.verdict("attic")
+            assert verdict.sentences == (
+                "The relay of region 900 says that attic is not connected to it.",
+            )
+            assert verdict.remedies == (Remedy.CHECK_PEER, Remedy.CHECK_REGION)
+            async with node_on(relay_map, key=b_key, admit=everybody) as b:
+                other = await b.connect(a.public_key, relay=900)
+                await other.send(b"hello")
+                with trio.fail_after(5):
+                    assert await link.receive() == b"hello"
+                assert Finding.NOT_AT_RELAY not in link.verdict().findings
+
+    async def test_peer_does_not_know_us(self, relay_map: RelayMap) -> None:
+        """It is connected, but does not admit our key."""
+        async with node_on(relay_map) as a, node_on(relay_map) as b:
+            link = await a.connect(b.public_key, relay=900)
+            await until(lambda: b.statistics().rejected_introductions)
+            verdict = link.verdict()
+            assert verdict.findings == (Finding.NO_INTRODUCTION,)
+            assert Remedy.CHECK_KEYS in verdict.remedies
+
+    async def test_no_relay(self, relay: Any, relay_map: RelayMap) -> None:
+        """The relay that should lead to the peer is down, or nobody said which it is."""
+        async with node_on(relay_map) as a:
+            link = await a.connect(new_key().public(), relay=900)
+            other = await a.connect(new_key().public())
+            relay.scope.cancel()
+            relay.drop_clients()
+            await until(lambda: Finding.RELAY_DOWN in link.verdict().findings)
+            assert f"127.0.0.1:{relay.port}" in link.verdict().text()
+            assert other.verdict().findings == (Finding.NO_REGION,)
 
 
 class TestAdmission:

@@ -70,7 +70,7 @@ def report_status(report: Report, relay_map: RelayMap, home: int) -> dict[str, A
 def link_status(link: Link, name: str) -> dict[str, Any]:
     """One peer."""
     statistics = link.statistics()
-    verdict = link.verdict()
+    verdict = link.verdict(name)
     return {
         "name": name,
         "key": str(link.peer_key),

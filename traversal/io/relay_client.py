@@ -146,6 +146,11 @@ class RelayClient:
         return self._connection is not None
 
     @property
+    def last_error(self) -> str:
+        """Why it is not connected; empty while it is, and before the first attempt."""
+        return self._last_error
+
+    @property
     def backlog(self) -> int:
         """How many packets wait."""
         return len(self._queue)

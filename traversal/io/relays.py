@@ -55,6 +55,14 @@ class Relays:
         entry = self._clients.get(region)
         return entry is not None and entry[0].is_connected
 
+    def problem(self, region: int) -> str:
+        """Why the last attempt to connect to this region failed; empty if none did since it
+        was connected."""
+        entry = self._clients.get(region)
+        if entry is None or entry[0].is_connected:
+            return ""
+        return entry[0].last_error
+
     def backlog(self, region: int) -> int:
         """How many packets wait for a region's connection, 0 while there is none."""
         entry = self._clients.get(region)

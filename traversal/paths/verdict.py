@@ -21,6 +21,10 @@ from traversal.wire.introduction import FilteringClass, MappingClass
 class Finding(Enum):
     """What was found; the value is the code."""
 
+    NO_REGION = "no-relay-known"
+    RELAY_DOWN = "relay-unreachable-here"
+    NOT_AT_RELAY = "peer-not-at-relay"
+    NO_INTRODUCTION = "no-introduction"
     DIRECT = "direct"
     PEER_RELAY = "peer-relay"
     EDGE = "edge"
@@ -55,6 +59,9 @@ class Remedy(Enum):
     PORT_SEARCH = "enable-port-search"
     PEER_RELAY = "add-peer-relay"
     CHECK_PEER = "check-peer"
+    CHECK_REGION = "check-region"
+    CHECK_RELAY = "check-relay"
+    CHECK_KEYS = "check-keys"
     SEND_TRAFFIC = "send-traffic"
 
 
@@ -71,6 +78,11 @@ _REMEDY_TEXT: Final = {
     Remedy.PEER_RELAY: "Let a node that both reach by UDP be their peer relay (peer_relay_port in "
     "its file, peer_relay in theirs).",
     Remedy.CHECK_PEER: "See whether the peer runs and is connected to its relay.",
+    Remedy.CHECK_REGION: "See whether that is the peer's home region: the peer tells it when it "
+    "starts.",
+    Remedy.CHECK_RELAY: "See whether the relay runs, and whether the relay map has its present "
+    "address and certificate.",
+    Remedy.CHECK_KEYS: "See whether the peer has this node's key in its list of peers, and we its.",
     Remedy.SEND_TRAFFIC: "Send something: paths are only looked for while there is traffic.",
 }
 
@@ -90,6 +102,21 @@ _FILTERING_TEXT: Final = {
     FilteringClass.ADDRESS_DEPENDENT: ", open to hosts that were written to",
     FilteringClass.ADDRESS_AND_PORT_DEPENDENT: ", open only to ports that were written to",
 }
+
+
+class Contact(Enum):
+    """How far the way by the relay is known to lead."""
+
+    OPEN = "open"
+    """Nothing speaks against it."""
+    NO_REGION = "no region"
+    """Nobody said by which relay the peer is reached."""
+    RELAY_DOWN = "relay down"
+    """The last attempt to connect to that relay failed."""
+    NOT_THERE = "not there"
+    """The relay says that the peer is not connected to it."""
+    NOT_INTRODUCED = "not introduced"
+    """The peer has not answered our introduction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +229,17 @@ def judge(
     relay: str,
     now: float,
     punch: PunchFacts | None = None,
+    contact: Contact = Contact.OPEN,
+    problem: str = "",
 ) -> Verdict:
     """The verdict on the path to the peer called `name`; `relay` names the relay in use, `punch`
-    says what the port search did, if the node has one."""
+    says what the port search did, if the node has one, `contact` how far the way by the relay
+    leads, and `problem` why that relay can't be connected to."""
     builder = _Builder(name, statistics, own, peer, relay, now, punch)
-    builder.judge()
+    if statistics.state in (PathState.IDLE, PathState.RELAY):
+        builder.judge_contact(contact, problem)
+    if not builder.findings:
+        builder.judge()
     return Verdict(
         state=statistics.state,
         path=str(statistics.route.path) if statistics.route.path is not None else None,
@@ -245,6 +278,41 @@ class _Builder:
         self.findings.append(finding)
         self.sentences.append(sentence)
         self.remedies += [remedy for remedy in remedies if remedy not in self.remedies]
+
+    def judge_contact(self, contact: Contact, problem: str) -> None:
+        """What keeps even the relay from reaching the peer, if anything does."""
+        match contact:
+            case Contact.OPEN:
+                pass
+            case Contact.NO_REGION:
+                self._say(
+                    Finding.NO_REGION,
+                    f"No relay is known by which {self._name} is reached.",
+                    Remedy.CHECK_REGION,
+                )
+            case Contact.RELAY_DOWN:
+                self._say(
+                    Finding.RELAY_DOWN,
+                    f"The relay {self._relay} of {self._name} can't be reached from this node: "
+                    f"{problem}.",
+                    Remedy.CHECK_RELAY,
+                )
+                self._blame_own_network()
+            case Contact.NOT_THERE:
+                self._say(
+                    Finding.NOT_AT_RELAY,
+                    f"The relay {self._relay} says that {self._name} is not connected to it.",
+                    Remedy.CHECK_PEER,
+                    Remedy.CHECK_REGION,
+                )
+            case Contact.NOT_INTRODUCED:
+                self._say(
+                    Finding.NO_INTRODUCTION,
+                    f"{self._name} has not answered our introduction by the relay {self._relay}.",
+                    Remedy.CHECK_PEER,
+                    Remedy.CHECK_REGION,
+                    Remedy.CHECK_KEYS,
+                )
 
     def judge(self) -> None:
         statistics = self._statistics
@@ -303,19 +371,7 @@ class _Builder:
                 "it has healed.",
             )
             return
-        if own.has_captive_portal:
-            self._say(
-                Finding.CAPTIVE_PORTAL_HERE,
-                "A captive portal answers in place of the relays, so this network lets nothing "
-                "through before somebody signs in.",
-                Remedy.SIGN_IN_HERE,
-            )
-        elif own.is_udp_blocked:
-            self._say(
-                Finding.UDP_BLOCKED_HERE,
-                "No STUN server answered this node: its firewall blocks UDP.",
-                Remedy.OPEN_UDP_HERE,
-            )
+        self._blame_own_network()
         if peer.is_udp_blocked:
             self._say(
                 Finding.UDP_BLOCKED_THERE,
@@ -355,6 +411,21 @@ class _Builder:
                 Finding.NO_CALL,
                 f"{self._name} has sent no CallMeMaybe: it may be off line, or not see our own.",
                 Remedy.CHECK_PEER,
+            )
+
+    def _blame_own_network(self) -> None:
+        if self._own.has_captive_portal:
+            self._say(
+                Finding.CAPTIVE_PORTAL_HERE,
+                "A captive portal answers in place of the relays, so this network lets nothing "
+                "through before somebody signs in.",
+                Remedy.SIGN_IN_HERE,
+            )
+        elif self._own.is_udp_blocked:
+            self._say(
+                Finding.UDP_BLOCKED_HERE,
+                "No STUN server answered this node: its firewall blocks UDP.",
+                Remedy.OPEN_UDP_HERE,
             )
 
     def _tell_punch(self, punch: PunchFacts) -> None:
