@@ -30,6 +30,9 @@ MIN_RENEWAL_SECONDS: Final = 4.0
 """RFC 6887 section 11.2.1: never renew faster."""
 TRIES_AT: Final = (0.0, 0.08, 0.2)
 PROBE_SECONDS: Final = 0.25
+SSDP_SECONDS: Final = 2.5
+"""Gateways may take the two seconds that our searches grant them (MX); miniupnpd does. Nothing
+waits for that: a reply after the probe begins another round, once."""
 MAP_SECONDS: Final = 1.0
 """Nobody waits for a mapping, so a slow gateway gets more time than upstream's 250 ms."""
 UPNP_SECONDS: Final = 5.0
@@ -143,6 +146,7 @@ class PortMapper:
         self._to_try: list[Protocol] = []
         self._trying: Protocol | None = None
         self._probe_ends_at = math.inf
+        self._late_until = -math.inf
         self._give_up_at = math.inf
         self._sends: list[tuple[float, SendDatagram]] = []
         self._begin_at = math.inf
@@ -251,6 +255,9 @@ class PortMapper:
         if len(self._replies) < 4 * upnp.MAX_REPLIES and reply not in self._replies:
             self._replies.append(reply)
         self._seen[Protocol.UPNP] = now
+        is_waiting = self.mapping is None and now < self._begin_at < math.inf
+        if is_waiting and now < self._late_until:
+            self._begin_at = now
 
     def handle_upnp_mapped(
         self,
@@ -294,6 +301,7 @@ class PortMapper:
         ]
         self._schedule(requests, now)
         self._probe_ends_at = now + PROBE_SECONDS
+        self._late_until = now + SSDP_SECONDS
 
     def _schedule(self, requests: list[SendDatagram], now: float) -> None:
         self._sends = [(now + delay, request) for delay in TRIES_AT for request in requests]
@@ -334,6 +342,7 @@ class PortMapper:
             self._give_up_at = now + MAP_SECONDS
         else:
             self._attempt += 1
+            self._late_until = -math.inf
             held = self.mapping.service if self.mapping is not None else None
             internal = Address(str(own_ip), self._local_port)
             replies = tuple(upnp.sort_replies(self._replies))

@@ -162,6 +162,23 @@ def test_silence_after_the_probe_leads_on_too() -> None:
     assert gateway.mapper.mapping.protocol is Protocol.UPNP
 
 
+def test_upnp_gateway_that_takes_its_time() -> None:
+    """An SSDP reply 1.9 s after the search, within what the search allows, leads to a mapping at
+    once, not at the next probe; if the gateway then refuses, its further replies lead to nothing
+    before that."""
+    gateway = Gateway().start(1.9)
+    gateway.speaks.add(Protocol.UPNP)
+    gateway.mapper.handle_datagram(SSDP, Address("192.168.1.1", 40001), gateway.now)
+    assert gateway.run(1.9).mapper.mapping.protocol is Protocol.UPNP
+    refusing = Gateway().start(1.9)
+    for _ in range(5):
+        refusing.mapper.handle_datagram(SSDP, Address("192.168.1.1", 40001), refusing.now)
+        refusing.run(refusing.now + 0.1)
+    assert len([e for _, e in refusing.effects if isinstance(e, RunUpnp)]) == 1
+    refusing.run(62.0)
+    assert len([e for _, e in refusing.effects if isinstance(e, RunUpnp)]) == 1
+
+
 @pytest.mark.parametrize("drops", [1, 2, 3])
 def test_lost_requests_are_repeated(drops) -> None:
     """The gateway loses the first datagrams; the repetitions get through."""
