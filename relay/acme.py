@@ -1,8 +1,9 @@
 """Certificates from an ACME authority (RFC 8555), ordered and renewed while the relay runs.
 
 The protocol is the `acme` library's, which blocks and therefore works in a thread; this module
-decides when, proves control of the name, and writes the result where `relay.certificates` finds
-it (`relay.acme_files`). Exactly one process of a relay runs it.
+decides when, proves control of the names, and writes the results where `relay.certificates` and
+`relay.edge.public_certificates` find them (`relay.acme_files`). Exactly one process of a relay runs
+it, and one order at a time is under way.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -52,6 +55,8 @@ logger = logging.getLogger(__name__)
 # minutes for an order, failures 1 to 30 minutes apart. Let's Encrypt allows five failed
 # validations an hour for one name; the doubling stays below it from the third on.
 _CHECK_SECONDS: Final = 3600.0
+LOOK_SECONDS: Final = 10.0
+"""How soon a new name, or a failed one whose pause is over, is noticed."""
 _ORDER_SECONDS: Final = 180
 _FIRST_BACKOFF_SECONDS: Final = 60.0
 _MAX_BACKOFF_SECONDS: Final = 1800.0
@@ -66,65 +71,89 @@ _ACME_IDENTIFIER: Final = x509.ObjectIdentifier("1.3.6.1.5.5.7.1.31")
 
 
 class AcmeRenewer:
-    """Orders the certificate when there is none, and again when a third of its life is left.
+    """Orders a certificate where there is none, and again when a third of its life is left.
 
     Construction raises CertificateError if the `acme` library is not installed.
+
+    Args:
+        names: the host names that are to have certificates now; asked again at every look.
     """
 
     def __init__(
-        self, config: AcmeConfig, hostname: str, *, unix_clock: Callable[[], float] = time.time
+        self,
+        config: AcmeConfig,
+        names: Callable[[], Iterable[str]],
+        *,
+        unix_clock: Callable[[], float] = time.time,
     ) -> None:
         try:
             import acme.client  # noqa: F401  # only asked whether it is there
         except ImportError:
             raise CertificateError(
-                'tls.mode "acme" needs a library that is not installed: '
+                "certificates by ACME need a library that is not installed: "
                 "pip install 'underpass[acme]'"
             ) from None
         self._config = config
-        self._hostname = hostname
+        self._names = names
         self._unix_clock = unix_clock
-        self._path = certificate_path(config.state_directory, hostname)
 
     async def run(self) -> NoReturn:
-        """Renew forever. Failures are logged and tried again.
+        """Renew forever, one name after the other. Failures are logged and tried again.
 
         When this is cancelled in the middle of an order, its thread may go on for a while; all it
         still does is ask the authority and remove its challenge, and no certificate is written.
         """
-        failures = 0
+        plans: dict[str, _Plan] = {}
         while True:
-            if not self.is_due():
-                failures = 0
-                await trio.sleep(_CHECK_SECONDS)
-                continue
-            try:
-                await self.renew()
-            except CertificateError as error:
-                failures += 1
-                pause = backoff_seconds(failures)
-                logger.error("%s; trying again in %.0f minutes", error, pause / 60)
-                await trio.sleep(pause)
+            # A name that is gone and comes back begins anew.
+            plans = {name: plans.get(name, _Plan()) for name in self._names()}
+            for name, plan in plans.items():
+                if plan.look_at <= trio.current_time():
+                    await self._look(name, plan)
+            await trio.sleep(LOOK_SECONDS)
 
-    def is_due(self) -> bool:
-        """Whether there is no usable certificate, or less than a third of its life is left."""
+    async def _look(self, name: str, plan: _Plan) -> None:
         try:
-            leaf = load_pair(self._path, self._path, self._hostname).leaf
+            if self.is_due(name):
+                await self.renew(name)
+        except CertificateError as error:
+            plan.failures += 1
+            pause = backoff_seconds(plan.failures)
+            logger.error("%s; trying again in %.0f minutes", error, pause / 60)
+            plan.look_at = trio.current_time() + pause
+        else:
+            plan.failures = 0
+            plan.look_at = trio.current_time() + _CHECK_SECONDS
+
+    def is_due(self, name: str) -> bool:
+        """Whether there is no usable certificate, or less than a third of its life is left."""
+        path = certificate_path(self._config.state_directory, name)
+        try:
+            leaf = load_pair(path, path, name).leaf
         except CertificateError:
             return True
         return self._unix_clock() >= renewal_unix(leaf)
 
-    async def renew(self) -> None:
+    async def renew(self, name: str) -> None:
         """Order a certificate now. Raises CertificateError."""
         key_pem = key_to_pem(ec.generate_private_key(ec.SECP256R1()))
         chain_pem = await trio.to_thread.run_sync(
-            order_certificate, self._config, self._hostname, key_pem, abandon_on_cancel=True
+            order_certificate, self._config, name, key_pem, abandon_on_cancel=True
         )
+        path = certificate_path(self._config.state_directory, name)
         try:
-            write_private_file(self._path, key_pem + chain_pem)
+            write_private_file(path, key_pem + chain_pem)
         except OSError as error:
-            raise CertificateError(f"{self._path}: can't be written: {error.strerror}") from None
-        logger.info("got a certificate for %s", self._hostname)
+            raise CertificateError(f"{path}: can't be written: {error.strerror}") from None
+        logger.info("got a certificate for %s", name)
+
+
+@dataclass(slots=True)
+class _Plan:
+    """When to look at a name again (monotonic seconds), and how often its order failed."""
+
+    look_at: float = -math.inf
+    failures: int = 0
 
 
 def renewal_unix(leaf: x509.Certificate) -> float:

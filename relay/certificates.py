@@ -84,15 +84,11 @@ class Certificates:
         self._entropy = entropy
         self._unix_clock = unix_clock
         self._loads = self._load_failures = 0
-        self._challenge: ssl.SSLContext | None = None
         self._watch = FileWatch(map(str, self._paths()))
-        self._challenge_path = tls_challenge_path(config.acme.state_directory)
-        watched = [str(self._challenge_path)] if config.mode == "acme" else []
-        self._challenge_watch = FileWatch(watched)
+        self._challenge = TlsChallenge(config.acme.state_directory if config.mode == "acme" else "")
         self._ready = True
         self._pair = self._first_pair()
         self._use(self._pair)
-        self._load_challenge()
 
     def context_for(self, client_hello: bytes) -> ssl.SSLContext | None:
         """The context for a connection whose first bytes these are; None: more bytes are needed.
@@ -100,11 +96,11 @@ class Certificates:
         More than nothing is needed only while a TLS-ALPN-01 challenge is under way, for the
         authority must be answered with another certificate than everybody else.
         """
-        if self._challenge is None:
+        if self._challenge.context is None:
             return self._context
         if _is_incomplete(client_hello):
             return None
-        return self._challenge if _ACME_ALPN_ON_THE_WIRE in client_hello else self._context
+        return self._challenge.maybe_context_for(client_hello) or self._context
 
     def reload(self) -> None:
         """Read the files again (SIGHUP). Bad ones are logged, and the old certificate stays."""
@@ -130,8 +126,7 @@ class Certificates:
             await trio.sleep(POLL_SECONDS)
             if self._watch.poll():
                 self.reload()
-            if self._challenge_watch.poll():
-                self._load_challenge()
+            self._challenge.poll()
             if self._unix_clock() >= self._meta_renewal_unix:
                 self._use(self._pair)
 
@@ -194,17 +189,41 @@ class Certificates:
         self._meta_renewal_unix = unix_time + VALIDITY_SECONDS // 2
         self._loads += 1
 
-    def _load_challenge(self) -> None:
-        self._challenge = None
-        if self._config.mode != "acme":
-            return
+
+class TlsChallenge:
+    """What answers TLS-ALPN-01 while an order is under way (RFC 8737, `relay.acme_files`).
+
+    Args:
+        state_directory: of ACME; empty if none of its challenges is to be answered.
+
+    Attributes:
+        context: None while there is no order.
+    """
+
+    def __init__(self, state_directory: str) -> None:
+        self._path = tls_challenge_path(state_directory) if state_directory else None
+        self._watch = FileWatch([str(self._path)] if self._path else [])
+        self.context: ssl.SSLContext | None = None
+        self._load()
+
+    def poll(self) -> None:
+        """Look for a challenge; to be called every `POLL_SECONDS`."""
+        if self._watch.poll():
+            self._load()
+
+    def maybe_context_for(self, client_hello: bytes) -> ssl.SSLContext | None:
+        """The context for the authority, if it is who sent this complete ClientHello."""
+        return self.context if _ACME_ALPN_ON_THE_WIRE in client_hello else None
+
+    def _load(self) -> None:
+        self.context = None
         try:
-            pem = self._challenge_path.read_bytes()
-            self._challenge = build_context(pem, b"", (ACME_ALPN,), None)
+            if self._path is not None:
+                self.context = build_context(self._path.read_bytes(), b"", (ACME_ALPN,), None)
         except FileNotFoundError:
             pass
         except (OSError, CertificateError) as error:
-            logger.error("%s: not a usable challenge: %s", self._challenge_path, error)
+            logger.error("%s: not a usable challenge: %s", self._path, error)
 
 
 def build_context(

@@ -298,7 +298,7 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
         yield "tls.cert_file", "and tls.key_file go together; give both or neither"
     if tls.mode == "files" and not tls.cert_file and not tls.directory:
         yield "tls.mode", 'is "files"; give tls.cert_file and tls.key_file, or tls.directory'
-    if tls.mode == "acme":
+    if tls.mode == "acme" or config.edge.public.acme:
         if not _is_web_url(tls.acme.directory_url):
             yield "tls.acme.directory_url", "must be an http(s) URL, without user and password"
         if not tls.acme.state_directory:
@@ -329,6 +329,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, str]]:
     public = config.edge.public
     if (public.https or public.http) and not config.edge.listen:
         yield "edge.listen", 'is empty; visitors need connectors, and they an address like ":7844"'
+    if public.acme and not public.https:
+        yield "edge.public.acme", "is on but nothing listens for HTTPS; set edge.public.https"
     domain = config.edge.quick.domain
     if domain and (not is_hostname(domain) or domain != domain.lower().rstrip(".")):
         yield "edge.quick.domain", "must be a DNS name in lower case"

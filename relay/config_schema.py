@@ -226,6 +226,8 @@ class EdgePublicConfig(Section, frozen=True):
     """Which hosts, names and ports lead to which tunnel (`relay.edge.routes_file`)."""
     certificates: FilePath = FilePath("")
     """A directory with `<anything>.crt` and `<anything>.key` for the published hosts."""
+    acme: bool = False
+    """Whether to order certificates for the others, by the settings of [tls.acme]."""
     allowed_destinations: tuple[Network, ...] = ()
     """Of the loopback, link-local and metadata addresses, those that connectors may be asked to
     dial."""

@@ -79,15 +79,14 @@ def public_responder(*, home_page: Callable[[], str], bootstrap_dns: BootstrapAn
 
 
 def plain_http_responder(
-    *, acme_answer: Callable[[str], bytes | None], https_port: int = 443
+    *, acme_answer: Callable[[str], bytes | None], https_port: Callable[[str], int]
 ) -> Responder:
     """What the plain HTTP port answers.
 
     Args:
         acme_answer: for ACME's HTTP-01, from the path to what is to be answered.
-        https_port: where the main listener is, as clients see it.
+        https_port: from a host to where it is served by HTTPS, as clients see it.
     """
-    port = "" if https_port == 443 else f":{https_port}"
 
     def respond(request: Request) -> Response:
         path = request.path
@@ -103,8 +102,10 @@ def plain_http_responder(
         host = _HOST.fullmatch(request.header("host"))
         if request.method not in ("GET", "HEAD") or host is None or not path.startswith("/"):
             return plain_text(400, "Use HTTPS")
+        port = https_port(host["name"].lower())
+        place = host["name"] if port == 443 else f"{host['name']}:{port}"
         query = f"?{request.query}" if request.query else ""
-        return Response(302, [("Location", f"https://{host['name']}{port}{path}{query}")])
+        return Response(302, [("Location", f"https://{place}{path}{query}")])
 
     return respond
 

@@ -28,6 +28,10 @@ from relay.certificates import Certificates
 from relay.config import Config, ConfigError, ListenAddress, diff_reload
 from relay.derper_files import load_or_create_server_key, read_mesh_key, read_server_key
 from relay.edge.certificates import EdgeCertificates
+from relay.edge.destinations import DestinationPolicy
+from relay.edge.public_certificates import PublicCertificates
+from relay.edge.registry import Tunnel
+from relay.edge.routes_file import read_routes
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import credentials_files, read_tunnel
 from relay.endpoints import plain_http_responder
@@ -123,15 +127,24 @@ def check_files(config: Config) -> list[str]:
     if config.tls.mode == "files":
         key = NodePrivate.generate(os.urandom).public()
         attempt(lambda: Certificates(config.tls, server.hostname, key))
-    if config.tls.mode == "acme":
-        attempt(lambda: AcmeRenewer(config.tls.acme, server.hostname))
+    if config.tls.mode == "acme" or config.edge.public.acme:
+        attempt(lambda: AcmeRenewer(config.tls.acme, tuple))
     if config.edge.listen:
+        public = config.edge.public
+        tunnels: list[Tunnel] = []
         attempt(lambda: EdgeCertificates(config.edge))
         for path in credentials_files(config.edge.directory):
-            attempt(partial(read_tunnel, path))
+            attempt(partial(_read_into, tunnels, path))
+        policy = DestinationPolicy(public.allowed_destinations)
+        attempt(lambda: read_routes(public.routes_file, tunnels, policy))
+        attempt(lambda: PublicCertificates(public.certificates))
     attempt(lambda: _stun_server(config))
     attempt(lambda: _admin_token(config))
     return problems
+
+
+def _read_into(tunnels: list[Tunnel], path: Path) -> None:
+    tunnels.append(read_tunnel(path))
 
 
 async def serve(
@@ -251,7 +264,7 @@ class _Relay:
         tls = self._config.tls
         plain = plain_http_responder(
             acme_answer=partial(http_challenge_answer, tls.acme.state_directory),
-            https_port=self._derp[0].getsockname()[1],
+            https_port=self._https_port,
         )
         for listener in self._http:
             nursery.start_soon(accept_loop, listener, _http_handler(plain))
@@ -263,8 +276,8 @@ class _Relay:
         )
         for listener in self._admin:
             nursery.start_soon(accept_loop, listener, _http_handler(admin))
-        if tls.mode == "acme":
-            nursery.start_soon(AcmeRenewer(tls.acme, self._config.server.hostname).run)
+        if tls.mode == "acme" or self._config.edge.public.acme:
+            nursery.start_soon(AcmeRenewer(tls.acme, self._acme_names).run)
         nursery.start_soon(self._watch_config)
         certificate = (await self.collect(0)).certificate
         return Bound(
@@ -276,6 +289,16 @@ class _Relay:
             pin=(certificate.pin or "") if certificate is not None else "",
             edge=() if self._edge is None else self._edge.addresses,
         )
+
+    def _https_port(self, host: str) -> int:
+        """Where plain HTTP for a host is sent on to."""
+        port = None if self._edge is None else self._edge.public.https_port(host)
+        return port or self._derp[0].getsockname()[1]
+
+    def _acme_names(self) -> list[str]:
+        """The hosts that are to have certificates by ACME."""
+        own = [self._config.server.hostname] if self._config.tls.mode == "acme" else []
+        return own + ([] if self._edge is None else self._edge.public.certificates.names_to_order())
 
     async def _drain(self, everything: trio.CancelScope) -> None:
         logger.info("stopping; a second signal stops at once")

@@ -75,7 +75,11 @@ class PublicEdge:
         self.table = self._read_routes()
         self._proxies = TrustedProxies(config.proxy.trusted)
         self._counter = ConnectionCounter(public.connections, public.connections_per_source)
-        self.certificates = PublicCertificates(public.certificates)
+        self.certificates = PublicCertificates(
+            public.certificates,
+            state_directory=config.tls.acme.state_directory if public.acme else "",
+            published=lambda: (route.host for route in self.table.http),
+        )
         quick = config.edge.quick
         self.quick = QuickTunnels(
             registry,
@@ -114,6 +118,12 @@ class PublicEdge:
             self.close()
             raise
 
+    def https_port(self, host: str) -> int | None:
+        """Where a host (in lower case) is served by HTTPS; None if it is not published."""
+        if not self.https or self.table.find_http(host, "/") is None:
+            return None
+        return self.https[0][1]
+
     def close(self) -> None:
         """Close the listening sockets; harmless when repeated."""
         for listener, _ in self._listeners:
@@ -141,15 +151,15 @@ class PublicEdge:
     def reload(self) -> None:
         """Read routes and certificates again; what is no good leaves everything as it was. Ports
         that are new need a restart."""
-        self.certificates.reload()
         try:
             table = self._read_routes()
         except ConfigError as error:
             logger.error("the old routes stay in use: %s", error)
-            return
-        if (table.tcp, table.udp) != (self.table.tcp, self.table.udp):
-            logger.warning("published ports have changed, which needs a restart")
-        self.table = table
+        else:
+            if (table.tcp, table.udp) != (self.table.tcp, self.table.udp):
+                logger.warning("published ports have changed, which needs a restart")
+            self.table = table
+        self.certificates.reload()
 
     def _listen(
         self, addresses: Sequence[ListenAddress], handler: _Handler
@@ -265,7 +275,7 @@ class PublicEdge:
             route = self.table.find_tls(hello.server_name)
             if route is None:
                 stream.put_back(data)
-                context = self.certificates.context_for(hello.server_name)
+                context = self.certificates.context_for(hello.server_name, data)
                 tls = await stream.start_tls(context, server_side=True)
         if timeout.cancelled_caught:
             raise StreamEndedError(f"no TLS handshake within {TLS_SECONDS:.0f} s")

@@ -7,9 +7,11 @@ import random
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from relay.http import Request, Response, serve_http
 from relay.listeners import accept_loop, open_listeners
 from relay.pump import Connection, Pump
 from relay.upgrade import RateLimit, RefusedError, Upgrader
+from tests.relay.fake_authority import FakeAuthority, Proof
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.io.tls import TlsEngine
 from traversal.keys import MeshKey, NodePrivate, NodePublic
@@ -270,3 +273,23 @@ async def _run_relay(
         finally:
             nursery.cancel_scope.cancel()
             listener.close()
+
+
+@pytest.fixture
+def authority(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Proof, str], FakeAuthority]]:
+    """A function that starts an ACME authority; its client's pauses are cut short."""
+    pytest.importorskip("acme", reason="the extra 'acme' is not installed")
+    monkeypatch.setattr("acme.client.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("relay.acme._PUBLISHED_AFTER_SECONDS", 0.0)
+    started = []
+
+    def start(proof: Proof, challenge: str) -> FakeAuthority:
+        made = FakeAuthority(proof, challenge)
+        started.append(made)
+        threading.Thread(target=made.server.serve_forever, args=(0.01,), daemon=True).start()
+        return made
+
+    yield start
+    for made in started:
+        made.server.shutdown()
+        made.server.server_close()

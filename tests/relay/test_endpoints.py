@@ -26,7 +26,7 @@ def ask_plain(
 ) -> Response:
     """What the plain HTTP port answers."""
     challenges = {"/.well-known/acme-challenge/token": b"token.thumbprint"}
-    respond = plain_http_responder(acme_answer=challenges.get, https_port=port)
+    respond = plain_http_responder(acme_answer=challenges.get, https_port=lambda host: port)
     answer = respond(_request(method, path, query, headers))
     assert isinstance(answer, Response)
     return answer

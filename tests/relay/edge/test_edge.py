@@ -104,6 +104,20 @@ class TestCertificates:
         with pytest.raises(ConfigError, match="go together"):
             config_of(tmp_path, **{"edge.cert_file": str(cert)})
 
+    def test_routes_and_visitors_certificates_are_checked(self, tmp_path: Path) -> None:
+        """Before anything is started; every mistake names its file."""
+        routes, visitors = tmp_path / "routes.toml", tmp_path / "visitors"
+        visitors.mkdir()
+        (visitors / "app.crt").write_text("oops")
+        routes.write_text('[[http]]\nhost = "app.example.com"\ntunnel = "nobody"\n')
+        settings = {
+            "edge.public.routes_file": str(routes),
+            "edge.public.certificates": str(visitors),
+        }
+        problems = check_files(config_of(tmp_path, **settings))
+        assert any("routes.toml" in each and 'no tunnel "nobody"' in each for each in problems)
+        assert any("visitors/app" in each for each in problems)
+
 
 def handshake(client: ssl.SSLContext, server: ssl.SSLContext, name: str) -> None:
     """A TLS handshake in memory. Raises ssl.SSLError."""
