@@ -46,6 +46,9 @@ HANDSHAKES_SHARE: Final = 4
 """One source may hold this part (a quarter) of `limits.handshakes`: silent connections of one
 attacker leave room for everybody else's. Trusted proxies speak for many and are exempt."""
 RESTARTING_TRY_MS: Final = 5000
+MOVE_SECONDS: Final = 2.0
+"""When a client's turn to leave has come, its connection stays for so long: it makes another one
+first, and tells its peers."""
 """How long clients should keep trying before they treat it as a failure; "no more than a few
 seconds" (DERP specification 6.15)."""
 
@@ -180,9 +183,11 @@ class Service:
         ]
         self._randomness.shuffle(clients)
         logger.info("draining %d clients in at most %.0f s", len(clients), seconds)
+        moving = min(MOVE_SECONDS, seconds / 2)
+        spread = seconds - moving
         for position, connection in enumerate(clients):
             if connection.takes_notices:
-                wait_ms = int(1000 * seconds * position / len(clients))
+                wait_ms = int(1000 * spread * position / len(clients))
                 notices = encode_health("this relay is about to restart") + encode_restarting(
                     wait_ms, RESTARTING_TRY_MS
                 )
@@ -190,7 +195,7 @@ class Service:
         self.pump.flush()
         started = trio.current_time()
         for position, connection in enumerate(clients):
-            await trio.sleep_until(started + seconds * position / len(clients))
+            await trio.sleep_until(started + moving + spread * position / len(clients))
             self.pump.close(connection, "the relay is about to stop")
             self.pump.flush()
 

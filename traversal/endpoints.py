@@ -189,6 +189,15 @@ class Endpoints:
             await self._finished.wait()
         return self.report
 
+    def leave_home(self, region: int) -> None:
+        """The relay of this region is about to go: be at home elsewhere before it does."""
+        now = trio.current_time()
+        chosen = self._chooser.leave(region, now)
+        if region == self._relays.home != chosen:
+            self.report.preferred_region = chosen
+            self._relays.set_home(chosen)
+            self._handle_refresh(has_home_changed=True)
+
     def want_rebind(self) -> None:
         """Ask for fresh sockets; at most one in 5 s."""
         self._rebind_wanted.set()

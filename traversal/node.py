@@ -440,6 +440,9 @@ class Node:
         while True:
             await self._announce_wanted.wait()
             self._announce_wanted = trio.Event()
+            # Peers that hear of a new home go there at once, so we should be there.
+            with trio.move_on_after(HOME_PATIENCE_SECONDS):
+                await self._relays.wait_for_home()
             for number, session in enumerate(list(self._sessions.values()), 1):
                 session.announce(trio.current_time())
                 if number % ANNOUNCE_AT_ONCE == 0:

@@ -179,6 +179,10 @@ class Reception:
         if not is_up and region == self._wiring.relays.home:
             self._endpoints.refresh()
 
+    def handle_relay_restarting(self, region: int) -> None:
+        """The only relay of a region is about to restart."""
+        self._endpoints.leave_home(region)
+
 
 def _order_by_claim(sessions: list[Session], message: Message) -> list[Session]:
     """Of several nodes with one disco key, the one that a Ping names first (disco 8.2)."""

@@ -382,6 +382,8 @@ class Session:
     def _believe(self, introduction: Introduction, now: float) -> None:
         region = introduction.home_region
         if region != self.outlet.home_region and self._wiring.relays.is_known(region):
+            # By the old one the peer is reached until we are connected to the new one.
+            self._wiring.relays.connect(region)
             self.outlet.home_region = region
             self.machine.set_relay_available(True, now)
         self.can_use_peer_relays = Capability.PEER_RELAY in introduction.capabilities

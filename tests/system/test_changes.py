@@ -163,6 +163,35 @@ async def test_relay_restart(announced: bool, autojump_clock: MockClock) -> None
         assert relay.connected == 2
 
 
+@pytest.mark.parametrize("wait_ms", [0, 1000])
+async def test_announced_restart_with_another_region(
+    wait_ms: int, autojump_clock: MockClock
+) -> None:
+    """Told that the home relay restarts, nodes are at home elsewhere, and their peers know, before
+    it goes: no datagram is lost. A minute later the home may be there again."""
+    hard = class_behavior("APDM+APDF")
+    async with simulate(topology(hard, hard, relays=2)) as world:
+        a, b = await world.open_nodes("h0", "h1")
+        conversation = await world.introduce(a, b)
+        await trio.sleep(3)
+        old = a.home_region
+        assert b.home_region == old
+        relay = world.relays[old - 900]
+        told = trio.current_time()
+        relay.say_restarting(wait_ms)
+        await trio.sleep(wait_ms / 1000 + 1)
+        assert old not in (a.home_region, b.home_region)
+        for link in conversation.links:
+            assert link.path.region == a.home_region == b.home_region
+        relay.stop()
+        await trio.sleep(10)
+        assert conversation.lost_seconds(told) == 0, conversation.describe()
+        async with world.lab.host(f"r{old - 900}"):
+            await world.nursery.start(relay.serve)
+        await trio.sleep(90)
+        assert conversation.lost_seconds(told) == 0, conversation.describe()
+
+
 async def test_relay_death_without_a_direct_path(autojump_clock: MockClock) -> None:
     """Nodes that only a relay connects find each other at another one when it dies."""
     hard = class_behavior("APDM+APDF")

@@ -47,8 +47,8 @@ HOLD_BACK_SECONDS: Final = 0.2
 MAX_ADDRESSES: Final = 8
 """Of those that a name resolves to, so many are tried."""
 
-CLIENT_INFO: Final = ClientInfo(version=PROTOCOL_VERSION, can_ack_pings=True)
-"""What a regular client says of itself."""
+CLIENT_INFO: Final = ClientInfo(version=PROTOCOL_VERSION, can_ack_pings=True, app_name="underpass")
+"""What a regular client says of itself. By the name our relays know that it heeds Restarting."""
 
 Route = tuple[str, socket.AddressFamily]
 """A host name or address to connect to, and the family to use (AF_UNSPEC for both)."""

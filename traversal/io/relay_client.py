@@ -2,7 +2,8 @@
 
 DERP specification 15. Where it is better than the reference client: when TCP works and what follows
 fails, the next node of the region is tried at once; when the server says Restarting, a new
-connection is made while the old one still carries packets.
+connection is made while the old one still carries packets, and that is read until the server ends
+it: what the server had sent there already is not lost.
 
 `send` is a plain function: it puts the packet into a queue of 32 that drops its oldest, since a
 packet that waited long is worth less than the one that comes after it. One task per connection
@@ -11,6 +12,7 @@ writes everything that waits in one go, another reads.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import ssl
@@ -61,6 +63,8 @@ STEADY_SECONDS: Final = 10.0
 """A connection that lived shorter than this counts as a failure for the backoff."""
 MAX_RESTART_WAIT_SECONDS: Final = 30.0
 """The server may ask us to spread our return over some time; more than this is absurd."""
+LINGER_SECONDS: Final = 5.0
+"""How long a connection that was replaced is still read."""
 
 
 class RelayHandler(Protocol):
@@ -74,6 +78,9 @@ class RelayHandler(Protocol):
 
     def handle_relay_change(self, region: int, *, is_up: bool) -> None:
         """The connection to a region came up or went down."""
+
+    def handle_relay_restarting(self, region: int) -> None:
+        """The only relay of a region is about to restart; it still carries packets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,12 +242,12 @@ class RelayClient:
                 connection.wake()  # for what was queued before
                 nursery.start_soon(self._converse, connection)
                 if old is not None:
-                    old.close()
+                    old.close_after(LINGER_SECONDS)
                 await connection.left.wait()
                 if connection.restart is not None:
                     # The old connection still carries packets meanwhile.
                     avoid = dialed.target
-                    await self._wait_for_restart(connection.restart)
+                    await self._wait_for_restart(connection)
                     continue
                 is_steady = trio.current_time() - connection.began_at >= STEADY_SECONDS
                 failures = 1 if is_steady else failures + 1
@@ -252,12 +259,15 @@ class RelayClient:
         with trio.move_on_after(seconds * self._rng.uniform(0.5, 1.5)):
             await self._retry_now.wait()
 
-    async def _wait_for_restart(self, restart: Restarting) -> None:
-        """With another node to go to we go at once; else when the server says it will be back."""
-        if sum(node.is_relay for node in self.region.nodes) > 1:
-            return
-        seconds = min(restart.reconnect_in_ms / 1000, MAX_RESTART_WAIT_SECONDS)
-        await trio.sleep(seconds * self._rng.uniform(0.5, 1.0))
+    async def _wait_for_restart(self, connection: _Connection) -> None:
+        """Until it is our turn to move, as the server spreads its clients over some time, or until
+        the server is gone."""
+        assert connection.restart is not None
+        seconds = min(connection.restart.reconnect_in_ms / 1000, MAX_RESTART_WAIT_SECONDS)
+        with trio.move_on_after(seconds * self._rng.uniform(0.5, 1.0)):
+            await connection.ended.wait()
+        if sum(node.is_relay for node in self.region.nodes) == 1:
+            self._handler.handle_relay_restarting(self.region.region_id)
 
     # ---- dialing
 
@@ -331,6 +341,7 @@ class RelayClient:
         finally:
             connection.dialed.close()
             connection.left.set()
+            connection.ended.set()
             if self._connection is connection:
                 self._connection = None
                 self._handler.handle_relay_change(self.region.region_id, is_up=False)
@@ -384,10 +395,12 @@ class _Connection:
         self.restart: Restarting | None = None
         self.left = trio.Event()
         """Set when another connection is needed: this one ended, or will."""
+        self.ended = trio.Event()
         self._client = client
         self._control: deque[bytes] = deque(maxlen=MAX_PENDING_PONGS)
         self._wanted = trio.Event()
         self._scope = trio.CancelScope()
+        self._closes_at = math.inf
         self._check_data = b""
         info = dialed.server_info
         self._rate = info.token_bucket_bytes_per_second
@@ -432,6 +445,11 @@ class _Connection:
         """End the connection's tasks."""
         self._scope.cancel()
 
+    def close_after(self, seconds: float) -> None:
+        """End the connection then, if the server has not: another one took its place."""
+        self._closes_at = trio.current_time() + seconds
+        self._scope.deadline = min(self._scope.deadline, self._closes_at)
+
     async def run(self) -> None:
         """Until the connection ends. Raises StreamEndedError, DerpError."""
         with self._scope:
@@ -462,7 +480,8 @@ class _Connection:
             raise StreamEndedError("it has gone silent")
 
     def _expect_frames(self) -> None:
-        self._scope.deadline = trio.current_time() + READ_TIMEOUT_SECONDS
+        deadline = trio.current_time() + READ_TIMEOUT_SECONDS
+        self._scope.deadline = min(deadline, self._closes_at)
 
     async def _read(self) -> None:
         client = self._client

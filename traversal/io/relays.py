@@ -50,6 +50,10 @@ class Relays:
         entry = self._map.regions.get(region)
         return entry is not None and any(node.is_relay for node in entry.nodes)
 
+    def connect(self, region: int) -> None:
+        """Connect to a region, because packets for it are to be expected."""
+        self._client(region)
+
     def is_connected(self, region: int) -> bool:
         """Whether a packet to this region would leave at once."""
         entry = self._clients.get(region)

@@ -16,6 +16,8 @@ ABSOLUTE_LEAD_NANOSECONDS: Final = 10_000_000
 HEARD_SECONDS: Final = 8.0
 KEEP_WITHOUT_DATA_SECONDS: Final = 120.0
 """Twice the relay's keep-alive."""
+AVOID_SECONDS: Final = 60.0
+"""A relay that is about to restart still answers for a while; so long it is no home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class HomeChooser:
         self._policy = policy or HomePolicy()
         self._scores = scores or {}
         self._history: deque[tuple[float, Mapping[int, float]]] = deque()
+        self._avoided_until: dict[int, float] = {}
 
     def handle_report(
         self,
@@ -49,11 +52,24 @@ class HomeChooser:
         `heard_at` is when a frame last came from each region's relay. The caller leaves out
         regions that may not be a home. Returns the chosen region, 0 if there is none.
         """
+        self._avoided_until = {r: at for r, at in self._avoided_until.items() if now < at}
         usable = {r: s for r, s in latencies.items() if r not in self._policy.banned}
         self._history.append((now, usable))
         while self._history[0][0] < now - HISTORY_SECONDS:
             self._history.popleft()
-        self.home = self._choose(usable, heard_at, started_at, now)
+        # Where nothing else answers, one that restarts is better than none.
+        stable = {r: s for r, s in usable.items() if r not in self._avoided_until}
+        if stable and self.home in self._avoided_until:
+            self.home = 0
+        self.home = self._choose(stable or usable, heard_at, started_at, now)
+        return self.home
+
+    def leave(self, region: int, now: float) -> int:
+        """A region's relay is about to restart: the best of the others for a minute, if any."""
+        self._avoided_until[region] = now + AVOID_SECONDS
+        others = {r for _, latencies in self._history for r in latencies} - {*self._avoided_until}
+        if region == self.home and others:
+            self.home = min(others, key=lambda other: (self._best_recent(other), other))
         return self.home
 
     def _choose(
@@ -70,6 +86,8 @@ class HomeChooser:
             return at is not None and (at >= started_at or now - at <= within)
 
         pinned = self._policy.pinned
+        if pinned in self._avoided_until:
+            pinned = 0
         if pinned and (pinned in latencies or is_heard(pinned, HEARD_SECONDS)):
             return pinned
         if not latencies:

@@ -22,7 +22,10 @@ from traversal.io.udp import UdpSockets
 from traversal.keys import NodePrivate
 from traversal.paths.report import Report
 from traversal.relay_map import RelayMap
-from traversal.wire.derp import ServerInfo
+from traversal.wire.derp import ServerInfo, encode_recv_packet
+
+REAL_IDLE_SECONDS = 0.05
+"""The sockets are real, so the virtual clock waits for them."""
 
 
 class Handler:
@@ -32,6 +35,7 @@ class Handler:
         self.packets: list[tuple[int, bytes, bytes]] = []
         self.gone: list[tuple[int, bytes]] = []
         self.changes: list[tuple[int, bool]] = []
+        self.restarting: list[int] = []
 
     def handle_relay_packet(self, region: int, source: bytes, payload: bytes) -> None:
         self.packets.append((region, source, payload))
@@ -41,6 +45,9 @@ class Handler:
 
     def handle_relay_change(self, region: int, *, is_up: bool) -> None:
         self.changes.append((region, is_up))
+
+    def handle_relay_restarting(self, region: int) -> None:
+        self.restarting.append(region)
 
 
 def client_of(relay: Any, handler: Handler, key: NodePrivate | None = None) -> RelayClient:
@@ -162,6 +169,64 @@ async def test_other_nodes_of_the_region(
     with trio.fail_after(1):
         await client.wait_connected()
     assert client.statistics().server == f"127.0.0.1:{relay.port}"
+
+
+async def test_restart_with_another_node(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery, tiny_relay: Any
+) -> None:
+    """The other node of the region takes over, when it is our turn; what still comes by the old
+    connection is not lost, and that ends by itself."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+    other = tiny_relay()
+    await nursery.start(other.serve)
+    (first,), (second,) = relay.region.nodes, other.region.nodes
+    handler = Handler()
+    client = RelayClient(
+        replace(relay.region, nodes=(first, replace(second, name="900b"))),
+        key := NodePrivate.generate(os.urandom),
+        handler,
+        options=RelayOptions(plain=True),
+        rng=random.Random(1),
+    )
+    nursery.start_soon(client.run)
+    await client.wait_connected()
+    (old,) = relay.clients.values()
+    await relay.say_restarting(4000)
+    await trio.sleep(1.9)
+    assert other.connects == 0
+    await trio.sleep(2.2)
+    assert other.connects == 1
+    assert client.statistics().server == f"127.0.0.1:{other.port}"
+    sender = key.public()
+    for server in (relay, other):
+        await server.clients[key.public().raw].send_all(encode_recv_packet(sender, b"late"))
+    await trio.sleep(0.1)
+    assert [payload for _, _, payload in handler.packets] == [b"late", b"late"]
+    assert handler.changes == [(900, True)] * 2
+    assert handler.restarting == []
+    await trio.sleep(5)
+    assert key.public().raw not in relay.clients
+    assert client.is_connected
+    assert old is not other.clients[key.public().raw]
+
+
+async def test_restart_of_the_only_node(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery
+) -> None:
+    """The owner is told when it is our turn, or when the server has gone before."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+    for wait_ms, drops in ((2000, False), (20_000, True)):
+        handler = Handler()
+        client = client_of(relay, handler)
+        nursery.start_soon(client.run)
+        await client.wait_connected()
+        await relay.say_restarting(wait_ms)
+        await trio.sleep(0.9)
+        assert handler.restarting == []
+        if drops:
+            relay.drop_clients()
+        await trio.sleep(1.2)
+        assert handler.restarting == [900]
 
 
 async def test_silent_server_is_left(

@@ -387,3 +387,19 @@ class TestPortPattern:
         """Three ports say nothing; the same port every time neither."""
         assert classify_ports([(1, 2), (1, 3), (1, 4)]).pattern is PortPattern.UNKNOWN
         assert classify_ports([(1, 2)] * 9).pattern is PortPattern.UNKNOWN
+
+
+def test_home_that_restarts() -> None:
+    """The best other region is the home for a minute, a pin notwithstanding; alone, it stays."""
+    pinned = HomeChooser(HomePolicy(pinned=1))
+    for chooser in (HomeChooser(), pinned):
+        assert chooser.handle_report({1: 0.01, 2: 0.05, 3: 0.04}, {}, 0.0, 0.0) == 1
+        assert chooser.leave(2, 1.0) == 1
+        assert chooser.leave(1, 2.0) == 3
+        assert chooser.handle_report({1: 0.01, 2: 0.05, 3: 0.04}, {1: 59.0}, 60.0, 60.0) == 3
+        assert chooser.handle_report({1: 0.01, 2: 0.05, 3: 0.04}, {}, 63.0, 63.0) == 1
+    alone = HomeChooser()
+    assert alone.handle_report({1: 0.01}, {}, 0.0, 0.0) == 1
+    assert alone.leave(1, 1.0) == 1
+    assert alone.handle_report({1: 0.01}, {}, 2.0, 2.0) == 1
+    assert alone.handle_report({1: 0.01, 2: 0.5}, {1: 3.0}, 3.0, 3.0) == 2
