@@ -33,6 +33,7 @@ from traversal.wire.derp import (
     encode_peer_gone,
     looks_like_disco,
 )
+from traversal.wire.introduction import MAGIC as INTRODUCTION_MAGIC
 
 BUFFER_SLACK: Final = 64
 """Bytes that must be readable after the data in the shared buffer: headers are unpacked before it
@@ -247,7 +248,9 @@ class Switch:
             return
         counters.drop(DropReason.UNKNOWN_DEST, kind, len(payload))
         client.packets_dropped += 1
-        if disco:
+        # Introductions of Underpass nodes are answered like disco: a person wants to know why a
+        # peer can't be reached.
+        if disco or payload[: len(INTRODUCTION_MAGIC)] == INTRODUCTION_MAGIC:
             self._send_not_here(client, key, now)
 
     def _forward(

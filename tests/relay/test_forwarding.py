@@ -28,6 +28,7 @@ from traversal.wire.derp import (
     RecvPacket,
     maybe_parse_server_frame,
 )
+from traversal.wire.introduction import MAGIC as INTRODUCTION_MAGIC
 
 
 def key(number: int) -> NodePublic:
@@ -202,10 +203,15 @@ def test_large_packets_leave_early_and_intact() -> None:
 
 @pytest.mark.parametrize(
     ("payload", "kind", "notices"),
-    [(DISCO, Kind.DISCO, 1), (SHORT_DISCO, Kind.OTHER, 0), (b"x" * 100, Kind.OTHER, 0)],
+    [
+        (DISCO, Kind.DISCO, 1),
+        (SHORT_DISCO, Kind.OTHER, 0),
+        (b"x" * 100, Kind.OTHER, 0),
+        (INTRODUCTION_MAGIC + b"x" * 100, Kind.OTHER, 1),
+    ],
 )
 def test_unknown_destination(payload: bytes, kind: Kind, notices: int) -> None:
-    """Dropped, counted, and told of only where it looks like disco (7.3)."""
+    """Dropped, counted, and told of only where it looks like disco (7.3) or an introduction."""
     bench = Bench()
     a = bench.connect(A)
     bench.read(a, packet(NOBODY, payload))

@@ -145,7 +145,7 @@ async def ping(
             home = region or (entry.relay if entry is not None else 0) or node.home_region
             link = await node.connect(peer_key, relay=home)
             await ping_often(lambda: ping_once(link))
-            return link_status(link, peer if entry is not None else "the peer")
+            return link_status(link, peer if entry is not None else peer_key.short())
 
     if config is not None:
         try:

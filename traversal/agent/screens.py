@@ -69,7 +69,7 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
     rows = [heading, *map(_peer, peers)]
     lines += ["", *_table(rows, right=(2, 3, 4))]
     for peer in peers:
-        lines += ["", *_hang(f"{peer['name']}: {peer['text']}", "", "  ", columns)]
+        lines += ["", *_hang(peer["text"], "", "  ", columns)]
     return "\n".join(_printable(line) for line in lines)
 
 
