@@ -250,7 +250,7 @@ class Switch:
         client.packets_dropped += 1
         # Introductions of Underpass nodes are answered like disco: a person wants to know why a
         # peer can't be reached.
-        if disco or payload[: len(INTRODUCTION_MAGIC)] == INTRODUCTION_MAGIC:
+        if disco or bytes(payload[: len(INTRODUCTION_MAGIC)]) == INTRODUCTION_MAGIC:
             self._send_not_here(client, key, now)
 
     def _forward(

@@ -7,6 +7,7 @@ text or a key must not cost.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -96,6 +97,7 @@ def netcheck(map_source: str | None, config_path: Path, as_json: bool) -> None:
     type=click.FloatRange(0.1, 3600),
     default=20.0,
     show_default=True,
+    callback=lambda _context, _option, value: _finite(value),
     help="Seconds for all pings together.",
 )
 @_map
@@ -178,6 +180,12 @@ def _run(main_function: Callable[[], Awaitable[_T]]) -> _T:
         return run(main_function)
     except CommandError as error:
         _fail(str(error))
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("must be a number of seconds")
+    return value
 
 
 def _columns() -> int:

@@ -353,8 +353,8 @@ class Node:
             raise NodeError("this is our own key: a node can't connect to itself")
         if relay and not self._relays.is_known(relay):
             raise NodeError(
-                f"region {relay} has no relay in our relay map: use the peer's home region, "
-                "and the map that the peer uses"
+                f"region {relay} has no relay in our relay map: give the peer's home region, and "
+                "use the map that the peer uses"
             )
         existing = self._links.get(peer_key.raw)
         if existing is not None:

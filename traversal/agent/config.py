@@ -53,12 +53,19 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Final
 
 import msgspec
 
+from traversal.agent.tables import (
+    EdgeTable,
+    InterfacesTable,
+    PeerTable,
+    TableError,
+    WireGuardTable,
+    parse_file,
+)
 from traversal.agent.wireguard import IpNetwork, WireGuardInterface
 from traversal.io.interfaces import InterfaceFilter
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
@@ -69,66 +76,13 @@ from traversal.wire.address import Address
 from traversal.wire.tunnel.credentials import Credentials, parse_credentials_file
 from traversal.wire.tunnel.errors import TunnelError
 
-MAX_PEERS = 10_000
+MAX_PEERS: Final = 10_000
+MAP_SECONDS: Final = 10.0
+MAX_MAP_BYTES: Final = 4 << 20
 
 
 class ConfigError(Exception):
     """The agent's file, or one that it names, can't be used; the text says where and why."""
-
-
-class PeerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `[[peers]]` table."""
-
-    name: str
-    key: str
-    relay: int = 0
-    endpoint: str = ""
-    peer_relay: bool = False
-    port_search: bool = True
-    wireguard_key: str = ""
-    allowed_ips: list[str] = []
-
-
-class WireGuardTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `[wireguard]` table."""
-
-    interface: str
-    key: str
-    addresses: list[str]
-    port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 51820
-    mtu: Annotated[int, msgspec.Meta(ge=576, le=65535)] = 1380
-
-
-class EdgeTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `[edge]` table."""
-
-    addresses: list[str]
-    credentials: str
-    ca: str = ""
-    policy: EdgePolicy = EdgePolicy.LAST
-
-
-class InterfacesTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The `[interfaces]` table."""
-
-    allow: list[str] = []
-    deny: list[str] = []
-    deny_networks: list[str] = []
-
-
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    key: str
-    relay_map: str
-    port: int = 0
-    control: str = "underpass.sock"
-    wireguard: str | WireGuardTable = ""
-    peer_relay_port: int | None = None
-    port_search: bool = True
-    state: str = "underpass.state"
-    interfaces: InterfacesTable = InterfacesTable()
-    edge: EdgeTable | None = None
-    tunnel: dict[str, Any] | None = None
-    peers: list[PeerEntry] = []
 
 
 class PeerConfig(msgspec.Struct, frozen=True):
@@ -178,17 +132,19 @@ class AgentConfig(msgspec.Struct, frozen=True):
 def load_config(path: Path) -> AgentConfig:
     """Read the file and the key it names. Raises ConfigError."""
     try:
-        file = msgspec.convert(tomllib.loads(path.read_text()), _File)
+        file = parse_file(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+    except (TableError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if len(file.peers) > MAX_PEERS:
         raise ConfigError(f"{path}: at most {MAX_PEERS} peers, not {len(file.peers)}")
-    for name, port in (("port", file.port), ("peer_relay_port", file.peer_relay_port or 0)):
-        if not 0 <= port <= 65535:
-            raise ConfigError(f"{path}, {name}: {port} is no port; write 0 to 65535")
+    private_key = load_key(path.parent / file.key)
     peers = tuple(_check_peer(path, number, entry) for number, entry in enumerate(file.peers, 1))
+    own = private_key.public()
+    for number, peer in enumerate(peers, 1):
+        if peer.key == own:
+            raise ConfigError(f"{path}, peer {number} ({peer.name}), key: is this node's own key")
     for what in ("name", "key", "endpoint"):
         values = [getattr(peer, what) for peer in peers if getattr(peer, what) is not None]
         for value in values:
@@ -205,7 +161,7 @@ def load_config(path: Path) -> AgentConfig:
     if wireguard is None and any(peer.endpoint for peer in peers):
         raise ConfigError(f'{path}: peers have an endpoint, so write wireguard = "IP:PORT" too')
     return AgentConfig(
-        private_key=load_key(path.parent / file.key),
+        private_key=private_key,
         relay_map=file.relay_map if "://" in file.relay_map else str(path.parent / file.relay_map),
         port=file.port,
         control=path.parent / file.control,
@@ -247,33 +203,54 @@ def load_key(path: Path) -> NodePrivate:
     """Read a key file. Raises ConfigError."""
     try:
         return NodePrivate.parse(path.read_text().strip())
-    except OSError as error:
+    except FileNotFoundError:
         raise ConfigError(
-            f'{path}: {error.strerror}. Make a key with "underpass keygen -o {path}".'
+            f'{path}: No such file. Make a key with "underpass keygen -o {path}".'
         ) from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except (KeyFormatError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f'{path} is no key file of "underpass keygen": {error}') from None
 
 
 def load_map(source: str) -> RelayMap:
-    """Read a relay map from a file or an http(s) URL; blocks. Raises ConfigError."""
+    """Read a relay map from a file or an http(s) URL; blocks, 10 s at most for each step of a
+    server. Raises ConfigError."""
     try:
-        if "://" not in source:
-            return RelayMap.parse(Path(source).read_bytes())
-        if not source.startswith(("https://", "http://")):
-            raise ConfigError(f"{source}: a relay map comes from a file or an https URL")
-        # Imported late: it is slow to import and most maps are files.
-        import urllib.request
-
-        with urllib.request.urlopen(source, timeout=10) as answer:
-            return RelayMap.parse(answer.read(1 << 20))
+        return RelayMap.parse(_read_map(source))
     except OSError as error:
         raise ConfigError(f"{source}: {error.strerror or error}") from None
     except RelayMapError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def _check_peer(path: Path, number: int, entry: PeerEntry) -> PeerConfig:
+def _read_map(source: str) -> bytes:
+    if "://" not in source:
+        return Path(source).read_bytes()
+    if not source.startswith(("https://", "http://")):
+        raise ConfigError(f"{source}: a relay map comes from a file or an https URL")
+    # Imported late: they are slow to import and most maps are files.
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(source, timeout=MAP_SECONDS) as answer:
+            data: bytes = answer.read(MAX_MAP_BYTES + 1)
+    except urllib.error.HTTPError as error:
+        raise ConfigError(f"{source}: the server answers {error.code} {error.reason}") from None
+    except urllib.error.URLError as error:
+        reason = error.reason
+        text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
+        raise ConfigError(f"{source}: {text}") from None
+    except (http.client.HTTPException, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from None
+    if len(data) > MAX_MAP_BYTES:
+        raise ConfigError(f"{source}: a relay map has at most {MAX_MAP_BYTES} bytes")
+    return data
+
+
+def _check_peer(path: Path, number: int, entry: PeerTable) -> PeerConfig:
     where = f"{path}, peer {number}"
     if not entry.name or not entry.name.isprintable():
         raise ConfigError(f"{where}, name: must be printable text")

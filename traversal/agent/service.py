@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -22,8 +23,9 @@ from traversal.agent.wireguard import WireGuardPeer, run_wireguard
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
+from traversal.keys import KeyFormatError
 from traversal.link import Link
-from traversal.node import Node, open_node
+from traversal.node import Node, NodeError, open_node
 from traversal.paths.edge import EdgePolicy
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
@@ -37,8 +39,11 @@ ANY_PORT: Final = Address("127.0.0.1", 0)
 logger = logging.getLogger("underpass.agent")
 
 TUNNEL_AGAIN_SECONDS: Final = 60.0
+ACCEPT_AGAIN_SECONDS: Final = 1.0
 ASK_SECONDS: Final = 5.0
 PING_SECONDS: Final = 2.0
+MAX_SOCKET_PATH_BYTES: Final = 107
+"""Of Linux."""
 MAX_QUESTION_BYTES: Final = 4096
 MAX_ANSWER_BYTES: Final = 64 << 20
 
@@ -93,9 +98,12 @@ async def run_agent(
             wireguard_peers: list[WireGuardPeer] = []
             for peer in config.peers:
                 may_search = config.may_search_ports and peer.may_search_ports
-                link = await node.connect(
-                    peer.key, relay=peer.relay, port_search=PunchPolicy(is_enabled=may_search)
-                )
+                try:
+                    link = await node.connect(
+                        peer.key, relay=peer.relay, port_search=PunchPolicy(is_enabled=may_search)
+                    )
+                except (NodeError, KeyFormatError) as error:
+                    raise ConfigError(f"peer {peer.name}: {error}") from None
                 wanted = peer.endpoint or (ANY_PORT if peer.wireguard_key else None)
                 if wanted is None or config.wireguard is None:
                     continue
@@ -110,7 +118,12 @@ async def run_agent(
             if config.tunnel is not None:
                 nursery.start_soon(_keep_tunnel, config.tunnel)
             while True:
-                sock, _ = await listener.accept()
+                try:
+                    sock, _ = await listener.accept()
+                except OSError as error:
+                    logger.error("The control socket: %s", error)  # no files left, for example
+                    await trio.sleep(ACCEPT_AGAIN_SECONDS)
+                    continue
                 nursery.start_soon(_serve, sock, node, names)
 
 
@@ -158,11 +171,15 @@ def _listen(path: Path) -> trio.socket.SocketType:
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     inner = socket.socket(fileno=sock.detach())
     try:
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(
+                f"{path}: a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes; set control "
+                "to a shorter one"
+            )
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"{path}: is no socket; remove it, or set control to another path")
         if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(path)) == 0:
-                    raise ConfigError(f"{path}: another agent answers there; stop it first")
-            path.unlink()
+            _unlink_if_dead(path)
         before = os.umask(0o177)
         try:
             inner.bind(str(path))
@@ -176,6 +193,17 @@ def _listen(path: Path) -> trio.socket.SocketType:
         inner.close()
         raise
     return trio.socket.from_stdlib_socket(inner)
+
+
+def _unlink_if_dead(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # an agent that hangs accepts nobody
+        fault = probe.connect_ex(str(path))
+    if fault in (0, errno.EAGAIN):
+        raise ConfigError(f"{path}: another agent answers there; stop it first")
+    if fault not in (errno.ECONNREFUSED, errno.ENOENT):
+        raise ConfigError(f"{path}: {os.strerror(fault)}; set control to a path of our own")
+    path.unlink(missing_ok=True)
 
 
 async def _serve(sock: trio.socket.SocketType, node: Node, names: dict[bytes, str]) -> None:
@@ -200,7 +228,7 @@ async def _answer(question: bytes, node: Node, names: dict[bytes, str]) -> dict[
     try:
         asked = json.loads(question)
         command, peer = asked["command"], asked.get("peer")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {"error": 'a question is a line of JSON with a "command"'}
     if command == "status":
         return node_status(node, names)

@@ -116,7 +116,8 @@ class UdpSockets:
                     self.close()
                     break
         if not self._sockets:
-            raise UdpError("can't open a UDP socket: " + "; ".join(problems))
+            hint = "; choose another port, or 0 for any" if port else ""
+            raise UdpError("can't open a UDP socket: " + "; ".join(problems) + hint)
 
     async def rebind(self) -> None:
         """Replace both sockets, on the same port if it can be had.

@@ -100,8 +100,19 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("text", "complaint"),
         [
-            ("port = 70000", "port: 70000 is no port"),
-            ('speed = "fast"', "speed"),
+            ("port = 70000", "port: must be a whole number <= 65535"),
+            ('speed = "fast"', "unknown key 'speed'"),
+            ("prot = 1", "unknown key 'prot'; did you mean 'port'"),
+            ('port = "x"', "port: must be a whole number, not text in quotes"),
+            ("[[peers]]\nrelai = 9", "peer 1: unknown key 'relai'; did you mean 'relay'"),
+            ('[[peers]]\nname = "x"', "peer 1: 'key' is missing"),
+            ('[peers]\nname = "x"', r"begin each peer's table with \[\[peers\]\]"),
+            ("wireguard = 3", "wireguard: must be text in quotes or a table"),
+            ("[interfaces]\nalow = []", "interfaces: unknown key 'alow'; did you mean 'allow'"),
+            (
+                '[edge]\naddresses = []\ncredentials = ""\npolicy = "lst"',
+                "edge, policy: 'lst' is none; did you mean 'last'",
+            ),
             ("port = ", "Invalid value"),
             (peer_table("a", "nodekey:12"), r"peer 1 \(a\), key"),
             (peer_table("", a_key()), "peer 1, name"),
