@@ -19,7 +19,8 @@ def netcheck_screen(found: dict[str, Any], columns: int) -> str:
     """The answer of `underpass netcheck`."""
     hairpins = {True: "yes", False: "no", None: "unknown"}[found["nat"]["hairpins"]]
     services = [name for name in ("nat_pmp", "pcp", "upnp") if found[name]]
-    lines = [*_field("UDP", "works" if found["udp"] else "is blocked", columns)]
+    blocked = "no relay answers" if found["nat"]["is_offline"] else "is blocked"
+    lines = _field("UDP", "works" if found["udp"] else blocked, columns)
     if found["captive_portal"]:
         portal = "a captive portal answers for the relays: sign in with a browser"
         lines += _field("Portal", portal, columns)

@@ -35,6 +35,7 @@ def nat_status(nat: NatFacts) -> dict[str, Any]:
         "port_step": nat.ports.step,
         "hairpins": nat.hairpins,
         "is_udp_blocked": nat.is_udp_blocked,
+        "is_offline": nat.is_offline,
         "has_port_mapping": nat.has_port_mapping,
         "text": describe_nat(nat),
     }

@@ -60,12 +60,12 @@ class Relays:
         return entry is not None and entry[0].is_connected
 
     def problem(self, region: int) -> str:
-        """Why the last attempt to connect to this region failed; empty if none did since it
-        was connected."""
+        """Why this region's relay is not connected though it is wanted; empty if it is, or is not
+        wanted."""
         entry = self._clients.get(region)
         if entry is None or entry[0].is_connected:
             return ""
-        return entry[0].last_error
+        return entry[0].last_error or "it has not answered yet"
 
     def backlog(self, region: int) -> int:
         """How many packets wait for a region's connection, 0 while there is none."""

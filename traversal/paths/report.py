@@ -88,6 +88,9 @@ class NatFacts:
     ports: PortAllocation = PortAllocation(PortPattern.UNKNOWN)
     hairpins: bool | None = None
     is_udp_blocked: bool = False
+    """Relays answer by HTTPS and not by UDP."""
+    is_offline: bool = False
+    """No relay answers in any way."""
     has_port_mapping: bool = False
     has_captive_portal: bool = False
 
@@ -244,7 +247,8 @@ class Report:
             filtering=self.filtering,
             ports=self.ports,
             hairpins=self.hairpins,
-            is_udp_blocked=not self.is_udp_working,
+            is_udp_blocked=not self.is_udp_working and bool(self.latencies),
+            is_offline=not self.latencies,
             has_port_mapping=has_port_mapping,
             has_captive_portal=not self.is_udp_working and self.captive_portal is True,
         )

@@ -35,6 +35,7 @@ class Finding(Enum):
     PATH_LOST = "path-lost"
     UDP_BLOCKED_HERE = "udp-blocked-here"
     UDP_BLOCKED_THERE = "udp-blocked-there"
+    OFFLINE_HERE = "no-relay-answers-here"
     CAPTIVE_PORTAL_HERE = "captive-portal-here"
     NO_CANDIDATES = "no-candidates"
     NO_CALL = "peer-never-called"
@@ -54,6 +55,7 @@ class Remedy(Enum):
     OPEN_UDP_HERE = "open-udp-here"
     OPEN_UDP_THERE = "open-udp-there"
     SIGN_IN_HERE = "sign-in-here"
+    CHECK_NETWORK = "check-network-here"
     MAP_PORT_HERE = "map-port-here"
     MAP_PORT_THERE = "map-port-there"
     PORT_SEARCH = "enable-port-search"
@@ -69,6 +71,7 @@ _REMEDY_TEXT: Final = {
     Remedy.OPEN_UDP_HERE: "Allow outgoing UDP in the firewall in front of this node.",
     Remedy.OPEN_UDP_THERE: "Allow outgoing UDP in the firewall in front of the peer.",
     Remedy.SIGN_IN_HERE: "Open any web page in a browser on this node and sign in to the network.",
+    Remedy.CHECK_NETWORK: "See whether this node has a network.",
     Remedy.MAP_PORT_HERE: "Enable NAT-PMP, PCP or UPnP on this node's router, or forward a UDP "
     "port to this node.",
     Remedy.MAP_PORT_THERE: "Enable NAT-PMP, PCP or UPnP on the peer's router, or forward a UDP "
@@ -203,6 +206,8 @@ def describe_nat(facts: NatFacts) -> str:
         return "a captive portal"
     if facts.is_udp_blocked:
         return "a firewall that blocks UDP"
+    if facts.is_offline:
+        return "an unknown kind of NAT, since no relay answers"
     text = _MAPPING_TEXT[facts.mapping] + _FILTERING_TEXT[facts.filtering]
     if facts.mapping is not MappingClass.NONE:
         text += _describe_ports(facts.ports)
@@ -293,8 +298,8 @@ class _Builder:
             case Contact.RELAY_DOWN:
                 self._say(
                     Finding.RELAY_DOWN,
-                    f"The relay {self._relay} of {self._name} can't be reached from this node: "
-                    f"{problem}.",
+                    f"{self._name} is reached by the relay {self._relay}, and that can't be "
+                    f"reached from this node: {problem}.",
                     Remedy.CHECK_RELAY,
                 )
                 self._blame_own_network()
@@ -421,10 +426,17 @@ class _Builder:
                 "through before somebody signs in.",
                 Remedy.SIGN_IN_HERE,
             )
+        elif self._own.is_offline:
+            self._say(
+                Finding.OFFLINE_HERE,
+                "No relay answers this node, neither by UDP nor by HTTPS.",
+                Remedy.CHECK_NETWORK,
+                Remedy.CHECK_RELAY,
+            )
         elif self._own.is_udp_blocked:
             self._say(
                 Finding.UDP_BLOCKED_HERE,
-                "No STUN server answered this node: its firewall blocks UDP.",
+                "Relays answer this node by HTTPS only: its firewall blocks UDP.",
                 Remedy.OPEN_UDP_HERE,
             )
 
@@ -510,6 +522,7 @@ def _facts_dict(facts: NatFacts) -> dict[str, object]:
         "port_step": facts.ports.step,
         "hairpins": facts.hairpins,
         "udp_blocked": facts.is_udp_blocked,
+        "offline": facts.is_offline,
         "port_mapping": facts.has_port_mapping,
         "captive_portal": facts.has_captive_portal,
     }

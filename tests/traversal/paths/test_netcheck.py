@@ -241,7 +241,16 @@ class TestReport:
         assert report.mapping_varies is varies
         facts = report.nat_facts(LOCAL)
         assert facts.is_hard is bool(varies)
-        assert facts.is_udp_blocked is not bool(answers)
+        assert facts.is_offline is not bool(answers)
+        assert not facts.is_udp_blocked
+
+    def test_blocked_is_not_offline(self):
+        """Only a relay that answers by HTTPS shows that UDP is blocked."""
+        report = Report(0.0)
+        assert not report.nat_facts(LOCAL).is_udp_blocked
+        report.handle_latency(1, 0.02)
+        assert report.nat_facts(LOCAL).is_udp_blocked
+        assert not report.nat_facts(LOCAL).is_offline
 
     def test_no_nat(self):
         """A reflexive address equal to our own means that there is no NAT."""
