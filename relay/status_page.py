@@ -199,17 +199,8 @@ def _clients(snapshot: Snapshot) -> str:
     more = ""
     if snapshot.clients_left_out:
         more = f" (the {len(snapshot.clients)} busiest of {snapshot.connections.current})"
-    titles = (
-        "connected",
-        "packets in",
-        "bytes in",
-        "packets out",
-        "bytes out",
-        "dropped",
-        "waiting",
-    )
     head = '<th class="left">key</th><th class="left">address</th>' + "".join(
-        f"<th>{title}</th>" for title in titles
+        f"<th>{title}</th>" for title in _CLIENT_TITLES
     )
     body = "".join(map(_client_row, snapshot.clients))
     return (

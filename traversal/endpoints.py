@@ -175,6 +175,13 @@ class Endpoints:
         if self._evidence.handle_pong(peer, seen_as, now):
             self.refresh()
 
+    def set_map(self, relay_map: RelayMap) -> None:
+        """Use another relay map: a full check soon tells which region is home."""
+        self._map = relay_map
+        self._chooser.set_scores(relay_map.home_scores)
+        self._is_full_wanted = True
+        self._wanted.set()
+
     def refresh(self) -> None:
         """Ask for a check soon; requests during a check lead to one more."""
         self._wanted.set()
@@ -408,7 +415,8 @@ class Endpoints:
         may_be_home = {
             region: seconds
             for region, seconds in report.latencies.items()
-            if self._map.regions[region].may_be_home
+            # The map may have changed during the check.
+            if region in self._map.regions and self._map.regions[region].may_be_home
         }
         heard_at = self._relays.heard_at()
         chosen = self._chooser.handle_report(may_be_home, heard_at, report.started_at, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Self
@@ -12,7 +12,7 @@ import trio
 
 from traversal.io.inbox import Inbox
 from traversal.io.relays import Relays
-from traversal.keys import NodePublic
+from traversal.keys import DiscoPublic, NodePublic
 from traversal.paths.effects import PathChanged, PathState, PingAnswered, Route
 from traversal.paths.report import NatFacts
 from traversal.paths.statistics import PeerStatistics
@@ -349,6 +349,36 @@ class Link:
         change = PathChange(effect.at, old, self._last_path, effect.reason)
         for watcher in self._watchers:
             watcher.push(change)
+
+    def update(
+        self,
+        *,
+        relay: int = 0,
+        disco_key: DiscoPublic | None = None,
+        candidates: Iterable[Address] | None = None,
+    ) -> None:
+        """What a control plane newly says of the peer; what is left out stays as it was.
+
+        A new disco key is that of a peer that started anew: its paths are found again, and until
+        then datagrams go by the relay.
+
+        Args:
+            relay: the peer's home region.
+            candidates: all addresses that the control plane knows now.
+
+        Raises LinkClosedError, LinkError for a region that the relay map lacks, and KeyFormatError
+        for a key that no honest peer has; then nothing is changed.
+        """
+        self._check_open()
+        if relay and not self._relays.is_known(relay):
+            raise LinkError(f"region {relay} has no relay in our relay map: give us a newer map")
+        now = trio.current_time()
+        if disco_key is not None:
+            self._session.set_disco_key(disco_key, now)
+        if relay:
+            self._session.set_home_region(relay, now)
+        if candidates is not None:
+            self._session.set_candidates(tuple(candidates), now)
 
     def close(self) -> None:
         """Forget the peer; harmless when repeated. Waiting readers get LinkClosedError."""

@@ -344,7 +344,7 @@ class Node:
                 is not said by one is learned from the peer's introduction.
             port_search: as for `open_node`, for this peer.
 
-        A link that exists already, because the peer opened it, is returned as it is. Raises
+        A link that exists already, because the peer opened it, is updated and returned. Raises
         NodeError for our own key and for a region that the relay map lacks, KeyFormatError for a
         key that no honest peer has.
         """
@@ -358,6 +358,7 @@ class Node:
             )
         existing = self._links.get(peer_key.raw)
         if existing is not None:
+            existing.update(relay=relay, disco_key=disco_key, candidates=tuple(candidates) or None)
             return existing
         Box(self._wiring.private_key, peer_key)
         now = trio.current_time()
@@ -385,6 +386,19 @@ class Node:
         self._peer_relays.set_keys(keys)
         for session in self._sessions.values():
             self._peer_relays.update(session)
+
+    def set_relay_map(self, relay_map: RelayMap) -> None:
+        """Use another relay map, as a control plane sends one when its relays change.
+
+        Connections to regions that are the same in it go on, others are closed. A full net check
+        begins at once and chooses the home anew; until it is over there is none where the home's
+        region is gone. Links stay; one whose peer's region is gone has no relay to fall back to
+        until the peer introduces itself by another one, or `Link.update` names it.
+        """
+        self._relays.set_map(relay_map)
+        self._endpoints.set_map(relay_map)
+        if self._relay_service is not None:
+            self._relay_service.set_map(relay_map)
 
     def open_ice(self, *, is_controlling: bool) -> IceSession:
         """A session with a peer that speaks ICE, as WebRTC does, over our sockets.

@@ -143,6 +143,15 @@ class Session:
         extra = self.search.own_extra if self.search is not None else ()
         self.machine.set_own_addresses((*self._own_addresses, *extra), now)
 
+    def set_home_region(self, region: int, now: float) -> None:
+        """The region whose relay reaches the peer, if the map has one there."""
+        if region != self.outlet.home_region and self._wiring.relays.is_known(region):
+            # By the old one the peer is reached until we are connected to the new one.
+            self._wiring.relays.connect(region)
+            self.outlet.home_region = region
+            self.machine.set_relay_available(True, now)
+            self.carry_out()
+
     def set_candidates(self, addresses: tuple[Address, ...], now: float) -> None:
         """The peer's addresses from a control plane."""
         self.machine.set_configured_addresses(addresses, now)
@@ -380,12 +389,7 @@ class Session:
             relays.send(relays.home, self.key.raw, packet)
 
     def _believe(self, introduction: Introduction, now: float) -> None:
-        region = introduction.home_region
-        if region != self.outlet.home_region and self._wiring.relays.is_known(region):
-            # By the old one the peer is reached until we are connected to the new one.
-            self._wiring.relays.connect(region)
-            self.outlet.home_region = region
-            self.machine.set_relay_available(True, now)
+        self.set_home_region(introduction.home_region, now)
         self.can_use_peer_relays = Capability.PEER_RELAY in introduction.capabilities
         self._wiring.peer_relays.update(self)
         addresses = tuple(address for _, address in introduction.addresses)

@@ -25,7 +25,10 @@ from netlab.simulated.udp import UdpSocket
 from tests.system.checks import roaming_topology
 from traversal import (
     Link,
+    LinkClosedError,
+    LinkError,
     Node,
+    NodeError,
     NodePrivate,
     PathChange,
     PathKind,
@@ -69,22 +72,29 @@ class World:
     random: random.Random
     nodes: list[Node] = field(default_factory=list)
 
+    @asynccontextmanager
+    async def life(self, host: str, key: NodePrivate, **options: Any) -> AsyncIterator[Node]:
+        """A node on a host, for the length of the block."""
+        async with (
+            self.internet.host(host),
+            open_node(
+                key,
+                self.relay_map,
+                entropy=self.random.randbytes,
+                relay_options=RelayOptions(plain=True),
+                map_ports=False,
+                admit=lambda _: True,
+                **options,
+            ) as node,
+        ):
+            yield node
+
     async def open(self, host: str, **options: Any) -> Node:
         """A node on a host, open until the test ends."""
 
         async def run(*, task_status: trio.TaskStatus[Node]) -> None:
-            async with (
-                self.internet.host(host),
-                open_node(
-                    NodePrivate.generate(self.random.randbytes),
-                    self.relay_map,
-                    entropy=self.random.randbytes,
-                    relay_options=RelayOptions(plain=True),
-                    map_ports=False,
-                    admit=lambda _: True,
-                    **options,
-                ) as node,
-            ):
+            key = NodePrivate.generate(self.random.randbytes)
+            async with self.life(host, key, **options) as node:
                 task_status.started(node)
                 await trio.sleep_forever()
 
@@ -102,6 +112,14 @@ class World:
         await other.send(b"second")
         assert await link.receive() == b"second"
         return link, other
+
+
+async def until_direct(link: Link) -> None:
+    """Send until the path is direct; at most 10 s."""
+    with trio.fail_after(10):
+        while link.path.kind is not PathKind.DIRECT:
+            await link.send(b"look for me")
+            await trio.sleep(0.1)
 
 
 @pytest.fixture
@@ -480,6 +498,90 @@ class TestRelays:
             node = await world.open("h0")
             await trio.sleep(1)
             assert world.relays[0].homes == {node.public_key.raw: True}
+
+
+def netmap(node: Node) -> dict[str, Any]:
+    """What a control plane tells others of a node."""
+    candidates = [address for _, address in node.own_addresses]
+    return {"relay": 900, "disco_key": node.disco_key, "candidates": candidates}
+
+
+class TestControlPlane:
+    """What changes while nodes run: the relay map, and what is known of peers."""
+
+    async def test_the_home_is_taken_off_the_map(
+        self, autojump_clock: MockClock, build: Any
+    ) -> None:
+        """Nodes move to another region and tell each other; datagrams flow by it."""
+        async with build(topology(HARD, HARD, relays=2)) as world:
+            link, other = await world.pair()
+            gone = world.nodes[0].home_region
+            left = next(r for r in (900, 901) if r != gone)
+            regions = {left: world.relay_map.regions[left]}
+            for node in world.nodes:
+                node.set_relay_map(RelayMap(regions))
+            await trio.sleep(6)
+            assert [node.home_region for node in world.nodes] == [left, left]
+            traffic = Traffic(link, other)
+            world.nursery.start_soon(traffic.run)
+            await trio.sleep(3)
+            assert traffic.lost(trio.current_time() - 2, trio.current_time() - 1) == 0
+            assert link.path.region == left
+            with pytest.raises(NodeError, match=f"region {gone}"):
+                await world.nodes[0].connect(link.peer_key, relay=gone)
+
+    async def test_a_map_may_change_during_a_check(
+        self, autojump_clock: MockClock, build: Any
+    ) -> None:
+        """What was measured of a region that is gone does no harm."""
+        async with build(topology(EASY, relays=2)) as world:
+            node = await world.open("h0")
+            both = world.relay_map
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(node.refresh)
+                await trio.sleep(0.01)
+                node.set_relay_map(RelayMap({900: both.regions[900]}))
+            await trio.sleep(6)
+            assert node.home_region == 900
+
+    async def test_a_peer_that_started_anew(self, autojump_clock: MockClock, build: Any) -> None:
+        """Its new disco key, home and addresses come from the control plane, on both sides."""
+        async with build(topology(EASY, EASY)) as world:
+            key = NodePrivate.generate(world.random.randbytes)
+            a = await world.open("h0")
+            scope = trio.CancelScope()
+
+            async def first_life(*, task_status: trio.TaskStatus[Node]) -> None:
+                with scope:
+                    async with world.life("h1", key) as node:
+                        await node.connect(a.public_key, **netmap(a))
+                        task_status.started(node)
+                        await trio.sleep_forever()
+
+            b = await world.nursery.start(first_life)
+            link = await a.connect(b.public_key, **netmap(b))
+            await until_direct(link)
+            scope.cancel()
+            await trio.sleep(1)
+            async with world.life("h1", key) as b:
+                back = await b.connect(a.public_key, **netmap(a))
+                # Whichever suits the agent: ask for the link once more, or update it.
+                assert await a.connect(b.public_key, disco_key=b.disco_key) is link
+                link.update(relay=900, candidates=netmap(b)["candidates"])
+                await until_direct(link)
+                assert await back.receive()
+                with pytest.raises(LinkError, match="region 77"):
+                    link.update(relay=77)
+
+    async def test_a_closed_link_is_not_updated(
+        self, autojump_clock: MockClock, build: Any
+    ) -> None:
+        """It says so."""
+        async with build(topology(EASY, EASY)) as world:
+            link, _ = await world.pair()
+            link.close()
+            with pytest.raises(LinkClosedError):
+                link.update(relay=900)
 
 
 class TestIdle:

@@ -79,6 +79,10 @@ class PeerRelayService:
         self._server = PeerRelayServer(DiscoPrivate.generate(entropy), entropy, options.limits)
         self._last: Report | None = None
 
+    def set_map(self, relay_map: RelayMap) -> None:
+        """Find our addresses by the servers of another relay map."""
+        self._map = relay_map
+
     def statistics(self) -> PeerRelayStatistics:
         """A snapshot."""
         return self._server.statistics()

@@ -40,6 +40,10 @@ class HomeChooser:
         self._history: deque[tuple[float, Mapping[int, float]]] = deque()
         self._avoided_until: dict[int, float] = {}
 
+    def set_scores(self, scores: Mapping[int, float]) -> None:
+        """The factors of another relay map, for latencies measured from now on and before."""
+        self._scores = scores
+
     def handle_report(
         self,
         latencies: Mapping[int, float],
