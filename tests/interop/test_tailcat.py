@@ -218,7 +218,7 @@ async def busy(link: Link) -> AsyncIterator[None]:
 @needs_tailcat
 class TestAsClient:
     async def test_direct_both_ways(self, lab: Lab) -> None:
-        """A stock node and we are direct in both directions within seconds of the admission."""
+        """I1: a stock node and we are direct in both directions within seconds of the admission."""
         async with (
             tailcat(lab, "serve", "--verbose", "--full-address", "7777") as stock,
             our_node(lab) as node,
@@ -230,7 +230,7 @@ class TestAsClient:
                 await stock.until(lambda line: f"now using 127.0.0.1:{port}" in line)
 
     async def test_stock_node_follows_our_rebind(self, lab: Lab) -> None:
-        """On a new port of ours both are direct again: it learns the port from our CallMeMaybe."""
+        """I6: on a new port of ours both are direct again: it learns it from our CallMeMaybe."""
         async with (
             tailcat(lab, "serve", "--verbose", "--full-address", "7777") as stock,
             our_node(lab) as node,
@@ -261,7 +261,7 @@ class TestAsClient:
             assert answer.seen_as.host in ("127.0.0.1", "127.3.3.40")
 
     async def test_answers_mtu_probes(self, lab: Lab) -> None:
-        """With path MTU discovery on, the stock node gets an answer to every size that fits."""
+        """I9, on loopback: with path MTU discovery on, the path works and we know its MTU."""
         async with (
             tailcat(
                 lab, "serve", "--verbose", "--full-address", "7777",
@@ -280,7 +280,7 @@ class TestAsClient:
 @needs_tailcat
 class TestAsServer:
     async def test_ping_until_direct(self, lab: Lab) -> None:
-        """`tailcat ping --until-direct` to our node succeeds and names our address."""
+        """I2: `tailcat ping --until-direct` to our node succeeds and names our address."""
         admitted, requests = trio.open_memory_channel[tuple[NodePublic, DiscoPublic]](8)
 
         def handle_stranger(region: int, key: NodePublic, payload: bytes) -> None:
@@ -312,7 +312,7 @@ class TestItsRelay:
     async def test_two_of_ours_by_its_derp_server(
         self, nursery: trio.Nursery, tmp_path: Path
     ) -> None:
-        """Two of our nodes find each other by Tailscale's own DERP and STUN server."""
+        """I12: two of our nodes find each other by Tailscale's own DERP and STUN server."""
         lab = Lab(nursery, RelayMap(), "http://127.0.0.1:9/", tmp_path)
         arguments = ("serve", "--verbose", "--full-address", "7777")
         async with tailcat(lab, *arguments, TS_DEBUG_TAILCAT_LOCAL_DERP="1"):

@@ -16,8 +16,8 @@ pytestmark = [
 
 
 async def test_tailcat_is_reached_through_random_ports() -> None:
-    """Tailcat behind an easy NAT probes the ports that our CallMeMaybe lists, and uses the one that
-    met; a first call finds it in two of three cases, four calls nearly always."""
+    """I4: tailcat behind an easy NAT probes the ports that our CallMeMaybe lists, and uses the one
+    that met; a first call finds it in two of three cases, four calls nearly always."""
     (cell,) = (cell for cell in CELLS if cell.name == "random x tailcat, easy")
     (one,) = await run_lab(cell, 1, pairs=1)
     assert one.seconds is not None, one.why

@@ -31,6 +31,7 @@ from tests.interop.stock_lab import (
 from tests.interop.tailcat import program
 from traversal import DiscoPrivate, DiscoPublic, Link, Node, NodePublic, PathKind
 from traversal.keys import Box
+from traversal.paths.punch_strategy import PunchPolicy
 from traversal.wire.address import Address
 from traversal.wire.disco import MAGIC, CallMeMaybe, Message, Ping, Pong, seal_envelope
 
@@ -40,6 +41,7 @@ pytestmark = [pytest.mark.interop, needs_tailcat]
 SLACK_SECONDS: Final = 3.0
 SOAK_MINUTES: Final = float(os.environ.get("UNDERPASS_SOAK_MINUTES", "0"))
 EASY: Final = class_behavior("EIM+APDF")
+HARD: Final = class_behavior("APDM+APDF")
 PLAIN: Final = Wire()
 
 
@@ -51,15 +53,17 @@ def topology(*hosts: str, wire: Wire = PLAIN) -> Topology:
     )
 
 
-def behind_nats(**networks: tuple[str, ...]) -> Topology:
-    """Hosts with uplinks to easy NATs, and a relay."""
+def behind_nats(hard: str = "", **networks: tuple[str, ...]) -> Topology:
+    """Hosts with uplinks to easy NATs and perhaps a hard one, and a relay."""
     names = {name for uplinks in networks.values() for name in uplinks}
     return Topology(
         hosts=tuple(
             Host(name=host, uplinks=tuple(Uplink(network=name) for name in uplinks))
             for host, uplinks in networks.items()
         ),
-        nats=tuple(Nat(name=name, behavior=EASY) for name in sorted(names)),
+        nats=tuple(
+            Nat(name=name, behavior=HARD if name == hard else EASY) for name in sorted(names)
+        ),
         servers=(Server(name="r0"),),
     )
 
@@ -75,6 +79,21 @@ def note_relayed(link: Link) -> list[float]:
         handle(payload, region)
 
     session.handle_relay_data = note
+    return times
+
+
+def note_pings(link: Link) -> list[float]:
+    """The times at which the peer's Pings come by UDP, from now on."""
+    times: list[float] = []
+    session: Any = link._session
+    handle = session.handle_disco
+
+    def note(message: Message, path: object, now: float) -> bool:
+        if isinstance(message, Ping):
+            times.append(now)
+        return bool(handle(message, path, now))
+
+    session.handle_disco = note
     return times
 
 
@@ -98,6 +117,27 @@ async def test_easy_nats(tmp_path: Path) -> None:
             await stock.until_using(str(world.lab.nat("na").external[0]), 2 + SLACK_SECONDS)
             assert link.path.address is not None
             assert link.path.address.host == str(world.lab.nat("nb").external[0])
+
+
+@pytest.mark.jail
+@pytest.mark.slow
+async def test_hard_nat_without_search(tmp_path: Path) -> None:
+    """I4: behind a hard NAT, with the search for ports switched off, the relay carries everything
+    in both directions, and neither side believes in a direct path."""
+    of = behind_nats("na", a=("na",), b=("nb",))
+    async with (
+        stock_lab(of, tmp_path) as world,
+        world.node("a", port_search=PunchPolicy(is_enabled=False)) as node,
+        world.caller("b", node) as stock,
+    ):
+        link = await only_link(node)
+        relayed = note_relayed(link)
+        async with busy(link), collect_changes(link) as changes:
+            await trio.sleep(6)  # it says hello every 5 s
+            assert link.path.kind is PathKind.RELAY, link.verdict().text()
+            assert [change.reason for change in changes] == []
+            assert relayed
+            assert "now using" not in stock.text()
 
 
 @pytest.mark.jail
@@ -131,6 +171,43 @@ async def test_path_death_and_recovery(tmp_path: Path) -> None:
             ours = await until_direct(link, 3 + SLACK_SECONDS)
             theirs = await stock.until_using("", 6.1 + SLACK_SECONDS, after=said)
             print(f"LAB we by relay {took:.2f}, it {doubled:.2f}; direct {ours:.2f} {theirs:.2f}")
+
+
+@pytest.mark.jail
+@pytest.mark.slow
+async def test_silent_disco(tmp_path: Path) -> None:
+    """A stock node that sends no heartbeats, as its control plane may tell it, answers ours: the
+    path stays, nothing goes by relay, and we notice within a second when it dies."""
+    async with (
+        stock_lab(topology(), tmp_path) as world,
+        world.node("a") as node,
+        world.caller("b", node, TS_DEBUG_ENABLE_SILENT_DISCO="1") as stock,
+    ):
+        link = await only_link(node)
+        relayed, pings = note_relayed(link), note_pings(link)
+        async with busy(link), collect_changes(link) as changes:
+            await until_direct(link, 5 + SLACK_SECONDS)
+            await stock.until_using("", 10 + SLACK_SECONDS)
+            await trio.sleep(2)
+            changes.clear()
+            relayed.clear()
+            pings.clear()
+            arrived = link.statistics().received
+            # Two of its hellos and four heartbeats of ours; trust ends after 6.5 s.
+            await trio.sleep(12)
+            assert pings == []
+            assert [change.reason for change in changes] == []
+            assert link.statistics().received > arrived
+            assert relayed == []
+            await world.block_udp("a", "b")
+            took = await until_path(
+                link, lambda: link.path.kind is PathKind.RELAY, 1 + SLACK_SECONDS, "the relay"
+            )
+            relayed.clear()
+            await until(lambda: relayed, 6.5 + 5 + SLACK_SECONDS)
+            await world.unblock_udp("a", "b")
+            healed = await until_direct(link, 3 + SLACK_SECONDS)
+            print(f"LAB silent disco: by relay after {took:.2f}, direct after {healed:.2f}")
 
 
 @pytest.mark.jail
@@ -340,7 +417,7 @@ def resident_kilobytes(process: int) -> int:
 @pytest.mark.skipif(not SOAK_MINUTES, reason="UNDERPASS_SOAK_MINUTES is not set")
 def test_soak(tmp_path: Path) -> None:
     """I14: datagrams every 5 s for as many minutes as UNDERPASS_SOAK_MINUTES says: the path never
-    changes, what the engine keeps does not grow, nor does memory."""
+    changes, nothing goes by relay, what the engine keeps does not grow, nor does memory."""
 
     async def soak() -> None:
         async with (
@@ -349,22 +426,35 @@ def test_soak(tmp_path: Path) -> None:
             world.caller("b", node) as stock,
         ):
             link = await only_link(node)
+            relayed = note_relayed(link)
             async with busy(link, 5.0), collect_changes(link) as changes:
                 await until_direct(link, 10)
                 await trio.sleep(20)
                 changes.clear()
+                relayed.clear()
                 said = len(stock.text())
                 before = resident_kilobytes(os.getpid())
                 candidates = len(link.statistics().peer.candidates)
+                arrived = link.statistics().received
                 began = trio.current_time()
-                while trio.current_time() - began < 60 * SOAK_MINUTES:
-                    await trio.sleep(5)
-                    assert link.path.kind is PathKind.DIRECT, link.verdict().text()
-                grown = resident_kilobytes(os.getpid()) - before
-                print(f"LAB {SOAK_MINUTES} min: grown by {grown} kB, {link.statistics()}")
+                while (passed := trio.current_time() - began) < 60 * SOAK_MINUTES:
+                    for _ in range(12):
+                        await trio.sleep(5)
+                        assert link.path.kind is PathKind.DIRECT, link.verdict().text()
+                    grown = resident_kilobytes(os.getpid()) - before
+                    print(
+                        f"LAB {passed / 60 + 1:.0f} min: grown by {grown} kB, heartbeats lost "
+                        f"{link.path.loss_ratio:.0%}, {link.statistics().received - arrived} came, "
+                        f"{len(relayed)} by relay",
+                        flush=True,
+                    )
+                print(f"LAB {link.statistics()}")
                 for change in changes:
                     print(f"LAB {change.at - began:.1f} {change.old} {change.new} {change.reason}")
                 assert [change.reason for change in changes] == []
+                assert relayed == []
+                # A WireGuard that nobody answers says hello every 5 s.
+                assert link.statistics().received - arrived >= 60 * SOAK_MINUTES / 5 * 0.8
                 assert "now using" not in stock.text()[said:]
                 assert len(link.statistics().peer.candidates) <= candidates
                 assert len(node._wiring.by_address) <= 8
