@@ -268,7 +268,6 @@ class Proxy:
         visit = request.visit
         response = await exchange.response()
         if response.status != 101:
-            await exchange.send_end()
             await self._download(request, exchange)
             return
         headers = clean_response(200, response.headers)

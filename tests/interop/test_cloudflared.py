@@ -13,9 +13,7 @@ import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
 
-import h11
 import pytest
 import trio
 import wsproto
@@ -28,6 +26,7 @@ from relay.edge.registry import Tunnel
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel, tunnels_directory
 from relay.listeners import open_listeners
+from tests.system.tunnel_origin import Origin, pattern
 from traversal.wire.tunnel.credentials import Credentials
 
 PROGRAM = os.environ.get("CLOUDFLARED_BIN", "")
@@ -48,132 +47,6 @@ BULK_BYTES = 20_000_000
 def transport(request: pytest.FixtureRequest) -> str:
     """What the connector runs over."""
     return str(request.param)
-
-
-# --- The origin ----------------------------------------------------------------------------------
-
-
-class Origin:
-    """An HTTP/1.1 server, by h11 and wsproto, and a TCP echo server."""
-
-    def __init__(self) -> None:
-        self.requests: list[h11.Request] = []
-        self.go_on = trio.Event()
-        """Set: `/slow` ends."""
-        self.port = 0
-        self.tcp_port = 0
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        async with trio.open_nursery() as nursery:
-            http, tcp = [(await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] for _ in range(2)]
-            self.port = http.socket.getsockname()[1]
-            self.tcp_port = tcp.socket.getsockname()[1]
-            nursery.start_soon(trio.serve_listeners, self._serve, [http])
-            nursery.start_soon(trio.serve_listeners, self._echo, [tcp])
-            task_status.started()
-
-    async def _echo(self, stream: trio.SocketStream) -> None:
-        async for data in stream:
-            await stream.send_all(data)
-        await stream.send_eof()
-
-    async def _serve(self, stream: trio.SocketStream) -> None:
-        connection = h11.Connection(h11.SERVER)
-
-        async def send(event: h11.Event) -> None:
-            data = connection.send(event)
-            if data:
-                try:
-                    await stream.send_all(data)
-                except trio.BrokenResourceError:
-                    raise ConnectionError from None
-
-        async def receive() -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-            while True:
-                event = connection.next_event()
-                if event is not h11.NEED_DATA:
-                    return event
-                try:
-                    connection.receive_data(await stream.receive_some(65536))
-                except trio.BrokenResourceError:
-                    raise ConnectionError from None
-
-        try:
-            while True:
-                request = await receive()
-                if not isinstance(request, h11.Request):
-                    return
-                self.requests.append(request)
-                if dict(request.headers).get(b"upgrade") == b"websocket":
-                    await self._websocket(stream, request)
-                    return
-                await self._answer(request, receive, send)
-                if connection.our_state is h11.MUST_CLOSE:
-                    return
-                connection.start_next_cycle()
-        except (ConnectionError, h11.ProtocolError):
-            pass
-
-    async def _answer(self, request: h11.Request, receive, send) -> None:
-        url = urlsplit(request.target.decode())
-        chunked = [("Transfer-Encoding", "chunked"), ("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")]
-        match url.path:
-            case "/echo":
-                await send(h11.Response(status_code=200, headers=chunked))
-                while isinstance(event := await receive(), h11.Data):
-                    await send(h11.Data(data=bytes(event.data)))
-                await send(h11.EndOfMessage())
-                return
-            case "/bytes":
-                size = int(parse_qs(url.query)["n"][0])
-                headers = [("Content-Length", str(size))]
-                await send(h11.Response(status_code=200, headers=headers))
-                sent = 0
-                while sent < size:
-                    piece = pattern(sent, min(65536, size - sent))
-                    await send(h11.Data(data=piece))
-                    sent += len(piece)
-                await send(h11.EndOfMessage())
-            case "/trailers":
-                headers = [*chunked, ("Trailer", "X-Checksum")]
-                await send(h11.Response(status_code=200, headers=headers))
-                await send(h11.Data(data=b"body"))
-                await send(h11.EndOfMessage(headers=[("X-Checksum", "1")]))
-            case "/slow":
-                await send(h11.Response(status_code=200, headers=chunked))
-                await send(h11.Data(data=b"begun;"))
-                await self.go_on.wait()
-                await send(h11.Data(data=b"done"))
-                await send(h11.EndOfMessage())
-            case _:
-                body = url.path.encode()
-                headers = [("Content-Length", str(len(body))), ("X-Origin", "yes")]
-                await send(h11.Response(status_code=200, headers=headers))
-                await send(h11.Data(data=body))
-                await send(h11.EndOfMessage())
-        while not isinstance(await receive(), h11.EndOfMessage):
-            pass
-
-    async def _websocket(self, stream: trio.SocketStream, request: h11.Request) -> None:
-        connection = wsproto.WSConnection(wsproto.ConnectionType.SERVER)
-        connection.initiate_upgrade_connection(list(request.headers), request.target.decode())
-        while True:
-            for event in connection.events():
-                match event:
-                    case wsproto.events.Request():
-                        answer: wsproto.events.Event = wsproto.events.AcceptConnection()
-                    case wsproto.events.TextMessage():
-                        answer = wsproto.events.TextMessage(event.data.upper())
-                    case wsproto.events.CloseConnection():
-                        return
-                await stream.send_all(connection.send(answer))
-            connection.receive_data(await stream.receive_some(65536) or None)
-
-
-def pattern(start: int, size: int) -> bytes:
-    """Bytes that differ by their position."""
-    block = b"".join(i.to_bytes(4, "big") for i in range(start // 4, (start + size) // 4 + 2))
-    return block[start % 4 : start % 4 + size]
 
 
 # --- The stage -----------------------------------------------------------------------------------

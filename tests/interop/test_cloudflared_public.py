@@ -25,7 +25,9 @@ from relay.edge.certificates import authority_path, load_or_create_authority
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel
 from relay.listeners import open_listeners
-from tests.interop.test_cloudflared import HOSTS, PORT, PROGRAM, Origin, Stage, eventually, pattern
+from tests.interop.test_cloudflared import HOSTS, PORT, PROGRAM, Stage, eventually
+from tests.system.tunnel_origin import Origin, pattern
+from tests.system.tunnel_world import visitor_certificates
 
 CURL = shutil.which("curl") or ""
 
@@ -77,14 +79,8 @@ class Site:
 async def published(tmp_path: Path, transport: str) -> AsyncIterator[Site]:
     """An origin under app.example.com, its TCP port, and a name that is passed through."""
     origin = Origin()
-    authority = trustme.CA()
+    authority, certificates = visitor_certificates(tmp_path)
     authority.cert_pem.write_to_path(str(tmp_path / "visitors-ca.pem"))
-    leaf = authority.issue_cert("*.example.com")
-    certificates = tmp_path / "public"
-    certificates.mkdir()
-    leaf.private_key_pem.write_to_path(str(certificates / "wildcard.key"))
-    for number, blob in enumerate(leaf.cert_chain_pems):
-        blob.write_to_path(str(certificates / "wildcard.crt"), append=number > 0)
     async with trio.open_nursery() as nursery:
         await nursery.start(origin.run)
         tunnel = create_tunnel(str(tmp_path), "web", os.urandom)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,73 +12,23 @@ import h11
 import pytest
 import trio
 
-from relay.config import Config
-from relay.edge.certificates import authority_path
-from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel
-from relay.listeners import open_listeners
+from tests.system.tunnel_world import (
+    HOST,
+    edge_config,
+    make_connector,
+    run_edge,
+    until,
+)
 from traversal.tunnel import connector as connector_module
 from traversal.tunnel.configuration_file import read_configuration
-from traversal.tunnel.connector import Connector, ConnectorError, ConnectorOptions
-from traversal.tunnel.discovery import EdgePlaces
-from traversal.tunnel.edge_connection import DialOptions
+from traversal.tunnel.connector import ConnectorError
 from traversal.tunnel.origin_service import OriginService
 from traversal.tunnel.transport_choice import Transport
 from traversal.tunnel.udp_flows import UdpFlows
-from traversal.wire.tunnel.credentials import Credentials
 
 REQUESTS = int(os.environ.get("UNDERPASS_TUNNEL_REQUESTS", "300"))
 """Of the test that kills edges: 10000 is the figure to be shown, this is what the suite runs."""
-HOST = "app.example.com"
-
-
-def edge_config(
-    directory: Path, port: int = 0, visitors: int = 0, quick_domain: str = ""
-) -> Config:
-    routes = directory / "routes.toml"
-    routes.write_text(f'[[http]]\nhost = "{HOST}"\ntunnel = "web"\n')
-    return Config.dev(
-        {
-            "edge.listen": f"127.0.0.1:{port}",
-            "edge.directory": str(directory),
-            "edge.public.http": f"127.0.0.1:{visitors}",
-            "edge.public.routes_file": str(routes),
-            "server.drain_seconds": 5.0,
-            **({"edge.quick.domain": quick_domain} if quick_domain else {}),
-        }
-    )
-
-
-@dataclass
-class RunningEdge:
-    """An edge, and how to end it."""
-
-    edge: Edge
-    scope: trio.CancelScope
-
-    @property
-    def address(self) -> tuple[str, int]:
-        host, port = self.edge.addresses[0]
-        return host, port
-
-    @property
-    def visitors(self) -> int:
-        return self.edge.public.http[0][1]
-
-
-async def run_edge(
-    config: Config, *, task_status: trio.TaskStatus[RunningEdge] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.CancelScope() as scope:
-        listeners = open_listeners(config.edge.listen[0])
-        try:
-            edge = Edge(config, listeners)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(edge.run)
-                task_status.started(RunningEdge(edge, scope))
-        finally:
-            for listener in listeners:
-                listener.close()
 
 
 async def origin(stream: trio.SocketStream) -> None:
@@ -117,12 +65,6 @@ async def origin(stream: trio.SocketStream) -> None:
         connection.start_next_cycle()
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    with trio.fail_after(seconds):
-        while not condition():  # noqa: ASYNC110 # there is no event for what others do
-            await trio.sleep(0.02)
-
-
 async def fetch(port: int, path: str, body: bytes = b"", host: str = HOST) -> tuple[int, bytes]:
     """One request on a connection of its own."""
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
@@ -154,29 +96,6 @@ async def fetch(port: int, path: str, body: bytes = b"", host: str = HOST) -> tu
             nursery.start_soon(stream.send_all, data)
             nursery.start_soon(read)
         return status, answer
-
-
-def make_connector(
-    edges: Sequence[RunningEdge],
-    credentials: Credentials,
-    service: OriginService,
-    directory: Path,
-    transports: tuple[Transport, ...] = (Transport.QUIC, Transport.HTTP2),
-    connections: int = 4,
-) -> Connector:
-    return Connector(
-        ConnectorOptions(
-            credentials,
-            EdgePlaces(tuple(edge.address for edge in edges)),
-            DialOptions(ca_file=str(authority_path(directory))),
-            transports,
-            connections=connections,
-            grace_seconds=5,
-        ),
-        service,
-        entropy=os.urandom,
-        rng=random.Random(1),
-    )
 
 
 @asynccontextmanager

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from relay.config import Config
 from relay.edge.certificates import authority_path
 from relay.edge.tunnel_files import create_tunnel
-from tests.system.test_tunnel import RunningEdge, edge_config, fetch, origin, run_edge, until
+from tests.system.test_tunnel import fetch, origin
+from tests.system.tunnel_world import RunningEdge, edge_config, run_edge, until
 from traversal import NodePrivate, RelayMap
 from traversal.agent.config import ConfigError, load_config
 from traversal.agent.service import run_agent

@@ -1,7 +1,9 @@
-"""h2's connection, with the two things that it lacks for long-lived servers.
+"""h2's connection, with the things that it lacks for long-lived servers.
 
 * A graceful GOAWAY: h2 ends a connection with the first GOAWAY in either direction; RFC 9113 6.8
   lets the streams that are open finish.
+* Lengths of bodies: a response without a body may announce one (a 304 above all), and a body of
+  another length than announced is the stream's fault and not the connection's (RFC 9113 8.1.1).
 * A budget for frames that cost us more than the sender (RFC 9113 10.5): pings and settings that
   want an answer, streams that are opened and reset at once, empty frames.
 
@@ -23,11 +25,12 @@ from h2.events import (
     PingReceived,
     PriorityUpdated,
     RemoteSettingsChanged,
+    ResponseReceived,
     StreamReset,
 )
-from h2.exceptions import H2Error
+from h2.exceptions import H2Error, InvalidBodyLengthError
 from h2.settings import SettingCodes, Settings
-from hyperframe.frame import DataFrame, Frame, GoAwayFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 
 NUISANCES_PER_SECOND: Final = 100.0
 NUISANCES_BURST: Final = 2000.0
@@ -139,9 +142,27 @@ class Http2Engine(H2Connection):
             return super()._receive_frame(frame)
         # h2 would first write all of the frame in hexadecimal, for a log that is off: a third of
         # the time that a body takes. What else it does there does not concern DATA frames.
-        frames, events = self._receive_data_frame(frame)
+        try:
+            frames, events = self._receive_data_frame(frame)
+        except InvalidBodyLengthError:
+            return self._refuse_body(frame)
         self._prepare_for_sending(frames)
         return events
+
+    def _refuse_body(self, frame: DataFrame) -> list[Event]:
+        self.reset_stream(frame.stream_id, ErrorCodes.PROTOCOL_ERROR)
+        # Nobody reads these bytes; the connection's window must be opened for them all the same.
+        number, length = frame.stream_id, frame.flow_controlled_length
+        data = DataReceived(stream_id=number, data=b"", flow_controlled_length=length)
+        code = ErrorCodes.PROTOCOL_ERROR
+        return [data, StreamReset(stream_id=number, error_code=code, remote_reset=False)]
+
+    def _receive_headers_frame(self, frame: HeadersFrame) -> tuple[list[Frame], list[Event]]:
+        frames, events = super()._receive_headers_frame(frame)
+        for event in events:
+            if isinstance(event, ResponseReceived) and _has_no_body(event):
+                self.streams[frame.stream_id]._expected_content_length = 0
+        return frames, events
 
     def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
         if frame.error_code != ErrorCodes.NO_ERROR:
@@ -151,6 +172,11 @@ class Http2Engine(H2Connection):
         event.error_code = ErrorCodes.NO_ERROR
         event.last_stream_id = frame.last_stream_id
         return [], [event]
+
+
+def _has_no_body(event: ResponseReceived) -> bool:
+    # A content-length then says what another request would have got (RFC 9110 8.6).
+    return dict(event.headers or ()).get(b":status") in (b"204", b"304")
 
 
 def _is_nuisance(event: Event) -> bool:

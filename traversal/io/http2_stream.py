@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -60,6 +60,7 @@ class Http2Stream:
         self._is_receive_ended = False
         self._is_send_ended = False
         self._failure: Http2StreamError | None = None
+        self._on_failure: Callable[[], None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -129,6 +130,12 @@ class Http2Stream:
     def may_receive_more(self) -> bool:
         """Whether `receive` may return anything: the body is not known to be at its end."""
         return bool(self._chunks) or not self._is_receive_ended
+
+    def call_on_failure(self, callback: Callable[[], None]) -> None:
+        """Have this called when the stream is reset or its connection ends; at once if it was."""
+        self._on_failure = callback
+        if self._failure is not None:
+            callback()
 
     async def failed(self) -> None:
         """Returns when the stream was reset or its connection ended; may never."""
@@ -254,6 +261,8 @@ class Http2Stream:
     def _fail(self, failure: Http2StreamError) -> None:
         if self._failure is None and not (self._is_send_ended and self._is_receive_ended):
             self._failure = failure
+            if self._on_failure is not None:
+                self._on_failure()
             self._forget_if_over()
             self._readers.unpark_all()
             self._connection._writers.unpark_all()

@@ -4,6 +4,7 @@ sent and was not handed to the library."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
@@ -48,6 +49,7 @@ class QuicStream:
         self._is_send_ended = False
         self._receive_failure: QuicError | None = None
         self._send_failure: QuicError | None = None
+        self._on_send_failure: Callable[[], None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,6 +116,13 @@ class QuicStream:
             self._write(b"")
             self._is_send_ended = True
             self._forget_if_over()
+
+    def call_on_send_failure(self, callback: Callable[[], None]) -> None:
+        """Have this called when the other side stops reading, or the connection ends before
+        `send_end`; at once if that has happened."""
+        self._on_send_failure = callback
+        if self._send_failure is not None:
+            callback()
 
     def reset(self, code: int = NO_ERROR) -> None:
         """Tell the other side that what we sent is void (RESET_STREAM)."""
@@ -197,6 +206,8 @@ class QuicStream:
         if not self._is_send_ended and self._send_failure is None:
             self._send_failure = failure
             self._drop_unsent()
+            if self._on_send_failure is not None:
+                self._on_send_failure()
             self._connection._waiting.unpark_all()
             self._forget_if_over()
 

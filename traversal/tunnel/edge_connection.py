@@ -182,8 +182,10 @@ class EdgeConnection:
         self.active += 1
         self.exchanges += 1
         try:
-            async with incoming:
-                await service.serve(incoming)
+            with trio.CancelScope() as scope:
+                async with incoming:
+                    incoming.cancel_when_unwanted(scope)
+                    await service.serve(incoming)
         finally:
             self.active -= 1
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+import trio
+
 Headers = tuple[tuple[bytes, bytes], ...]
 """Names in lower case; no pseudo-headers."""
 
@@ -60,6 +62,11 @@ class Incoming(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.reset()
+
+    @abstractmethod
+    def cancel_when_unwanted(self, scope: trio.CancelScope) -> None:
+        """Cancel the scope when the edge wants no answer any more: nobody might look otherwise,
+        while an origin has nothing to say."""
 
     @abstractmethod
     async def receive(self) -> bytes:

@@ -209,6 +209,10 @@ class Http2Incoming(Incoming):
         """Of the request."""
         return tuple(self._stream.trailers or ())
 
+    def cancel_when_unwanted(self, scope: trio.CancelScope) -> None:
+        """Cancel the scope when the edge resets the stream."""
+        self._stream.call_on_failure(scope.cancel)
+
     async def receive(self) -> bytes:
         """Some of the request's body, empty at its end. Raises ExchangeEndedError."""
         try:

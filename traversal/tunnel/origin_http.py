@@ -41,6 +41,10 @@ _HOP_BY_HOP: Final = frozenset(
 """Made anew for the connection to the origin (RFC 9110 7.6.1)."""
 
 
+_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+"""Without a content-length some origins refuse these (411); see RFC 9110 8.6."""
+
+
 class OriginError(Exception):
     """The origin could not be reached, or broke the protocol; the text is for an operator."""
 
@@ -252,7 +256,10 @@ class _Attempt:
 
     async def run(self) -> bool:
         """Whether the connection can be used for another request."""
-        await self._send(self._head())
+        try:
+            await self._send(self._head())
+        except h11.LocalProtocolError as error:
+            raise OriginError(f"the request can't be sent in HTTP/1.1: {error}") from None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_body, nursery.cancel_scope)
             try:
@@ -283,17 +290,12 @@ class _Attempt:
                 self._is_chunked = True
             else:
                 raise OriginError("the request has no content-length, and chunks are not allowed")
-        try:
-            return h11.Request(method=request.method, target=request.path, headers=headers)
-        except h11.LocalProtocolError as error:
-            raise OriginError(f"the request can't be sent in HTTP/1.1: {error}") from None
+        elif request.method in _WITH_BODY:
+            headers.append((b"content-length", b"0"))
+        return h11.Request(method=request.method, target=request.path, headers=headers)
 
     async def _send(self, event: h11.Event) -> None:
-        try:
-            data = self._h11.send(event)
-        except h11.LocalProtocolError as error:
-            raise OriginError(f"the request can't be sent in HTTP/1.1: {error}") from None
-        if data:
+        if data := self._h11.send(event):
             try:
                 await self._stream.send_all(data)
             except StreamEndedError as error:
@@ -312,6 +314,10 @@ class _Attempt:
             return  # it may have answered before it stopped reading; who receives knows
         except ExchangeEndedError as error:
             self._failure = error
+            scope.cancel()
+        except h11.LocalProtocolError as error:
+            # Another length than its head said; the origin would wait for the rest.
+            self._failure = ExchangeEndedError(f"the request's body is malformed: {error}")
             scope.cancel()
 
     async def _receive_response(self) -> None:

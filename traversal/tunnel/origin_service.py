@@ -221,6 +221,9 @@ class _Counted(Incoming):
         """Of the request."""
         return self._inner.trailers
 
+    def cancel_when_unwanted(self, scope: trio.CancelScope) -> None:
+        self._inner.cancel_when_unwanted(scope)
+
     async def receive(self) -> bytes:
         return await self._inner.receive()
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+import trio
+
 from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.tunnel.exchange import ExchangeEndedError, Headers, Incoming, IncomingHead
 from traversal.wire.tunnel.connect import (
@@ -34,6 +36,10 @@ class QuicIncoming(Incoming):
         self.head = head
         self._stream = stream
         self._ahead = ahead
+
+    def cancel_when_unwanted(self, scope: trio.CancelScope) -> None:
+        """Cancel the scope when the edge stops reading."""
+        self._stream.call_on_send_failure(scope.cancel)
 
     async def receive(self) -> bytes:
         """Some of the request's body, empty at its end. Raises ExchangeEndedError."""

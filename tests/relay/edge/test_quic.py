@@ -257,7 +257,7 @@ async def test_resets(tmp_path: Path) -> None:
             try:
                 while True:
                     await incoming.send(bytes(100_000))
-            except ExchangeEndedError:
+            finally:
                 gone.set()
 
     async with registered(tmp_path, handler=half) as (_, _, connection):

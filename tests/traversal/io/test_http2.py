@@ -127,6 +127,42 @@ async def test_request_and_response_with_trailers() -> None:
         assert client.stream_count == server.stream_count == 0
 
 
+@pytest.mark.parametrize("status", [b"204", b"304"])
+async def test_length_of_a_body_that_does_not_come(status: bytes) -> None:
+    """A 304 may tell the length that a 200 would have had (RFC 9110 8.6)."""
+    async with joined() as (client, server):
+        async with (
+            await client.open(REQUEST, end_stream=True) as asked,
+            await server.accept() as got,
+        ):
+            await got.respond([(b":status", status), (b"content-length", b"1234")])
+            await got.send_end()
+            assert (await asked.response())[0] == (b":status", status)
+            assert await asked.receive() == b""
+        assert client.failure is None
+
+
+async def test_body_of_another_length() -> None:
+    """A body that is not as long as announced ends its stream and no other (RFC 9113 8.1.1)."""
+    async with joined(Http2Limits(connection_window=65536)) as (client, server):
+        for body in (b"123", b"123456", bytes(40_000)):
+            async with (
+                await client.open([*REQUEST, (b"content-length", b"5")]) as asked,
+                await server.accept() as got,
+            ):
+                await asked.send(body)
+                await asked.send_end()
+                with pytest.raises(Http2StreamError):
+                    await read_all(got)
+                with pytest.raises(Http2StreamError, match="reset"):
+                    await asked.response()
+        # The connection goes on, and its window was opened for what nobody read.
+        async with await client.open(REQUEST) as asked, await server.accept() as got:
+            await asked.send(bytes(60_000))
+            await asked.send_end()
+            assert await read_all(got) == bytes(60_000)
+
+
 async def test_large_bodies_both_ways_at_once() -> None:
     """Bodies larger than every window pass in both directions of one stream at the same time."""
     size = 20 << 20

@@ -59,6 +59,9 @@ class Visitor(Incoming):
         self.changed = trio.Event()
         self.feed, self._body = trio.open_memory_channel[bytes](1000)
 
+    def cancel_when_unwanted(self, scope: trio.CancelScope) -> None:
+        pass
+
     async def receive(self) -> bytes:
         try:
             return await self._body.receive()
@@ -228,6 +231,31 @@ async def test_broken_origins(answer: bytes, message: str) -> None:
         with pytest.raises(OriginError, match=message):
             await serve_http(visitor, request(), address, TIMES, OriginPool())
     assert visitor.status == 0
+
+
+@pytest.mark.parametrize("body", [b"123", b"123456"], ids=["short", "long"])
+async def test_body_of_another_length(body: bytes) -> None:
+    """A request whose body is not as long as its head says ends at once, instead of when the origin
+    loses patience; the origin can tell."""
+    received = bytearray()
+    ended = trio.Event()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        await read_head(stream)
+        async for data in stream:
+            received.extend(data)
+        ended.set()
+
+    async with origin(handler) as address:
+        headers = ((b"content-length", b"5"),)
+        visitor = Visitor("http", "POST", headers=headers, has_body=True)
+        visitor.feed.send_nowait(body)
+        visitor.feed.close()
+        with pytest.raises(ExchangeEndedError, match="malformed"), trio.fail_after(5):
+            await serve_http(visitor, request("POST", "/", headers), address, TIMES, OriginPool())
+        with trio.fail_after(5):
+            await ended.wait()
+    assert len(received) < 5
 
 
 async def test_nobody_listens(tmp_path: Path) -> None:
