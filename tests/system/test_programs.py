@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ class Programs:
         self.lab = lab
         self._home = home
         self._running: list[tuple[str, tuple[str, ...], trio.Process]] = []
+        self._logs: dict[trio.Process, Path] = {}
 
     def home(self, name: str) -> Path:
         home = self._home / name
@@ -72,13 +75,24 @@ class Programs:
                 **self._options(host, **environment),
             )
         self._running.append((host, command, process))
+        self._logs[process] = log
+        return await self._says(process, ready)
+
+    async def _says(self, process: trio.Process, wanted: str) -> re.Match[str]:
+        log = self._logs[process]
         with trio.move_on_after(START_SECONDS):
             while process.poll() is None:
-                found = re.search(ready, log.read_text(errors="replace"))
+                found = re.search(wanted, log.read_text(errors="replace"))
                 if found is not None:
                     return found
                 await trio.sleep(0.01)
-        pytest.fail(f"{command} on {host} is not ready:\n{log.read_text(errors='replace')}")
+        pytest.fail(f"{process.args} does not say {wanted!r}:\n{log.read_text(errors='replace')}")
+
+    async def reload(self, host: str, *, says: str) -> None:
+        """SIGHUP the program that was started first on a host, and wait for what it says to it."""
+        process = next(process for where, _, process in self._running if where == host)
+        process.send_signal(signal.SIGHUP)
+        await self._says(process, says)
 
     async def run(self, host: str, *command: str, **environment: str) -> tuple[int, str]:
         """Run a program to its end; return its status and standard output."""
@@ -186,18 +200,28 @@ class TestOurs:
             assert (status, found["path"]["kind"]) == (0, "direct"), output
             bobs_nat = str(running.lab.nat("nat-bob").external[0])
             assert found["path"]["address"].startswith(f"{bobs_nat}:")
+            _, output = await running.run("bob", *UNDERPASS, "status", "--json")
+            kinds = {peer["name"]: peer["path"]["kind"] for peer in json.loads(output)["peers"]}
+            assert kinds["alice"] == "direct", output
 
             status, output = await running.run("alice", *ping, str(START_SECONDS - 2), "carol")
             found = json.loads(output)
             assert (status, found["path"]["kind"]) == (0, "direct"), output
             assert found["verdict"]["port_search"]["strategy"] == "birthday-easy", output
 
-            _, output = await running.run("bob", *UNDERPASS, "status", "--json")
-            kinds = {peer["name"]: peer["path"]["kind"] for peer in json.loads(output)["peers"]}
-            assert kinds["alice"] == "direct", output
             _, output = await running.run("carol", *UNDERPASS, "status")
             text = " ".join(output.split())
             assert re.search(r"alice .* port search \(birthday-hard\) found it", text), output
+
+            regions = RelayMap.parse(relay_map.read_bytes()).regions
+            moved = tuple(replace(n, region_id=901, name="901a") for n in regions[900].nodes)
+            more = {**regions, 901: replace(regions[900], region_id=901, nodes=moved)}
+            relay_map.write_text(RelayMap(more).to_json())
+            await running.reload("alice", says="read again; it has 2 regions")
+            relay_map.write_text("{")
+            await running.reload("alice", says="the old relay map stays in use: .*derpmap.json")
+            status, output = await running.run("alice", *ping, str(START_SECONDS), "bob")
+            assert status == 0, output
 
 
 @pytest.mark.interop

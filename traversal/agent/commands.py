@@ -20,7 +20,7 @@ from traversal.agent.wireguard import WireGuardError
 from traversal.io.udp import UdpError
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.link import PathKind
-from traversal.node import NodeError, open_node
+from traversal.node import Node, NodeError, open_node
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import RelayMap
 
@@ -156,22 +156,37 @@ async def ping(
 
 
 async def up(config_path: Path, say: Say) -> None:
-    """Be the node agent until SIGINT or SIGTERM."""
+    """Be the node agent until SIGINT or SIGTERM; SIGHUP reads the relay map again."""
     config = load_config(config_path)
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
+            started: list[Node] = []
 
             async def serve() -> None:
                 relay_map = await _load_map(config.relay_map)
                 node = await nursery.start(run_agent, config, relay_map)
+                started.append(node)
                 say(f"{node.public_key}, home region {node.home_region or 'none'}")
                 for peer in config.peers:
                     if peer.endpoint is not None:
                         say(f"WireGuard endpoint of {peer.name}: {peer.endpoint}")
 
+            async def read_map_again() -> None:
+                try:
+                    relay_map = await _load_map(config.relay_map)
+                except ConfigError as error:
+                    say(f"the old relay map stays in use: {error}")
+                    return
+                for node in started:
+                    node.set_relay_map(relay_map)
+                say(f"the relay map was read again; it has {len(relay_map.regions)} regions")
+
             nursery.start_soon(serve)
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    nursery.start_soon(read_map_again)
+                else:
+                    nursery.cancel_scope.cancel()
     say("stopped")
 
 
