@@ -6,13 +6,23 @@ machine may hold a process back.
 
 from __future__ import annotations
 
+from typing import Final
+
 import trio
 
 from netlab.model import Host, Nat, NatBehavior, Server, Topology, Uplink
 from netlab.model import Link as Wire
+from netlab.presets import class_behavior, nat_preset
 from tests.system.world import Conversation, World
 from traversal import PathKind
 
+EASY_NATS: Final[dict[str, NatBehavior | None]] = {
+    "open": None,
+    "firewall": nat_preset("firewall").behavior,
+    "one-to-one": nat_preset("cloud/one-to-one").behavior,
+    **{name: class_behavior(name) for name in ("EIM+EIF", "EIM+ADF", "EIM+APDF")},
+}
+"""What simple punching gets through in any pair."""
 DIRECT = (PathKind.DIRECT, PathKind.DIRECT)
 RELAY = (PathKind.RELAY, PathKind.RELAY)
 

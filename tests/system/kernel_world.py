@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,8 @@ from typing import Final
 import trio
 
 from netlab.kernel.lab import KernelLab
+from netlab.model import Topology
+from tests.system.world import TICK_SECONDS, World
 from traversal import RelayMap
 
 START_SECONDS: Final = 20.0
@@ -45,3 +48,15 @@ async def start_relay(lab: KernelLab, server: str = "r0") -> AsyncIterator[Relay
             relay.kill()
             with trio.CancelScope(shield=True):
                 await relay.wait()
+
+
+@asynccontextmanager
+async def in_kernel(of: Topology, tick_seconds: float = TICK_SECONDS) -> AsyncIterator[World]:
+    """The topology in namespaces, with `underpass-relay` on r0."""
+    async with (
+        KernelLab(of, observe=False) as lab,
+        start_relay(lab) as relay_map,
+        trio.open_nursery() as nursery,
+    ):
+        yield World(lab, nursery, relay_map, random.Random(of.seed), {}, tick_seconds)
+        nursery.cancel_scope.cancel()

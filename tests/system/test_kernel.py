@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import pytest
 import trio
 
 from netlab.kernel.jail import JailError, call_in_jail
-from netlab.kernel.lab import KernelLab
 from netlab.model import Link as Wire
 from netlab.model import Topology
 from netlab.presets import class_behavior, nat_preset
@@ -23,7 +20,7 @@ from tests.system.checks import (
     check_stays_on_the_relay,
     roaming_topology,
 )
-from tests.system.kernel_world import start_relay
+from tests.system.kernel_world import in_kernel
 from tests.system.world import World, topology
 from traversal.wire.introduction import MappingClass
 
@@ -35,18 +32,6 @@ DISCOVERY_SECONDS: Final = 8.0
 EASY = class_behavior("EIM+APDF")
 HARD = class_behavior("APDM+APDF")
 PLAIN = Wire()
-
-
-@asynccontextmanager
-async def in_kernel(of: Topology) -> AsyncIterator[World]:
-    """The topology in namespaces, with `underpass-relay` on r0."""
-    async with (
-        KernelLab(of, observe=False) as lab,
-        start_relay(lab) as relay_map,
-        trio.open_nursery() as nursery,
-    ):
-        yield World(lab, nursery, relay_map, random.Random(of.seed), options={})
-        nursery.cancel_scope.cancel()
 
 
 def run_in_jail(of: Topology, check: Callable[[World], Awaitable[object]]) -> None:

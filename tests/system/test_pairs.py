@@ -8,28 +8,22 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from netlab.model import NatBehavior
-from netlab.presets import class_behavior, nat_preset
+from netlab.presets import class_behavior
 from netlab.punch import CLASSES, Outcome, expected_outcome
 from netlab.timeline import Event
-from tests.system.checks import check_goes_direct
+from tests.system.checks import EASY_NATS, check_goes_direct
 from tests.system.world import ROUND_TRIP_SECONDS, simulate, topology
 from traversal import PathKind
 
-EASY: dict[str, NatBehavior | None] = {
-    "open": None,
-    "firewall": nat_preset("firewall").behavior,
-    "one-to-one": nat_preset("cloud/one-to-one").behavior,
-    **{name: class_behavior(name) for name in ("EIM+EIF", "EIM+ADF", "EIM+APDF")},
-}
 
-
-@pytest.mark.parametrize(("left", "right"), [*itertools.combinations_with_replacement(EASY, 2)])
+@pytest.mark.parametrize(
+    ("left", "right"), [*itertools.combinations_with_replacement(EASY_NATS, 2)]
+)
 async def test_easy_pairs_are_direct_at_once(
     left: str, right: str, autojump_clock: MockClock
 ) -> None:
     """As `check_goes_direct` says."""
-    async with simulate(topology(EASY[left], EASY[right])) as world:
+    async with simulate(topology(EASY_NATS[left], EASY_NATS[right])) as world:
         await check_goes_direct(world, ROUND_TRIP_SECONDS)
 
 
@@ -55,7 +49,7 @@ def test_the_same_seed_gives_the_same_packets() -> None:
     """Nodes, relay and traffic are as repeatable as the simulated internet is."""
 
     async def run() -> list[Event]:
-        behaviors = class_behavior("APDM+EIF"), EASY["EIM+ADF"]
+        behaviors = class_behavior("APDM+EIF"), EASY_NATS["EIM+ADF"]
         async with simulate(topology(*behaviors), record_packets=True) as world:
             conversation = await world.converse()
             await conversation.until_direct()
