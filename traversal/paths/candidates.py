@@ -157,6 +157,9 @@ class CandidateBook:
     def __len__(self) -> int:
         return len(self._by_address)
 
+    def __contains__(self, candidate: Candidate) -> bool:
+        return self._by_address.get(candidate.path.address) is candidate
+
     def get(self, address: Address) -> Candidate | None:
         """The candidate at `address`, if it is one."""
         return self._by_address.get(address)

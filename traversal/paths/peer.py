@@ -11,7 +11,8 @@ expects. Deliberate differences, each harmless to it:
 * a CallMeMaybe makes us confirm the path in use: when it died in our direction only, the peer is
   the one that notices;
 * private addresses that make no sense from here are tried only after 5 s without success (P10);
-* latency is the least of three samples (P9), and a path that loses too much is left for the relay
+* latency is the least of three samples (P9), which a candidate that answers late gets within a
+  second (`extra_pings`); and a path that loses too much is left for the relay
   until it has healed (`loss`; P13);
 * after a path died, it is pinged every 1.5 s for a minute, so that it is back soon after it heals.
 
@@ -36,8 +37,6 @@ from traversal.paths.candidates import Candidate, CandidateBook, LocalNetworks, 
 from traversal.paths.choice import PathChoice
 from traversal.paths.edge import EdgePolicy, EdgeUse
 from traversal.paths.effects import (
-    AddressForgotten,
-    AddressLearned,
     DiscoverPeerRelay,
     Effect,
     PathChanged,
@@ -50,6 +49,8 @@ from traversal.paths.effects import (
     SendPong,
     SendRelayPing,
 )
+from traversal.paths.extra_pings import PingBacks, SecondLooks
+from traversal.paths.learned import LearnedAddresses
 from traversal.paths.liveness import TICK_SECONDS
 from traversal.paths.pinger import Pinger, Purpose
 from traversal.paths.scoring import GOOD_ENOUGH_SECONDS, Path
@@ -64,18 +65,12 @@ PEER_RELAY_MIN_SECONDS: Final = 30.0
 PEER_RELAY_UPGRADE_SECONDS: Final = 60.0
 """All four: path selection specification 2."""
 
-PING_BACK_SECONDS: Final = 5.0
-"""Least time between two Pings in answer to Pings from one address (P7); while a direct path is in
-use, between any two. Without that two NATs that map by destination and filter nothing would have
-the peers answer each other's Pings for ever, each from a mapping that the other has not seen."""
 RECOVERY_SECONDS: Final = 1.5
 """A path that died is pinged at this pace for a minute: healed, it is used within 3 s, even if one
 Ping is lost."""
 LOSS_PROBE_SECONDS: Final = 0.5
 """Heartbeats on a path whose loss is in question: 16 outcomes take 8 s instead of 48."""
 RELAY_TICK_SECONDS: Final = 1.0
-MAX_FOREIGN_SOURCES: Final = 16
-"""Addresses that Pongs came from though they were not pinged; each is an asymmetric NAT."""
 
 
 class Peer:
@@ -107,8 +102,9 @@ class Peer:
         self._pinger = Pinger(entropy)
         self._caller = Caller()
         self._effects: list[Effect] = []
-        self._mapped: set[Address] = set()
-        self._foreign: dict[Address, None] = {}
+        self._learned = LearnedAddresses(self._book)
+        self._ping_backs = PingBacks()
+        self._second_looks = SecondLooks()
 
         self._last_sent_at = -math.inf
         self._heartbeat_at = math.inf
@@ -116,7 +112,6 @@ class Peer:
         self._recovery_at = math.inf
         self._schedule = SearchSchedule()
         self._peer_relay_wanted_at = -math.inf
-        self._pinged_back_at = -math.inf
 
         self._calls_sent = 0
         self._calls_received = 0
@@ -184,6 +179,7 @@ class Peer:
             self._pinger.next_deadline(),
             self._caller.next_deadline(),
             self._choice.liveness.next_deadline(),
+            self._second_looks.next_deadline(),
             self._tick_at,
             self._heartbeat_at,
             self._recovery_at,
@@ -208,6 +204,9 @@ class Peer:
                 self._recovery_at = min(self._recovery_at, now + RECOVERY_SECONDS)
         for candidate in self._pinger.poll_overdue_heartbeats(now):
             reason = self._handle_lost_heartbeat(candidate, now) or reason
+        for candidate in self._second_looks.poll(now):
+            if self._is_settled and candidate is not choice.best and candidate in self._book:
+                self._send_ping(candidate, Purpose.DISCOVERY, now)
         if now >= self._tick_at:
             self._tick(now)
         if choice.liveness.poll_burst(now) and choice.best is not None:
@@ -261,10 +260,12 @@ class Peer:
         if not candidate.take_pong(now):
             return
         self._effects.append(SendPong(path, transaction_id, path.address))
-        self._learn(path.address)
+        self._effects += self._learned.learn(path.address)
         if is_new:
             self._book.prune(now, keep=self._choice.best)
-        self._maybe_ping_back(candidate, now)
+        settled = self._choice.best if self._is_settled else None
+        if self._ping_backs.take(candidate, settled, now, is_active=self.is_active):
+            self._send_ping(candidate, Purpose.DISCOVERY, now)
         self._flush(now)
 
     def handle_relay_ping(self, transaction_id: bytes, region: int) -> None:
@@ -284,7 +285,7 @@ class Peer:
             return False
         self._pinger.take(transaction_id)
         candidate = ping.candidate
-        is_listed = self._book.get(candidate.path.address) is candidate
+        is_listed = candidate in self._book
         is_edge = candidate is self._edge.candidate
         if candidate is not self._choice.best and not is_listed and not is_edge:
             return True
@@ -295,14 +296,19 @@ class Peer:
             candidate.note_latency(latency)
         candidate.answered_at = now
         if not candidate.path.vni:
-            self._learn(candidate.path.address)
+            self._effects += self._learned.learn(candidate.path.address)
             if source != candidate.path.address:
-                self._note_foreign(source)
+                self._foreign_pongs += 1
+                self._effects += self._learned.learn_foreign(source)
         if ping.purpose is Purpose.HEARTBEAT:
             candidate.loss.record(is_answered=True)
-        reason = ""
+        reason, before = "", self._choice.best
         if not is_edge or self._wants_edge(now):
             reason = self._choice.handle_answer(candidate, ping.padding_bytes, ping.sent_at, now)
+        best = self._choice.best
+        loser = before if best is candidate else candidate
+        if loser is not None and loser is not best and loser in self._book:
+            self._second_looks.note(loser, now)
         self._flush(now, reason)
         return True
 
@@ -367,6 +373,7 @@ class Peer:
         for candidate in self._book:
             candidate.forget_dynamics()
         self._pinger.forget_all()
+        self._second_looks.forget()
         self._choice.forget()
         self._recovery_at = math.inf
         self._caller.handle_rebind(now)
@@ -386,7 +393,7 @@ class Peer:
         candidate, _ = self._book.see(address, now)
         candidate.note_latency(latency_seconds)
         candidate.answered_at = now
-        self._learn(address)
+        self._effects += self._learned.learn(address)
         self._book.prune(now, keep=candidate)
         reason = self._choice.handle_answer(candidate, 0, now - latency_seconds, now)
         self._flush(now, reason)
@@ -467,10 +474,7 @@ class Peer:
     def _flush(self, now: float, reason: str = "") -> None:
         """Let out what may leave, Pings before the CallMeMaybe, and bring `route` up to date."""
         for candidate in self._pinger.poll_queue(now):
-            is_known = (
-                self._book.get(candidate.path.address) is candidate
-                or candidate is self._edge.candidate
-            )
+            is_known = candidate in self._book or candidate is self._edge.candidate
             if is_known and now - candidate.pinged_at >= RECOVERY_SECONDS:
                 self._send_ping(candidate, Purpose.DISCOVERY, now)
         call = self._caller.poll(now)
@@ -479,9 +483,7 @@ class Peer:
         elif call is Call.SEND:
             self._calls_sent += 1
             self._effects.append(SendCallMeMaybe(self._caller.own_addresses))
-        for address in [a for a in self._mapped if self._book.get(a) is None]:
-            self._mapped.discard(address)
-            self._effects.append(AddressForgotten(address))
+        self._effects += self._learned.forget_missing()
         self._update_route(now, reason)
 
     def _update_route(self, now: float, reason: str) -> None:
@@ -504,22 +506,6 @@ class Peer:
             self._schedule.handle_success()
         else:
             self._schedule.handle_failing(now)
-
-    def _learn(self, address: Address) -> None:
-        if address not in self._mapped and self._book.get(address) is not None:
-            self._mapped.add(address)
-            self._effects.append(AddressLearned(address))
-
-    def _note_foreign(self, source: Address) -> None:
-        self._foreign_pongs += 1
-        if source in self._foreign:
-            return
-        if len(self._foreign) == MAX_FOREIGN_SOURCES:
-            oldest = next(iter(self._foreign))
-            del self._foreign[oldest]
-            self._effects.append(AddressForgotten(oldest))
-        self._foreign[source] = None
-        self._effects.append(AddressLearned(source))
 
     # ---- searching
 
@@ -584,24 +570,9 @@ class Peer:
             self._peer_relay_wanted_at = now
             self._effects.append(DiscoverPeerRelay())
 
-    def _maybe_ping_back(self, candidate: Candidate, now: float) -> None:
-        best = self._choice.best
-        if best is not None and self._is_settled:
-            # Another port of the host that we send to is not a better path.
-            is_same_host = candidate.path.address.host == best.path.address.host
-            if is_same_host or now - self._pinged_back_at < PING_BACK_SECONDS:
-                return
-        if now - candidate.pinged_back_at < PING_BACK_SECONDS:
-            return
-        has_answered = now - candidate.answered_at < ACTIVITY_SECONDS
-        if has_answered and (self._is_settled or not self.is_active):
-            return
-        candidate.pinged_back_at = self._pinged_back_at = now
-        self._send_ping(candidate, Purpose.DISCOVERY, now)
-
     def _drop_removed_best(self, now: float, reason: str) -> str:
         best = self._choice.best
-        if best is None or best.path.vni or self._book.get(best.path.address) is best:
+        if best is None or best.path.vni or best in self._book:
             return ""
         self._choice.clear()
         if self.is_active:

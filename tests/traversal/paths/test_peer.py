@@ -330,6 +330,42 @@ class TestLiveness:
         assert peer.state is PathState.DIRECT
 
 
+class TestSecondLook:
+    """One late first sample does not decide between two addresses for a minute."""
+
+    @pytest.mark.parametrize("late_first", [True, False])
+    def test_late_first_sample(self, late_first):
+        """An IPv6 address whose first Pong is late, before or after that of IPv4, is measured twice
+        more within a second, and then used; one that is slow is not, and is left in peace."""
+        four, six = Address("203.0.113.1", 41641), Address("2001:db8::1", 41641)
+        for later, expected in ((0.021, six), (0.3, four)):
+            peer = make_peer(four, six)
+            delays = {four: 0.25 if late_first else 0.02, six: 0.2}
+            due, pinged = [], []
+            now = 0.0
+            while now < 2.9:
+                peer.sent += 1
+                peer.received += 1
+                if peer.route.wake:
+                    peer.handle_send(now)
+                if now >= peer.next_deadline():
+                    peer.on_time(now)
+                for effect in peer.poll_effects():
+                    if isinstance(effect, SendPing) and effect.path.address in delays:
+                        address = effect.path.address
+                        pinged.append((now, address))
+                        due.append((now + delays[address], effect.transaction_id, address))
+                        delays[address] = 0.02 if address == four else later
+                for entry in [entry for entry in due if entry[0] <= now]:
+                    due.remove(entry)
+                    peer.handle_pong(entry[1], entry[2], OWN[0], now)
+                now += 0.001
+            assert peer.route.path == Path(expected)
+            other = four if expected == six else six
+            assert len([at for at, address in pinged if address == other]) <= 3
+            assert max(at for at, address in pinged if address == other) < 1.5
+
+
 class TestLoss:
     """P13: a path that loses too much gives way to the relay and returns when it has healed."""
 
