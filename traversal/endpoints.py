@@ -39,13 +39,16 @@ from traversal.paths.own_addresses import Findings, OwnAddress, OwnAddresses, ch
 from traversal.paths.probe_plan import make_initial_plan, make_plan
 from traversal.paths.punch_strategy import OwnSide, public_ipv4
 from traversal.paths.report import NatFacts, Report, classify_ports, wants_full_report
-from traversal.relay_map import Family, RelayMap
+from traversal.relay_map import Family, RelayMap, RelayNode
 from traversal.wire.address import Address
 from traversal.wire.introduction import MappingClass
 
 PERIOD_SECONDS: Final = (20.0, 26.0)
 MIN_SPACING_SECONDS: Final = 1.0
 """Least time between the starts of two checks on demand."""
+KNOCK_SECONDS: Final = 3.0
+"""How often a node whose UDP is blocked asks one server whether it still is, while a peer is
+active: firewalls get opened and guests sign in, and a check comes every 20 to 26 s only."""
 REBIND_SPACING_SECONDS: Final = 5.0
 DISCOVERY_PATIENCE_SECONDS: Final = 12.0
 """What sampling ports and the RFC 5780 tests of one server take at most."""
@@ -237,6 +240,7 @@ class Endpoints:
             await self._run_check()
             task_status.started()
             nursery.start_soon(self._check_forever)
+            nursery.start_soon(self._knock_forever)
             nursery.start_soon(self._rebind_forever)
             nursery.start_soon(self._discover_forever)
             nursery.start_soon(
@@ -257,6 +261,22 @@ class Endpoints:
             if not self._is_full_wanted:
                 await trio.sleep(max(0.0, began + MIN_SPACING_SECONDS - trio.current_time()))
             await self._run_check()
+
+    async def _knock_forever(self) -> None:
+        while True:
+            finished, node = self._finished, self._stun_node()
+            if self.report.is_udp_working or node is None:
+                await finished.wait()
+            elif not self._is_busy():
+                await trio.sleep(KNOCK_SECONDS)
+            elif await self._check.knock(node, self._families(), KNOCK_SECONDS):
+                self.refresh()
+                await finished.wait()
+
+    def _stun_node(self) -> RelayNode | None:
+        home = self._map.regions.get(self._relays.home)
+        nodes = home.nodes if home is not None else ()
+        return next((node for node in nodes if node.stun_port is not None), None)
 
     async def _discover_forever(self) -> None:
         """Tests of the NAT, at the start and after each change of network, off the hot path."""

@@ -295,6 +295,23 @@ class TestBlockedUdp:
             assert traffic.lost(0, trio.current_time() - 1) == 0
             assert "udp-blocked-here" in [finding.value for finding in link.verdict().findings]
 
+    async def test_firewall_that_opens(
+        self, autojump_clock: MockClock, build: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A firewall lets UDP through at last: the path is direct within 10 s, not only after the
+        next periodic check."""
+        for blocked_seconds in (8, 11, 17):
+            async with build(topology(EASY, EASY)) as world:
+                async with udp_blocked(monkeypatch, [world.internet.host("h0")]):
+                    link, other = await world.pair()
+                    world.nursery.start_soon(Traffic(link, other).run)
+                    await trio.sleep(blocked_seconds)
+                    assert link.path.kind is PathKind.RELAY
+                opened = trio.current_time()
+                while link.path.kind is not PathKind.DIRECT:
+                    await link.path_changes().__anext__()
+                assert trio.current_time() - opened < 10
+
     @pytest.mark.parametrize("has_portal", [True, False])
     async def test_captive_portal(
         self, autojump_clock: MockClock, build: Any, has_portal: bool

@@ -7,6 +7,7 @@ netcheck specification 5, 6 and 9 say how.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv6Network
 from typing import Final
@@ -23,7 +24,7 @@ from traversal.keys import Entropy
 from traversal.paths.nat64 import translate
 from traversal.paths.probe_plan import Plan, Probe
 from traversal.paths.report import Report
-from traversal.relay_map import Dial, Region, RelayMap
+from traversal.relay_map import Dial, Family, Region, RelayMap, RelayNode
 from traversal.wire.address import Address
 from traversal.wire.stun import (
     TRANSACTION_ID_LENGTH,
@@ -67,6 +68,8 @@ class NetCheck:
         self.nat64_prefixes: tuple[IPv6Network, ...] = ()
         """Set where IPv4 is reached only through a NAT64: its servers are asked that way, and what
         they see is the NAT64's IPv4 address, by which peers without IPv6 reach us."""
+        self._knock_id: bytes = b""
+        self._is_open = trio.Event()
         self.foreign_answers = 0
         """Answers that came from another address than was asked."""
 
@@ -78,6 +81,8 @@ class NetCheck:
             return
         sent = self._sent.pop(response.transaction_id, None)
         if sent is None:
+            if response.transaction_id == self._knock_id:
+                self._is_open.set()
             return
         if source != sent.server:
             self.foreign_answers += 1
@@ -111,6 +116,19 @@ class NetCheck:
                     nursery.cancel_scope.cancel()
         finally:
             self._sent.clear()
+
+    async def knock(self, node: RelayNode, families: Iterable[Family], seconds: float) -> bool:
+        """Whether one datagram by each family to a node's STUN server is answered in time. Cheap
+        beside a check, which may run meanwhile."""
+        self._knock_id = transaction_id = TransactionId(self._entropy(TRANSACTION_ID_LENGTH))
+        self._is_open = trio.Event()
+        with trio.move_on_after(seconds):
+            for family in families:
+                server = await self._address(Probe(0.0, node, family))
+                if server is not None:
+                    self._udp.send(encode_binding_request(transaction_id), server)
+            await self._is_open.wait()
+        return self._is_open.is_set()
 
     async def run_https(self, report: Report, relay_map: RelayMap) -> None:
         """Measure by HTTPS what UDP could not (netcheck specification 9.1); at most 5 s."""
