@@ -14,13 +14,13 @@ from typing import Any, Final, TypeVar
 import trio
 
 from traversal.agent.config import AgentConfig, ConfigError, load_config, load_map
-from traversal.agent.service import ControlError, NoAgentError, ask, ping_once, run_agent
+from traversal.agent.service import Agent, ControlError, NoAgentError, ask, ping_once, run_agent
 from traversal.agent.status import link_status, nat_status, report_status
 from traversal.agent.wireguard import WireGuardError
 from traversal.io.udp import UdpError
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.link import PathKind
-from traversal.node import Node, NodeError, open_node
+from traversal.node import NodeError, open_node
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import RelayMap
 
@@ -156,38 +156,48 @@ async def ping(
 
 
 async def up(config_path: Path, say: Say) -> None:
-    """Be the node agent until SIGINT or SIGTERM; SIGHUP reads the relay map again."""
+    """Be the node agent until SIGINT or SIGTERM; SIGHUP reads file and relay map again."""
     config = load_config(config_path)
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
-            started: list[Node] = []
+            agent: Agent | None = None
+            reloading = trio.Lock()
 
             async def serve() -> None:
+                nonlocal agent
                 relay_map = await _load_map(config.relay_map)
-                node = await nursery.start(run_agent, config, relay_map)
-                started.append(node)
+                agent = await nursery.start(run_agent, config, relay_map)
+                node = agent.node
                 say(f"{node.public_key}, home region {node.home_region or 'none'}")
                 for peer in config.peers:
                     if peer.endpoint is not None:
                         say(f"WireGuard endpoint of {peer.name}: {peer.endpoint}")
 
-            async def read_map_again() -> None:
-                try:
-                    relay_map = await _load_map(config.relay_map)
-                except ConfigError as error:
-                    say(f"the old relay map stays in use: {error}")
-                    return
-                for node in started:
-                    node.set_relay_map(relay_map)
-                say(f"the relay map was read again; it has {len(relay_map.regions)} regions")
-
             nursery.start_soon(serve)
             async for number in signals:
-                if number == signal.SIGHUP:
-                    nursery.start_soon(read_map_again)
-                else:
+                if number != signal.SIGHUP:
                     nursery.cancel_scope.cancel()
+                elif agent is not None:
+                    nursery.start_soon(_reload, config_path, agent, reloading, say)
     say("stopped")
+
+
+async def _reload(config_path: Path, agent: Agent, reloading: trio.Lock, say: Say) -> None:
+    async with reloading:
+        try:
+            config = load_config(config_path)
+            relay_map = await _load_map(config.relay_map)
+        except ConfigError as error:
+            say(f"everything stays as it is: {error}")
+            return
+        try:
+            needs_restart = await agent.reload(config, relay_map)
+        except (ConfigError, WireGuardError) as error:
+            say(f"reloaded, but {error}")
+            return
+    say(f"reloaded: {len(config.peers)} peers, {len(relay_map.regions)} regions")
+    if needs_restart:
+        say(f"changes that need a restart: {', '.join(needs_restart)}")
 
 
 def _no_peer(

@@ -53,6 +53,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
@@ -146,9 +147,9 @@ def load_config(path: Path) -> AgentConfig:
         if peer.key == own:
             raise ConfigError(f"{path}, peer {number} ({peer.name}), key: is this node's own key")
     for what in ("name", "key", "endpoint"):
-        values = [getattr(peer, what) for peer in peers if getattr(peer, what) is not None]
-        for value in values:
-            if values.count(value) > 1:
+        values = Counter(getattr(peer, what) for peer in peers)
+        for value, count in values.items():
+            if value is not None and count > 1:
                 raise ConfigError(f"{path}: two peers have the {what} {value}")
     interface = None
     if isinstance(file.wireguard, WireGuardTable):

@@ -13,29 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
 import trio
 
-from traversal.agent.bridge import run_bridge
 from traversal.agent.config import AgentConfig, ConfigError, EdgeConfig
+from traversal.agent.peers import Peers
 from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
-from traversal.agent.wireguard import WireGuardPeer, run_wireguard
+from traversal.agent.wireguard import run_wireguard, sync_wireguard
 from traversal.io.interfaces import InterfaceFilter
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
-from traversal.keys import KeyFormatError
 from traversal.link import Link
-from traversal.node import Node, NodeError, open_node
+from traversal.node import Node, open_node
 from traversal.paths.edge import EdgePolicy
 from traversal.paths.punch_strategy import PunchPolicy
 from traversal.relay_map import Family, RelayMap
 from traversal.tunnel.settings import TunnelSettings
-from traversal.wire.address import Address
 
 if TYPE_CHECKING:
     from traversal.io.edge_client import EdgeOptions
 
-ANY_PORT: Final = Address("127.0.0.1", 0)
 logger = logging.getLogger("underpass.agent")
 
 TUNNEL_AGAIN_SECONDS: Final = 60.0
@@ -63,14 +61,13 @@ async def run_agent(
     hosts: dict[Family, str] | None = None,
     relay_options: RelayOptions | None = None,
     map_ports: bool = True,
-    task_status: trio.TaskStatus[Node] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[Agent] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until cancelled.
 
     Raises UdpError, NodeError and ConfigError when it can't begin.
     """
-    known = {peer.key.raw for peer in config.peers}
-    names = {peer.key.raw: peer.name for peer in config.peers}
+    peers = Peers(config)
     peer_relay = None
     if config.peer_relay_port is not None:
         peer_relay = PeerRelayOptions(port=config.peer_relay_port)
@@ -82,7 +79,7 @@ async def run_agent(
                 relay_map,
                 port=config.port,
                 hosts=hosts,
-                admit=lambda key: key.raw in known,
+                admit=peers.admit,
                 relay_options=relay_options,
                 interfaces=_interfaces(config),
                 map_ports=map_ports,
@@ -94,27 +91,10 @@ async def run_agent(
             ) as node,
             trio.open_nursery() as nursery,
         ):
-            node.set_peer_relays(peer.key for peer in config.peers if peer.is_peer_relay)
-            wireguard_peers: list[WireGuardPeer] = []
-            for peer in config.peers:
-                may_search = config.may_search_ports and peer.may_search_ports
-                try:
-                    link = await node.connect(
-                        peer.key, relay=peer.relay, port_search=PunchPolicy(is_enabled=may_search)
-                    )
-                except (NodeError, KeyFormatError) as error:
-                    raise ConfigError(f"peer {peer.name}: {error}") from None
-                wanted = peer.endpoint or (ANY_PORT if peer.wireguard_key else None)
-                if wanted is None or config.wireguard is None:
-                    continue
-                endpoint = await nursery.start(run_bridge, link, wanted, config.wireguard)
-                if peer.wireguard_key:
-                    wireguard_peers.append(
-                        WireGuardPeer(peer.wireguard_key, peer.allowed, endpoint)
-                    )
+            await peers.apply(config, node, nursery)
             if config.interface is not None:
-                await nursery.start(run_wireguard, config.interface, wireguard_peers)
-            task_status.started(node)
+                await nursery.start(run_wireguard, config.interface, peers.wireguard())
+            task_status.started(Agent(config, relay_map, node, peers, nursery))
             if config.tunnel is not None:
                 nursery.start_soon(_keep_tunnel, config.tunnel)
             while True:
@@ -124,7 +104,53 @@ async def run_agent(
                     logger.error("The control socket: %s", error)  # no files left, for example
                     await trio.sleep(ACCEPT_AGAIN_SECONDS)
                     continue
-                nursery.start_soon(_serve, sock, node, names)
+                nursery.start_soon(_serve, sock, node, peers)
+
+
+class Agent:
+    """A running agent, as `run_agent` tells its starter.
+
+    Attributes:
+        config: in use.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        relay_map: RelayMap,
+        node: Node,
+        peers: Peers,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.config = config
+        self.node = node
+        self._relay_map = relay_map
+        self._peers = peers
+        self._nursery = nursery
+
+    async def reload(self, config: AgentConfig, relay_map: RelayMap) -> tuple[str, ...]:
+        """Use another relay map and other peers; returns the keys whose changes need a restart.
+
+        Raises ConfigError for peers that can't be had, WireGuardError.
+        """
+        if relay_map != self._relay_map:
+            self._relay_map = relay_map
+            self.node.set_relay_map(relay_map)
+        before = self.config
+        self.config = msgspec.structs.replace(
+            before, peers=config.peers, relay_map=config.relay_map
+        )
+        known = self._peers.wireguard()
+        try:
+            await self._peers.apply(self.config, self.node, self._nursery)
+        finally:
+            if before.interface is not None:
+                await sync_wireguard(before.interface, known, self._peers.wireguard())
+        return tuple(
+            name
+            for name in config.__struct_fields__
+            if getattr(config, name) != getattr(self.config, name)
+        )
 
 
 def _interfaces(config: AgentConfig) -> InterfaceFilter:
@@ -206,7 +232,7 @@ def _unlink_if_dead(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-async def _serve(sock: trio.socket.SocketType, node: Node, names: dict[bytes, str]) -> None:
+async def _serve(sock: trio.socket.SocketType, node: Node, peers: Peers) -> None:
     """One question, one answer, both a line of JSON."""
     stream = trio.SocketStream(sock)
     try:
@@ -218,7 +244,7 @@ async def _serve(sock: trio.socket.SocketType, node: Node, names: dict[bytes, st
                     if not data:
                         return
                     question += data
-                answer = await _answer(question, node, names)
+                answer = await _answer(question, node, peers.names)
                 await stream.send_all(json.dumps(answer).encode() + b"\n")
     except trio.BrokenResourceError:
         pass

@@ -73,6 +73,23 @@ async def run_wireguard(
         raise WireGuardError(f"{kind} of {interface.name} ended; its log says why")
 
 
+async def sync_wireguard(
+    interface: WireGuardInterface, before: Sequence[WireGuardPeer], after: Sequence[WireGuardPeer]
+) -> None:
+    """Change the peers of the interface that runs; sessions of those that stay go on.
+
+    Raises WireGuardError.
+    """
+    await _run(["wg", "syncconf", interface.name, "/dev/stdin"], make_config(interface, after))
+    old, new = routed_networks(interface, before), routed_networks(interface, after)
+    for network in old:
+        if network not in new:
+            await _run(_route_command("delete", network, interface))
+    for network in new:
+        if network not in old:
+            await _run(_route_command("replace", network, interface))
+
+
 def make_config(interface: WireGuardInterface, peers: Sequence[WireGuardPeer]) -> str:
     """The text for `wg setconf`."""
     lines = ["[Interface]", f"PrivateKey = {interface.key}", f"ListenPort = {interface.port}"]
@@ -93,17 +110,32 @@ def make_commands(interface: WireGuardInterface, peers: Sequence[WireGuardPeer])
         ["ip", "address", "add", str(address), "dev", name] for address in interface.addresses
     ]
     commands.append(["ip", "link", "set", "dev", name, "mtu", str(interface.mtu_bytes), "up"])
-    own = [address.network for address in interface.addresses]
-    for peer in peers:
-        for network in peer.allowed:
-            is_on_link = any(
-                network.version == one.version and network.subnet_of(one)  # type: ignore[arg-type]
-                for one in own
-            )
-            if not is_on_link:
-                family = "-6" if network.version == 6 else "-4"
-                commands.append(["ip", family, "route", "replace", str(network), "dev", name])
+    commands += [
+        _route_command("replace", network, interface)
+        for network in routed_networks(interface, peers)
+    ]
     return commands
+
+
+def routed_networks(
+    interface: WireGuardInterface, peers: Sequence[WireGuardPeer]
+) -> list[IpNetwork]:
+    """The peers' networks that need a route: those that are not the interface's own."""
+    own = [address.network for address in interface.addresses]
+    return [
+        network
+        for peer in peers
+        for network in peer.allowed
+        if not any(
+            network.version == one.version and network.subnet_of(one)  # type: ignore[arg-type]
+            for one in own
+        )
+    ]
+
+
+def _route_command(action: str, network: IpNetwork, interface: WireGuardInterface) -> list[str]:
+    family = "-6" if network.version == 6 else "-4"
+    return ["ip", family, "route", action, str(network), "dev", interface.name]
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from traversal import NodePrivate, RelayMap, RelayOptions
 from traversal.agent.config import AgentConfig, ConfigError, load_config
-from traversal.agent.service import ControlError, NoAgentError, ask, run_agent
+from traversal.agent.service import Agent, ControlError, NoAgentError, ask, run_agent
 from traversal.cli import main
 from traversal.paths.edge import EdgePolicy
 from traversal.wire.tunnel.credentials import Credentials
@@ -152,7 +152,7 @@ class TestAgent:
         await nursery.start(relay.serve)
         return map_of(relay)
 
-    async def start(self, nursery: trio.Nursery, path: Path, relay_map: RelayMap) -> AgentConfig:
+    async def start(self, nursery: trio.Nursery, path: Path, relay_map: RelayMap) -> Agent:
         config = load_config(path)
 
         async def run(*, task_status: trio.TaskStatus[Any]) -> None:
@@ -165,8 +165,8 @@ class TestAgent:
                 task_status=task_status,
             )
 
-        await nursery.start(run)
-        return config
+        agent: Agent = await nursery.start(run)
+        return agent
 
     async def test_bridges_wireguard(
         self, nursery: trio.Nursery, relay_map: RelayMap, tmp_path: Path
@@ -199,7 +199,7 @@ class TestAgent:
                         endpoint=f"127.0.0.1:{endpoint[1]}",
                     ),
                 )
-                config = await self.start(nursery, path, relay_map)
+                config = (await self.start(nursery, path, relay_map)).config
             await probe.sendto(b"\1\0\0\0 from a stranger on this host", endpoints[0])
             for packet in (b"\1\0\0\0 handshake", b"\4\0\0\0 data"):
                 await guards[0].sendto(packet, endpoints[0])
@@ -219,6 +219,39 @@ class TestAgent:
                 await ask(config.control, "dance")
             with pytest.raises(ConfigError, match="another agent answers there"):
                 await run_agent(config, relay_map, hosts={4: "127.0.0.1"}, map_ports=False)
+
+    async def test_reload(self, nursery: trio.Nursery, relay_map: RelayMap, tmp_path: Path) -> None:
+        """Peers come, go and change; one that stays keeps its link, and a bridge's port moves on
+        to the next one. What can't be had is told by name, and what needs a restart."""
+        stays, goes, comes = a_key(), a_key(), a_key()
+        with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as free:
+            await free.bind(("127.0.0.1", 0))
+            endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+
+        def config_of(*peers: str, text: str = 'wireguard = "127.0.0.1:9"') -> AgentConfig:
+            return load_config(write_config(tmp_path, text, peers="".join(peers)))
+
+        first = peer_table("stays", stays, relay=900)
+        config_of(first, peer_table("goes", goes, relay=900, endpoint=endpoint))
+        agent = await self.start(nursery, tmp_path / "underpass.toml", relay_map)
+        (link,) = (link for link in agent.node.links if str(link.peer_key) == stays)
+
+        config = config_of(first, peer_table("comes", comes, relay=900, endpoint=endpoint))
+        assert await agent.reload(config, relay_map) == ()
+        assert {str(link.peer_key) for link in agent.node.links} == {stays, comes}
+        assert link in agent.node.links
+        status = await ask(config.control, "status")
+        assert sorted(peer["name"] for peer in status["peers"]) == ["comes", "stays"]
+
+        lost = peer_table("lost", goes, relay=77)
+        config = config_of(lost, first, text="port = 41641")
+        with pytest.raises(ConfigError, match="peer lost: region 77 has no relay"):
+            await agent.reload(config, relay_map)
+        assert {str(link.peer_key) for link in agent.node.links} == {stays}
+        assert await agent.reload(config_of(first, text="port = 41641"), relay_map) == (
+            "port",
+            "wireguard",
+        )
 
     async def test_nobody_there(self, tmp_path: Path) -> None:
         """Asking without an agent says what to start."""

@@ -16,6 +16,7 @@ from traversal.agent.wireguard import (
     make_commands,
     make_config,
     run_wireguard,
+    sync_wireguard,
 )
 from traversal.wire.address import Address
 
@@ -89,6 +90,22 @@ async def test_kernel(programs: Path, nursery: trio.Nursery) -> None:
         while "delete" not in (programs / "log").read_text():  # noqa: ASYNC110
             await trio.sleep(0.01)
     assert (programs / "log").read_text().splitlines()[-1] == "ip link delete dev wg7"
+
+
+async def test_other_peers(programs: Path) -> None:
+    """`wg syncconf` leaves sessions of those that stay alone; routes follow."""
+    write_program(programs / "wg", f'echo "wg $@" >> {programs}/log; cat > {programs}/config')
+    newcomer = WireGuardPeer(
+        "bmV3", (ipaddress.ip_network("10.77.0.0/16"),), Address("127.0.0.1", 40003)
+    )
+    after = (PEERS[0], newcomer)
+    await sync_wireguard(INTERFACE, PEERS, after)
+    assert (programs / "config").read_text() == make_config(INTERFACE, after)
+    assert (programs / "log").read_text().splitlines() == [
+        "wg syncconf wg7 /dev/stdin",
+        "ip -6 route delete fd00:99::/48 dev wg7",
+        "ip -4 route replace 10.77.0.0/16 dev wg7",
+    ]
 
 
 @pytest.mark.parametrize(
