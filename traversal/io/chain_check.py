@@ -27,9 +27,11 @@ def check_chain(
     """
     if policy is None or isinstance(policy, CertificateUnchecked):
         return None
+    if not chain or maybe_server_key_from_certificates(chain[:1]) is not None:
+        # TLS proved possession of the first certificate's key and of no other: passing over the
+        # first one would accept whoever sends somebody else's certificate behind their own.
+        return "the server presented no certificate of its own"
     certificates = [der for der in chain if maybe_server_key_from_certificates([der]) is None]
-    if not certificates:
-        return "the server presented no certificate"
     try:
         leaf = x509.load_der_x509_certificate(certificates[0])
         if isinstance(policy, CertificatePin):

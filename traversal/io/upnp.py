@@ -113,9 +113,10 @@ async def _add(service: Service, wanted: RunUpnp, lease_seconds: int) -> int:
     if service.type == SERVICE_TYPES[0]:
         fields = await _call(service, "AddAnyPortMapping", arguments)
         reserved = fields.get("NewReservedPort", "")
-        if reserved.isascii() and reserved.isdigit() and 0 < int(reserved) <= 65535:
+        is_number = reserved.isascii() and reserved.isdigit() and len(reserved) <= 5
+        if is_number and 0 < int(reserved) <= 65535:
             return int(reserved)
-        raise UpnpError(f"the gateway reserved port {reserved!r}, which is none")
+        raise UpnpError(f"the gateway reserved port {reserved[:20]!r}, which is none")
     await _call(service, "AddPortMapping", arguments)
     return wanted.external_port
 
@@ -138,16 +139,20 @@ async def _exchange(
     parts = urlsplit(url)
     target = parts.path + (f"?{parts.query}" if parts.query else "")
     connection = h11.Connection(h11.CLIENT)
-    request = h11.Request(
-        method=method,
-        target=target,
-        headers=[
-            ("Host", parts.netloc),
-            ("Connection", "close"),
-            ("Content-Length", str(len(body))),
-            *(headers or []),
-        ],
-    )
+    try:
+        request = h11.Request(
+            method=method,
+            target=target,
+            headers=[
+                ("Host", parts.netloc),
+                ("Connection", "close"),
+                ("Content-Length", str(len(body))),
+                *(headers or []),
+            ],
+        )
+    except (h11.LocalProtocolError, UnicodeEncodeError):
+        # Path and query are what somebody on the network advertised.
+        raise UpnpError(f"{url!r} is no URL that can be asked for") from None
     data = connection.send(request) or b""
     data += (connection.send(h11.Data(data=body)) or b"") if body else b""
     data += connection.send(h11.EndOfMessage()) or b""

@@ -16,7 +16,14 @@ from click.testing import CliRunner
 
 from traversal import NodePrivate, RelayMap, RelayOptions
 from traversal.agent.config import AgentConfig, ConfigError, load_config
-from traversal.agent.service import Agent, ControlError, NoAgentError, ask, run_agent
+from traversal.agent.service import (
+    Agent,
+    ControlError,
+    NoAgentError,
+    _serve,
+    ask,
+    run_agent,
+)
 from traversal.cli import main
 from traversal.paths.edge import EdgePolicy
 from traversal.wire.tunnel.credentials import Credentials
@@ -291,3 +298,14 @@ class TestCommands:
         assert result.exit_code == 2
         assert complaint in result.output
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("question", [b"[" * 4096, b"null", b'{"command":[]}', b"\xff", b"\0"])
+async def test_no_question_ends_the_agent(question: bytes) -> None:
+    """Whatever is asked, there is an answer."""
+    ours, theirs = trio.socket.socketpair()
+    nobody: Any = None  # is not looked at
+    async with trio.SocketStream(ours) as stream, trio.open_nursery() as nursery:
+        nursery.start_soon(_serve, theirs, nobody, nobody)
+        await stream.send_all(question + b"\n")
+        assert b'"error"' in await stream.receive_some()

@@ -17,7 +17,8 @@ import pytest
 import trio
 import trustme
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from relay.meta_certificate import build_meta_certificate
 from traversal.io.chain_check import check_chain
@@ -388,6 +389,24 @@ class TestCertificates:
         _, problem = await self.dial_with(tmp_path, CertificatePin(bytes(32)))
         assert re.fullmatch(r"its pin is sha256-raw:[0-9a-f]{64}, not sha256-raw:0{64}", problem)
 
+    async def test_pinned_certificate_of_somebody_else(self, tmp_path: Path) -> None:
+        """Who sends the pinned certificate behind one of their own, whose key alone they hold, is
+        not let pass, though the first one looks like a meta certificate."""
+        pinned = der_of(CA.issue_cert("localhost"))
+        own_key = Ed25519PrivateKey.from_private_bytes(bytes(32))  # of the meta certificate below
+        pem = own_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+        pem += "".join(map(ssl.DER_cert_to_PEM_cert, (meta_certificate(), pinned)))
+        path = tmp_path / "impostor.pem"
+        path.write_text(pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path)
+        server = ScriptedServer(context)
+        pin = CertificatePin(hashlib.sha256(pinned).digest())
+        async with listening(server) as port:
+            with pytest.raises(DialError, match="no certificate of its own"):
+                (await dial(loopback(port, pin), CLIENT)).close()
+        assert not server.infos
+
     def test_pin_rules(self) -> None:
         """DERP specification 15.2: one certificate, digest, dates, name if SNI was sent."""
         leaf = CA.issue_cert("relay.example.com", "*.wild.example")
@@ -403,6 +422,8 @@ class TestCertificates:
         assert "not valid for" in str(check_chain([der], pin, "wild.example", now))
         assert "presented 2" in str(check_chain([der, der, meta], pin, name, now))
         assert "no certificate" in str(check_chain([meta], pin, name, now))
+        assert "no certificate" in str(check_chain([meta, der], pin, name, now))
+        assert "no certificate" in str(check_chain([], pin, name, now))
         assert "valid from" in str(check_chain([der], pin, name, datetime(1990, 1, 1, tzinfo=UTC)))
         assert "can't be read" in str(check_chain([b"junk"], pin, name, now))
         assert check_chain([b"junk"], CertificateUnchecked(), name, now) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 
 import pytest
@@ -168,4 +168,28 @@ async def test_nobody_there() -> None:
     """A gateway that does not answer is an error too."""
     gateway = Gateway(port=1)
     with pytest.raises(UpnpError, match="no gateway describes"):
+        await map_port(gateway.wanted(), LOOPBACK)
+
+
+@pytest.mark.parametrize("path", ["/a b", "/\xff", "/a\x1b", "/\x00"])
+async def test_url_that_no_request_can_carry(gateway: Gateway, path: str) -> None:
+    """Anybody on the network may advertise a description; a bad one is passed over, and so is a
+    gateway that describes such a control URL."""
+    gateway.answer = answers()
+    wanted = gateway.wanted()
+    bad = SsdpReply(f"http://192.0.2.99:{gateway.port}{path}", "test", "zzz: sorted first")
+    both = replace(wanted, replies=(bad, *wanted.replies))
+    assert (await map_port(both, LOOPBACK))[1].port == 41641
+    with pytest.raises(UpnpError):
+        await map_port(replace(wanted, replies=(bad,)), LOOPBACK)
+    with pytest.raises(UpnpError, match="no URL"):
+        await delete_mapping(Service(V1, f"http://127.0.0.1:{gateway.port}{path}"), 41641)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "9" * 5000, "-1"])
+async def test_reserved_port_that_is_none(gateway: Gateway, port: str) -> None:
+    """IGD 2 says which port it chose."""
+    gateway.services = (V2,)
+    gateway.answer = answers(AddAnyPortMapping=envelope("x", NewReservedPort=port))
+    with pytest.raises(UpnpError, match="reserved port"):
         await map_port(gateway.wanted(), LOOPBACK)
