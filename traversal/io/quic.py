@@ -23,9 +23,14 @@ from traversal.io.quic_engine import QuicEngine
 from traversal.io.quic_stream import NO_ERROR, QuicError, QuicStream
 from traversal.io.udp import Source, UdpSocket
 
+BURST_DATAGRAMS: Final = 44
+"""What is sent before others have a turn; as much as one system call takes, if it is equally
+long."""
+BURST_BYTES: Final = 64 << 10
+MANY_STREAMS: Final = 256
+MIN_PATIENCE_SECONDS: Final = 0.025
 TURN_BYTES: Final = 16 << 10
 """What a stream hands to the library before the next one may."""
-STALLED_SECONDS: Final = 0.5
 RESERVE_BYTES: Final = 1500
 """Of the congestion window, never filled with streams. qh3 2.1 sends no acknowledgments while what
 is left of the window is too small for the stream data that waits; with both ends in that state
@@ -76,18 +81,25 @@ class QuicConnection:
         self._outgoing: deque[bytes] = deque(maxlen=MAX_WAITING_DATAGRAMS)
         self._writers: deque[QuicStream] = deque()
         """Streams with bytes, or an end, that the library does not have yet."""
-        self._leftover = 0
-        self._leftover_since = -math.inf
-        self._withheld = 0
-        """Bytes that the library has and the other side's windows do not admit."""
+        self._fed: dict[QuicStream, tuple[int, float]] = {}
+        """Streams of which the library may have bytes that it did not send yet: how many it did
+        send, and since when that is so."""
+        self._stalled: dict[QuicStream, int] = {}
+        """Streams that the other side's windows hold back, and how many bytes of them the library
+        has. They get no more, so that they never take the others' room."""
+        self._look_at = math.inf
+        self._has_received = False
         self._foreign = 0 if engine.configuration.is_client is False else 1
         """The two low bits of the other side's bidirectional streams (RFC 9000 2.1)."""
         self._note_id: Callable[[bytes, QuicConnection], None] | None = None
         self._forget_id: Callable[[bytes], None] | None = None
         self._wake = trio.Event()
         self._waiting = trio.lowlevel.ParkingLot()
-        """Tasks that wait for streams, datagrams, the handshake, or room to send."""
+        """Tasks that wait for the handshake, room for a stream or datagram, or the end."""
+        self._acceptors = trio.lowlevel.ParkingLot()
+        self._datagram_readers = trio.lowlevel.ParkingLot()
         self._closing = False
+        self._close_code, self._close_reason = NO_ERROR, ""
 
     # ---- the connection
 
@@ -99,12 +111,15 @@ class QuicConnection:
             while self.failure is None:
                 self._handle_events()
                 self.max_datagram_bytes = engine.max_datagram_bytes
-                await self._transmit()
+                may_send_more = await self._send_burst()
                 self._waiting.unpark_all()
                 timer = engine.get_timer() or math.inf
-                with trio.CancelScope(deadline=min(timer, ping_at)):
-                    await self._wake.wait()
-                self._wake = trio.Event()
+                if may_send_more:
+                    await trio.lowlevel.checkpoint()
+                else:
+                    with trio.CancelScope(deadline=min(timer, ping_at, self._look_at)):
+                        await self._wake.wait()
+                    self._wake = trio.Event()
                 now = trio.current_time()
                 if now >= timer:
                     engine.handle_timer(now)
@@ -114,12 +129,12 @@ class QuicConnection:
                         self._pings += 1
                         engine.send_ping(self._pings)
                 if self._closing:
-                    await self._transmit()
+                    await self._say_goodbye()
                     self._end(QuicError("QUIC: we closed the connection"))
         except trio.Cancelled:
             self.close()
             with trio.move_on_after(CLOSE_SECONDS, shield=True):
-                await self._transmit()
+                await self._say_goodbye()
             raise
         except QuicConnectionError as error:
             self._end(QuicError(f"QUIC: {error.reason_phrase}", error.error_code))
@@ -129,14 +144,11 @@ class QuicConnection:
             self._end(QuicError("QUIC: the connection was closed"))
 
     def close(self, code: int = NO_ERROR, reason: str = "") -> None:
-        """End the connection, streams included; says so to the other side."""
+        """End the connection, streams included; says so to the other side, after what may be sent
+        at once."""
         if self.failure is None and not self._closing:
             self._closing = True
-            try:
-                self._feed_streams()
-                self._engine.close(error_code=code, reason_phrase=reason)
-            except QuicConnectionError:
-                pass
+            self._close_code, self._close_reason = code, reason
             self._wake.set()
 
     async def wait_over(self) -> None:
@@ -151,12 +163,13 @@ class QuicConnection:
             self._check()
             await self._waiting.park()
 
-    def receive(self, datagrams: list[bytes], address: Source) -> None:
-        """The socket's side: datagrams for this connection."""
+    def receive(self, run: bytes, step: int, address: Source) -> None:
+        """The socket's side: datagrams for this connection, see `Run`."""
         try:
-            self._engine.receive_many_datagrams(datagrams, address, trio.current_time())
+            self._engine.receive_run(run, step, address, trio.current_time())
         except QuicConnectionError as error:
             self._end(QuicError(f"QUIC: {error.reason_phrase}", error.error_code))
+        self._has_received = True
         self._wake.set()
 
     def _check(self) -> None:
@@ -169,7 +182,8 @@ class QuicConnection:
             for stream in list(self._streams.values()):
                 stream._fail(failure)
             self._wake.set()
-            self._waiting.unpark_all()
+            for lot in (self._waiting, self._acceptors, self._datagram_readers):
+                lot.unpark_all()
 
     # ---- streams
 
@@ -182,10 +196,7 @@ class QuicConnection:
         engine = self._engine
         while True:
             self._check()
-            if (
-                self.is_established
-                and engine.open_outbound_streams < engine.max_concurrent_bidi_streams
-            ):
+            if self.is_established and engine.may_open_stream:
                 break
             await self._waiting.park()
         try:
@@ -204,7 +215,7 @@ class QuicConnection:
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._opened:
             self._check()
-            await self._waiting.park()
+            await self._acceptors.park()
         return self._opened.popleft()
 
     # ---- datagrams
@@ -230,68 +241,117 @@ class QuicConnection:
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._datagrams:
             self._check()
-            await self._waiting.park()
+            await self._datagram_readers.park()
         datagrams = list(self._datagrams)
         self._datagrams.clear()
         return datagrams
 
     # ---- inside
 
-    def _queue_datagrams(self) -> None:
-        """Hand DATAGRAMs to the library as far as the congestion window allows: the library itself
-        sends them whatever that says (RFC 9221 5.4)."""
-        if not self._outgoing:
-            return
+    async def _send_burst(self) -> bool:
+        """Send some of what may be sent; whether there may be more."""
         engine = self._engine
-        room = engine.congestion_room
+        now = trio.current_time()
+        count = 0
+        while count < BURST_DATAGRAMS:
+            taken = engine.take_datagrams(now, BURST_DATAGRAMS - count)
+            for address, datagrams in taken:
+                count += len(datagrams)
+                await self._sock.send_patiently(datagrams, address)
+            if count < BURST_DATAGRAMS and not self._feed():
+                return False
+        return True
+
+    def _feed(self) -> bool:
+        """Hand the library what the congestion window has room for; whether there was any."""
+        self._look_at = math.inf
+        if not self._outgoing and not self._writers and not self._stalled:
+            return False
+        room = self._engine.congestion_room
+        if room <= 0:
+            return False
+        fed = self._queue_datagrams(room)
+        if self._has_received and self._stalled:
+            self._note_progress()
+        return self._feed_streams(room - fed - RESERVE_BYTES) + fed > 0
+
+    async def _say_goodbye(self) -> None:
+        try:
+            while await self._send_burst():
+                pass
+            self._engine.close(error_code=self._close_code, reason_phrase=self._close_reason)
+            await self._send_burst()
+        except QuicConnectionError:
+            pass  # it was over before
+
+    def _queue_datagrams(self, room: int) -> int:
+        """Hand DATAGRAMs to the library as far as the congestion window allows: the library itself
+        sends them whatever that says (RFC 9221 5.4). How many bytes."""
+        engine = self._engine
         longest = self.max_datagram_bytes
-        while self._outgoing and room > 0:
+        left = room
+        while self._outgoing and left > 0:
             datagram = self._outgoing.popleft()
-            room -= len(datagram)
+            left -= len(datagram)
             if len(datagram) <= longest:  # the path may have become narrower
                 engine.send_datagram_frame(datagram)
+        return room - left
 
-    def _feed_streams(self) -> None:
+    def _feed_streams(self, room: int) -> int:
         """Hand bytes of streams to the library, in turns, as far as the congestion window allows:
-        see RESERVE_BYTES."""
-        if not self._writers:
-            return
+        see RESERVE_BYTES. How many."""
+        if not self._writers or room <= 0:
+            return 0
         engine = self._engine
-        buffered = engine.get_send_buffer_size() - self._withheld
-        room = engine.congestion_room - RESERVE_BYTES - max(0, buffered)
-        while self._writers and room > 0:
-            stream = self._writers.popleft()
-            room -= stream._feed(min(room, TURN_BYTES))
+        held = engine.get_send_buffer_size()
+        if not held:
+            self._fed.clear()
+        held -= sum(self._stalled.values())
+        if held >= room or len(self._fed) > MANY_STREAMS:
+            held -= self._note_stalled()
+        left = room = min(room - held, BURST_BYTES)
+        writers = self._writers
+        while writers and left > 0:
+            turn = max(left // len(writers), TURN_BYTES)
+            stream = writers.popleft()
+            left -= stream._feed(min(turn, left))
+            self._fed.setdefault(stream, (-1, 0.0))
             if stream._has_unsent:
-                self._writers.append(stream)
+                writers.append(stream)
+        return room - left
 
-    def _note_withheld(self) -> None:
-        """What the library has had for long without sending it waits for other windows than that
-        of congestion: a reader has stalled, and must not hold up the other streams."""
-        size = self._engine.get_send_buffer_size()
+    def _note_stalled(self) -> int:
+        """There is room in the congestion window, and the library does not send what it has: then
+        it spreads it over the round trip, or a reader has stalled and the other side's windows are
+        full. Only that lasts. How many bytes are known to be held back now and were not before."""
         now = trio.current_time()
-        if size != self._leftover:
-            self._leftover, self._leftover_since = size, now
-            self._withheld = min(self._withheld, size)
-        elif now - self._leftover_since > STALLED_SECONDS:
-            self._withheld = size
+        patience = 2 * self._engine.round_trip_seconds + MIN_PATIENCE_SECONDS
+        stalled = 0
+        for stream, (sent, since) in list(self._fed.items()):
+            held = self._engine.get_send_buffer_size(stream.stream_id)
+            if not held:
+                del self._fed[stream]
+            elif stream._fed_bytes - held != sent:
+                self._fed[stream] = (stream._fed_bytes - held, now)
+            elif now - since >= patience:
+                del self._fed[stream]
+                self._stalled[stream] = held
+                stalled += held
+        if stalled:
+            self._writers = deque(s for s in self._writers if s not in self._stalled)
+        if self._fed:
+            self._look_at = now + patience
+        return stalled
 
-    async def _transmit(self) -> None:
-        while True:
-            self._queue_datagrams()
-            self._feed_streams()
-            datagrams = self._engine.datagrams_to_send(trio.current_time())
-            if not datagrams:
-                self._note_withheld()
-                return
-            start = 0
-            while start < len(datagrams):
-                address = datagrams[start][1][:2]
-                end = start + 1
-                while end < len(datagrams) and datagrams[end][1][:2] == address:
-                    end += 1
-                await self._sock.send_patiently([d for d, _ in datagrams[start:end]], address)
-                start = end
+    def _note_progress(self) -> None:
+        """The other side may have opened windows."""
+        self._has_received = False
+        for stream, before in list(self._stalled.items()):
+            if self._engine.get_send_buffer_size(stream.stream_id) < before:
+                del self._stalled[stream]
+                self._fed[stream] = (-1, 0.0)
+                if stream._has_unsent:
+                    self._writers.append(stream)
 
     def _handle_events(self) -> None:
         while (event := self._engine.next_event()) is not None:
@@ -300,6 +360,7 @@ class QuicConnection:
                     self._handle_data(event)
                 case events.DatagramFrameReceived():
                     self._datagrams.append(event.data)
+                    self._datagram_readers.unpark_all()
                 case events.StreamReset():
                     self._aborted.discard(event.stream_id)
                     if (stream := self._streams.get(event.stream_id)) is not None:
@@ -338,7 +399,7 @@ class QuicConnection:
             stream = QuicStream(self, stream_id)
             self._streams[stream_id] = stream
             self._opened.append(stream)
-            self._waiting.unpark_all()
+            self._acceptors.unpark()
         try:
             self._spooled += len(event.data)
             stream._handle_data(event.data, is_end=event.end_stream)

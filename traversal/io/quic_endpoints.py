@@ -11,12 +11,14 @@ import trio
 from qh3.quic.configuration import QuicConfiguration
 
 from traversal.io.quic import SPOOLED_BYTES, QuicConnection
-from traversal.io.quic_engine import QuicEngine, RetryTokens, parse_initial
+from traversal.io.quic_engine import MAX_STREAMS, QuicEngine, RetryTokens, parse_initial
 from traversal.io.quic_stream import QuicError
-from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Batch, Source, UdpSocket, bind_socket
+from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Run, Source, UdpSocket, bind_socket
 from traversal.relay_map import Family
 
 HANDSHAKE_SECONDS: Final = 5.0
+MAX_READS: Final = 16
+"""Of up to 64 KiB, before connections have a turn to answer and readers one to read."""
 FREE_HANDSHAKES: Final = 32
 """Handshakes at one time that begin without a Retry: each costs 30 KiB for up to 5 s."""
 
@@ -91,10 +93,11 @@ class QuicListener:
                 task_status.started()
                 while True:
                     try:
-                        batch = await self._sock.receive()
+                        runs = await self._sock.receive_runs(MAX_READS)
                     except OSError:
                         continue  # an ICMP error for somebody; the next datagram may be fine
-                    self._handle_batch(batch, nursery)
+                    for run in runs:
+                        self._handle_run(run, nursery)
         finally:
             self._sock.close()
             self._ready_in.close()
@@ -106,33 +109,36 @@ class QuicListener:
         except trio.EndOfChannel:
             raise QuicError("QUIC: the listener was closed") from None
 
-    def _handle_batch(self, batch: Batch, nursery: trio.Nursery) -> None:
-        # Runs of one connection are passed on at once: most of a busy batch is one run.
-        run: list[bytes] = []
-        last: tuple[QuicConnection, Source] | None = None
-        for datagram, source in batch:
-            connection = self._find(datagram)
-            if connection is None:
+    def _handle_run(self, received: Run, nursery: trio.Nursery) -> None:
+        run, step, source = received
+        start = 0
+        while start < len(run):
+            datagram = run[start : start + step]
+            end = start + step
+            identifier = self._find(datagram)
+            if identifier is not None:
+                connection: QuicConnection | None = self._by_id[identifier]
+                if not datagram[0] & 0x80:
+                    # Almost always all that came together is for one connection.
+                    while run.startswith(identifier, end + 1) and not run[end] & 0x80:
+                        end += step
+            else:
                 connection = self._admit(datagram, source, nursery)
-            if connection is None:
-                continue
-            if last is not None and last != (connection, source):
-                last[0].receive(run, last[1])
-                run = []
-            run.append(datagram)
-            last = (connection, source)
-        if last is not None:
-            last[0].receive(run, last[1])
+            if connection is not None:
+                connection.receive(run[start:end], step, source)
+            start = end
 
-    def _find(self, datagram: bytes) -> QuicConnection | None:
+    def _find(self, datagram: bytes) -> bytes | None:
+        """The connection id of ours that a datagram is for."""
         if len(datagram) < 21:
             return None
         if datagram[0] & 0x80:
-            return self._by_id.get(datagram[6 : 6 + datagram[5]])
+            identifier = datagram[6 : 6 + datagram[5]]
+            return identifier if identifier in self._by_id else None
         for length in self._id_lengths:
-            connection = self._by_id.get(datagram[1 : 1 + length])
-            if connection is not None:
-                return connection
+            identifier = datagram[1 : 1 + length]
+            if identifier in self._by_id:
+                return identifier
         return None
 
     def _admit(
@@ -198,10 +204,12 @@ async def dial_quic(
     *,
     timeout_seconds: float = 5.0,
     keep_alive_seconds: float = 1.0,
+    max_streams: int = MAX_STREAMS,
 ) -> QuicConnection:
     """A connection to a server, from a socket of its own, served in `nursery` until it is over.
 
-    `configuration.server_name` must be set. A PING every `keep_alive_seconds` keeps NATs open and
+    `configuration.server_name` must be set. The server may have `max_streams` streams open at a
+    time. A PING every `keep_alive_seconds` keeps NATs open and
     tells soon when the other side is gone. Raises QuicError when there is no connection within
     `timeout_seconds`. Cancelling the nursery closes the connection.
     """
@@ -211,7 +219,7 @@ async def dial_quic(
     except OSError as error:
         raise QuicError(f"QUIC: no UDP socket: {error.strerror}") from None
     sock.set_path_mtu_mode(DONT_FRAGMENT)
-    engine = QuicEngine(configuration)
+    engine = QuicEngine(configuration, max_streams=max_streams)
     engine.connect(address, trio.current_time())
     connection = QuicConnection(engine, sock, address, keep_alive_seconds=keep_alive_seconds)
     nursery.start_soon(_serve_dialed, connection, sock)
@@ -231,10 +239,12 @@ async def _serve_dialed(connection: QuicConnection, sock: UdpSocket) -> None:
     async def receive() -> None:
         while True:
             try:
-                batch = await sock.receive()
+                runs = await sock.receive_runs(MAX_READS)
             except OSError:
                 continue  # "port unreachable"; the handshake's time limit decides
-            connection.receive([datagram for datagram, _ in batch], connection.address)
+            for run, step, _ in runs:
+                if run:
+                    connection.receive(run, step, connection.address)
 
     try:
         async with trio.open_nursery() as nursery:

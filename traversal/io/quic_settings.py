@@ -12,6 +12,10 @@ IDLE_SECONDS: Final = 5.0
 KEEP_ALIVE_SECONDS: Final = 1.0
 """Of the connector; so both sides notice within 5 s that the other is gone."""
 
+CONNECTOR_STREAMS: Final = 1 << 20
+"""That the edge may have open at a time: requests, websockets and TCP connections; each costs what
+the reference lets it cost, which has no limit."""
+
 _EDGE_PACKET_BYTES: Final = 1372
 """Fits into an MTU of 1400 with IPv4, 1420 with IPv6, and holds the longest datagram of a UDP flow
 (1297 bytes); on narrower paths IP fragments it."""

@@ -42,9 +42,12 @@ class QuicStream:
         self._spool = Spool()
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
+        self._fed_bytes = 0
+        """What the library was given of it."""
         self._has_unsent = False
         self._is_end_unsent = False
         self._readers = trio.lowlevel.ParkingLot()
+        self._senders = trio.lowlevel.ParkingLot()
         self._is_receive_ended = False
         self._is_send_ended = False
         self._receive_failure: QuicError | None = None
@@ -97,14 +100,14 @@ class QuicStream:
     async def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send bytes; returns when they are on their way or soon will be. Raises QuicError."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        connection = self._connection
-        view = memoryview(data)
+        # A copy of what may change when we return.
+        view = memoryview(data if isinstance(data, bytes) else bytes(data))
         while view:
             self._check_sending()
             if self._unsent_bytes >= SEND_BUFFER_BYTES:
-                await connection._waiting.park()
+                await self._senders.park()
                 continue
-            self._write(bytes(view[:SEND_BUFFER_BYTES]))
+            self._write(view[:SEND_BUFFER_BYTES])
             view = view[SEND_BUFFER_BYTES:]
 
     async def send_end(self) -> None:
@@ -113,7 +116,7 @@ class QuicStream:
         if not self._is_send_ended:
             self._check_sending()
             self._is_end_unsent = True
-            self._write(b"")
+            self._write(memoryview(b""))
             self._is_send_ended = True
             self._forget_if_over()
 
@@ -152,13 +155,13 @@ class QuicStream:
         if self._send_failure is not None:
             raise QuicError(str(self._send_failure), self._send_failure.code)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: memoryview) -> None:
         connection = self._connection
-        if not self._has_unsent:
+        if not self._has_unsent and self not in connection._stalled:
             connection._writers.append(self)
         self._has_unsent = True
         if data:
-            self._unsent.append(memoryview(data))
+            self._unsent.append(data)
             self._unsent_bytes += len(data)
         connection._wake.set()
 
@@ -171,6 +174,9 @@ class QuicStream:
                 self._unsent.appendleft(data[max_bytes:])
                 data = data[:max_bytes]
             self._unsent_bytes -= len(data)
+            self._fed_bytes += len(data)
+            if self._unsent_bytes < SEND_BUFFER_BYTES:
+                self._senders.unpark_all()
         self._has_unsent = bool(self._unsent)
         is_end = self._is_end_unsent and not self._has_unsent
         if self._send_failure is None or self._is_send_ended:
@@ -208,7 +214,7 @@ class QuicStream:
             self._drop_unsent()
             if self._on_send_failure is not None:
                 self._on_send_failure()
-            self._connection._waiting.unpark_all()
+            self._senders.unpark_all()
             self._forget_if_over()
 
     def _fail(self, failure: QuicError) -> None:

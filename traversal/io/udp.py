@@ -35,6 +35,8 @@ MAX_DATAGRAM_BYTES: Final = 65507
 Source = tuple[str, int]
 Batch = list[tuple[bytes, Source]]
 """Datagrams and where they came from."""
+Run = tuple[bytes, int, Source]
+"""Datagrams from one address, joined; how long each is but the last, which may be shorter."""
 
 # From the Linux headers; Python's socket module lacks most of them.
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
@@ -375,13 +377,24 @@ class _KernelSocket:
     async def receive(self) -> Batch:
         """What has arrived. Raises trio.ClosedResourceError, also if it was closed before: whoever
         handled the last batch may have done so."""
+        batch: Batch = []
+        for run, step, source in await self.receive_runs():
+            if step < len(run):
+                # One copy of all, then slices of it: cheaper than a view for each datagram.
+                batch += [(run[at : at + step], source) for at in range(0, len(run), step)]
+            else:
+                batch.append((run, source))
+        return batch
+
+    async def receive_runs(self, max_reads: int = MAX_READS) -> list[Run]:
+        """Like `receive`, but datagrams that came together stay so; a run is at most 64 KiB."""
         if self._sock.fileno() < 0:
             raise trio.ClosedResourceError("this socket was closed")
         await trio.lowlevel.wait_readable(self._sock)
-        batch: Batch = []
+        runs: list[Run] = []
         receive = self._sock.recvmsg_into
         buffers = (self._buffer,)
-        for _ in range(MAX_READS):
+        for _ in range(max_reads):
             try:
                 size, ancillary, _, source = receive(buffers, _ANCILLARY_BYTES)
             except BlockingIOError:
@@ -390,14 +403,9 @@ class _KernelSocket:
                 source = source[:2]
                 if "%" in source[0]:
                     continue
-            if ancillary:
-                # One copy of all, then slices of it: cheaper than a view for each datagram.
-                step = int.from_bytes(ancillary[0][2][:4], "little") or size
-                run = bytes(self._view[:size])
-                batch += [(run[start : start + step], source) for start in range(0, size, step)]
-            else:
-                batch.append((bytes(self._view[:size]), source))
-        return batch
+            step = int.from_bytes(ancillary[0][2][:4], "little") if ancillary else 0
+            runs.append((bytes(self._view[:size]), step or size, source))
+        return runs
 
     def close(self) -> None:
         if self._sock.fileno() >= 0:
@@ -436,15 +444,18 @@ class _OtherSocket:
                 pass
 
     async def receive(self) -> Batch:
+        return [(data, source) for data, _, source in await self.receive_runs()]
+
+    async def receive_runs(self, max_reads: int = MAX_READS) -> list[Run]:
         data, source = await self._sock.recvfrom(1 << 16)
-        batch: Batch = [(data, source[:2])]
-        for _ in range(MAX_READS):
+        runs: list[Run] = [(data, len(data), source[:2])]
+        for _ in range(max_reads):
             try:
                 data, source = self._twin.recvfrom_nowait(1 << 16)
             except BlockingIOError:
                 break
-            batch.append((data, source[:2]))
-        return batch
+            runs.append((data, len(data), source[:2]))
+        return runs
 
     def close(self) -> None:
         self._sock.close()

@@ -9,7 +9,11 @@ import trio
 
 from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import dial_quic
-from traversal.io.quic_settings import KEEP_ALIVE_SECONDS, connector_configuration
+from traversal.io.quic_settings import (
+    CONNECTOR_STREAMS,
+    KEEP_ALIVE_SECONDS,
+    connector_configuration,
+)
 from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.tunnel.edge_connection import (
     DialFailedError,
@@ -84,6 +88,7 @@ async def _dial(
             connector_configuration(options.ca_file),
             timeout_seconds=HANDSHAKE_SECONDS,
             keep_alive_seconds=KEEP_ALIVE_SECONDS,
+            max_streams=CONNECTOR_STREAMS,
         )
         control = await quic.open_stream()
     except QuicError as error:

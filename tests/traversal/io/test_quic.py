@@ -21,7 +21,13 @@ from netlab.simulated.internet import SimulatedInternet
 from traversal.io import quic, quic_endpoints
 from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import QuicLimits, QuicListener, dial_quic
-from traversal.io.quic_engine import InitialHeader, QuicEngine, RetryTokens, parse_initial
+from traversal.io.quic_engine import (
+    MAX_STREAMS,
+    InitialHeader,
+    QuicEngine,
+    RetryTokens,
+    parse_initial,
+)
 from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.io.spool import MEMORY_BYTES, Spool
 from traversal.io.udp import bind_socket
@@ -65,6 +71,7 @@ async def joined(
     configurations: tuple[QuicConfiguration, QuicConfiguration],
     host: str = "127.0.0.1",
     limits: QuicLimits | None = None,
+    max_streams: int = MAX_STREAMS,
 ) -> AsyncIterator[tuple[QuicConnection, QuicConnection, QuicListener]]:
     """A client's and a server's end of one connection."""
     server, client = configurations
@@ -73,7 +80,7 @@ async def joined(
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(listener.run)
-        near = await dial_quic(nursery, (host, listener.port), client)
+        near = await dial_quic(nursery, (host, listener.port), client, max_streams=max_streams)
         yield near, await listener.accept(), listener
         nursery.cancel_scope.cancel()
 
@@ -97,7 +104,8 @@ async def test_clients_without_a_connection_id(
 
         async def receive() -> None:
             while True:
-                near.receive([datagram for datagram, _ in await sock.receive()], address)
+                for run, step, _ in await sock.receive_runs():
+                    near.receive(run, step, address)
 
         nursery.start_soon(near.run)
         nursery.start_soon(receive)
@@ -218,6 +226,66 @@ async def test_spool_limit(
             await read_all(stalled_far)
         assert far._spooled == 0
         await exchange(near, far, 100_000)
+
+
+async def test_a_stalled_reader_delays_nobody(
+    configurations: tuple[QuicConfiguration, QuicConfiguration], autojump_clock: MockClock
+) -> None:
+    """Streams whose windows are full, since their readers have stalled, do not take the room of
+    others in a small congestion window: these wait a few round trips once, and never again."""
+    server, client = configurations
+    # A reader of the library's gives credit for all that it takes; one that takes nothing stalls.
+    small = dataclasses.replace(client, max_stream_data=4096)
+    link = Link(delay_seconds=0.01)
+    topology = Topology(
+        hosts=(Host(name="near", uplinks=(Uplink(network="internet", link=link),)),),
+        servers=(Server(name="far"),),
+        seed=5,
+    )
+    async with SimulatedInternet(topology) as lab, trio.open_nursery() as nursery:
+        async with lab.host("far"):
+            address = lab.host("far").addresses[0]
+            listener = QuicListener(await bind_socket(4, address, 0), server, entropy=os.urandom)
+            await nursery.start(listener.run)
+        async with lab.host("near"):
+            near = await dial_quic(nursery, (address, listener.port), small)
+            far = await listener.accept()
+        stalled = [await far.open_stream() for _ in range(3)]
+        await trio.sleep(1)
+        near._engine._drain_core = lambda: None  # type: ignore[method-assign]
+        for stream in stalled:
+            nursery.start_soon(stream.send, bytes(200_000))
+        await trio.sleep(0.05)
+        for limit in (0.2, 0.05, 0.05):
+            live = await far.open_stream()
+            await live.send(bytes(3000))
+            await live.send_end()
+            await trio.sleep(limit)
+            assert not live._has_unsent
+            assert not far._engine.get_send_buffer_size(live.stream_id)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("max_streams", [MAX_STREAMS, 250])
+async def test_limit_of_streams(
+    configurations: tuple[QuicConfiguration, QuicConfiguration], max_streams: int
+) -> None:
+    """As many streams may be open at a time as the other side says, at the beginning and after as
+    many were; one more waits for its turn, and the connection goes on."""
+    async with joined(configurations, max_streams=max_streams) as (near, far, _):
+        for _ in range(2):
+            streams = []
+            with trio.fail_after(20):
+                for _ in range(max_streams):
+                    streams.append(await far.open_stream())
+                    await streams[-1].send(b"x")
+                accepted = [await near.accept_stream() for _ in range(max_streams)]
+            with trio.move_on_after(0.05) as waited:
+                await far.open_stream()
+            assert waited.cancelled_caught
+            for stream in (*streams, *accepted):
+                stream.abort()
+        assert far.failure is None
 
 
 async def test_reset_and_stop(
