@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from ipaddress import ip_network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -304,8 +305,9 @@ class TestCommands:
 async def test_no_question_ends_the_agent(question: bytes) -> None:
     """Whatever is asked, there is an answer."""
     ours, theirs = trio.socket.socketpair()
-    nobody: Any = None  # is not looked at
+    node: Any = None  # is not looked at
+    peers: Any = SimpleNamespace(names={})
     async with trio.SocketStream(ours) as stream, trio.open_nursery() as nursery:
-        nursery.start_soon(_serve, theirs, nobody, nobody)
+        nursery.start_soon(_serve, theirs, node, peers)
         await stream.send_all(question + b"\n")
         assert b'"error"' in await stream.receive_some()
