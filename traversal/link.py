@@ -187,6 +187,7 @@ class Link:
             session.search.facts if session.search is not None else None,
             session.contact,
             self._relays.problem(region),
+            session.peer_relay_attempts,
         )
 
     def path_changes(self) -> PathChanges:

@@ -19,6 +19,7 @@ from traversal.paths.peer_relay import (
     PathBound,
     PathReleased,
     PeerRelayClient,
+    RelayAttempt,
     RelayReady,
     SendAllocate,
     SendControl,
@@ -89,6 +90,11 @@ class PeerRelays:
         negotiation = self._negotiation(session)
         if negotiation is not None:
             negotiation.discover(relays, now)
+
+    def attempts(self, session: Session) -> tuple[RelayAttempt, ...]:
+        """What was tried to reach the peer by peer relays."""
+        negotiation = self._negotiations.get(session)
+        return negotiation.client.attempts if negotiation is not None else ()
 
     def forget(self, session: Session) -> None:
         """The peer is gone or has another disco key: end its handshakes and take no more data."""

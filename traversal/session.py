@@ -31,6 +31,7 @@ from traversal.paths.effects import (
 )
 from traversal.paths.introduction import Introducer
 from traversal.paths.peer import ACTIVITY_SECONDS, Peer
+from traversal.paths.peer_relay import RelayAttempt
 from traversal.paths.punch_strategy import PeerSide, PunchPolicy
 from traversal.paths.report import NatFacts
 from traversal.paths.scoring import EDGE_PATH, Path
@@ -83,6 +84,11 @@ class Session:
         self._own_addresses: tuple[Address, ...] = ()
         self._wanted_at = -math.inf
         self._has_keys = trio.Event()
+
+    @property
+    def peer_relay_attempts(self) -> tuple[RelayAttempt, ...]:
+        """What was tried to reach the peer by peer relays."""
+        return self._wiring.peer_relays.attempts(self)
 
     @property
     def nat(self) -> NatFacts:

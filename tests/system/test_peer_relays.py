@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 from trio.testing import MockClock
 
@@ -15,6 +16,7 @@ from netlab.presets import class_behavior
 from tests.system.checks import DIRECT, RELAY
 from tests.system.world import Conversation, World, simulate, topology
 from traversal import Node, PathKind, PeerRelayLimits, PeerRelayOptions
+from traversal.paths.verdict import Finding
 
 HARD = class_behavior("APDM+APDF")
 EASY = class_behavior("EIM+APDF")
@@ -52,7 +54,12 @@ async def test_two_hard_nats(autojump_clock: MockClock) -> None:
         path = conversation.left.path
         assert path.address.host == world.lab.host("h2").addresses[0]
         assert path.latency_seconds < 0.1
-        assert "peer relay" in conversation.left.verdict().text()
+        verdict = conversation.left.verdict()
+        assert "peer relay" in verdict.text()
+        (attempt,) = (a for a in verdict.attempts if a.source == "peer-relay")
+        assert relay.public_key.short() in attempt.address
+        assert attempt.outcome == "leads to the peer"
+        assert attempt.latency_seconds == pytest.approx(path.latency_seconds, rel=0.5)
         statistics = relay.statistics().peer_relay
         assert statistics.open_endpoints == 1
         assert statistics.forwarded_datagrams > 300
@@ -126,9 +133,12 @@ async def test_not_admitted(autojump_clock: MockClock) -> None:
     for options in ({"admit": lambda _: False}, {"limits": PeerRelayLimits(endpoints=0)}):
         async with three(HARD, HARD, None, **options) as (world, (a, b, relay)):
             conversation = await world.introduce(a, b)
-            await trio.sleep(8)
+            await trio.sleep(12)
             assert conversation.kinds == RELAY
             assert conversation.lost_seconds() == 0
+            verdict = conversation.left.verdict()
+            assert Finding.PEER_RELAYS_FAILED in verdict.findings
+            assert f"{relay.public_key.short()} did not answer our request" in verdict.text()
             assert relay.statistics().peer_relay.endpoints == 0
 
 

@@ -152,7 +152,7 @@ class Peer:
 
     def statistics(self) -> PeerStatistics:
         """A snapshot for status pages, metrics and the verdict."""
-        best = self._choice.best
+        best, edge = self._choice.best, self._edge.candidate
         return PeerStatistics(
             state=self.state,
             route=self.route,
@@ -164,6 +164,7 @@ class Peer:
             relay_pongs=self._relay_pongs,
             foreign_pongs=self._foreign_pongs,
             candidates=tuple(map(CandidateStatistics.of, self._book)),
+            edge=CandidateStatistics.of(edge) if edge.pinged_at != -math.inf else None,
         )
 
     # ---- poll

@@ -16,7 +16,8 @@ Feed `handle_*`, carry out `poll_effects()` in order, call `on_time(now)` by `ne
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Final
 
 from traversal.keys import DiscoPublic, Entropy, NodePublic
@@ -43,6 +44,8 @@ MAX_HANDSHAKES: Final = 8
 """Servers tried at once: the peer can invite us to any, each invitation costs us three Binds."""
 MAX_BOUND: Final = 8
 """Paths by which the peer's data is taken for its own; beyond these the oldest is released."""
+MAX_ATTEMPTS: Final = 8
+"""Remembered for the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,32 @@ Effect = (
 )
 
 
+class RelayStep(Enum):
+    """How far the way by one relay came; the value says it in words."""
+
+    ASKED = "was asked for a place to meet"
+    SILENT = "did not answer our request"
+    BINDING = "is being tried by UDP"
+    UNREACHABLE = "does not answer us by UDP"
+    NO_PEER = "answers us by UDP, but leads to no answer of the peer"
+    READY = "leads to the peer"
+
+
+@dataclass(frozen=True, slots=True)
+class RelayAttempt:
+    """The last attempt with one relay, for the verdict. Times are monotonic; None is never.
+
+    Attributes:
+        relay: a short form of the relay's node key, or, where the peer chose it, of the disco key.
+    """
+
+    relay: str
+    step: RelayStep
+    began_at: float
+    answered_at: float | None = None
+    latency_seconds: float | None = None
+
+
 @dataclass(slots=True)
 class _Allocation:
     request: AllocateRequest
@@ -136,6 +165,13 @@ class PeerRelayClient:
         self._bound: dict[Path, None] = {}
         self._last: RelayEndpoint | None = None
         self._effects: list[Effect] = []
+        self._attempts: dict[str, RelayAttempt] = {}
+        self._names: dict[DiscoPublic, str] = {}
+
+    @property
+    def attempts(self) -> tuple[RelayAttempt, ...]:
+        """The last attempt with each of the last relays."""
+        return tuple(self._attempts.values())
 
     @property
     def is_busy(self) -> bool:
@@ -158,12 +194,16 @@ class PeerRelayClient:
         for relay, allocation in list(self._allocations.items()):
             if now >= allocation.ends_at:
                 del self._allocations[relay]
+                self._note_step(relay.short(), RelayStep.SILENT)
             elif now >= allocation.retry_at:
                 allocation.retry_at = math.inf
                 self._effects.append(SendAllocate(relay, allocation.request))
         for server, handshake in list(self._handshakes.items()):
             if now >= handshake.ends_at:
                 del self._handshakes[server]
+                is_bound = handshake.address is not None
+                step = RelayStep.NO_PEER if is_bound else RelayStep.UNREACHABLE
+                self._note_step(self._name(server), step)
             elif handshake.repeat_times and now >= handshake.repeat_times[0]:
                 handshake.repeat_times.pop(0)
                 if handshake.answer is None:
@@ -187,6 +227,7 @@ class PeerRelayClient:
             ends_at, retry_at = now + ALLOCATE_LIMIT_SECONDS, now + ALLOCATE_RETRY_SECONDS
             self._allocations[relay] = _Allocation(request, ends_at, retry_at)
             self._effects.append(SendAllocate(relay, request))
+            self._note_attempt(RelayAttempt(relay.short(), RelayStep.ASKED, now))
 
     def handle_response(
         self,
@@ -207,9 +248,12 @@ class PeerRelayClient:
         if endpoint.clients != self._pair:
             return
         del self._allocations[relay]
+        self._note_name(endpoint.server_key, relay.short())
         self._effects.append(SendVia(CallMeMaybeVia(endpoint)))
         if best != (endpoint.server_key, endpoint.vni):
             self._start(endpoint, now)
+        else:
+            self._note_step(relay.short(), RelayStep.READY, now)
 
     def handle_via(
         self, message: CallMeMaybeVia, best: tuple[DiscoPublic, int] | None, now: float
@@ -260,12 +304,44 @@ class PeerRelayClient:
                 self._last = handshake.endpoint
                 path = Path(handshake.address, handshake.endpoint.vni)
                 self._effects.append(RelayReady(path, server, now - sent_at))
+                self._note_step(self._name(server), RelayStep.READY, now, now - sent_at)
                 return True
         return False
 
     def servers(self) -> set[DiscoPublic]:
         """Disco keys from which a Challenge may come: other control packets are dropped unread."""
         return set(self._handshakes)
+
+    def _name(self, server: DiscoPublic) -> str:
+        return self._names.get(server, server.short())
+
+    def _note_name(self, server: DiscoPublic, relay: str) -> None:
+        """That server belongs to that relay node; perhaps the peer invited us there before."""
+        self._names[server] = relay
+        invited = self._attempts.pop(server.short(), None)
+        if invited is not None:
+            self._note_attempt(replace(invited, relay=relay))
+
+    def _note_attempt(self, attempt: RelayAttempt) -> None:
+        self._attempts.pop(attempt.relay, None)
+        self._attempts[attempt.relay] = attempt
+        while len(self._attempts) > MAX_ATTEMPTS:
+            del self._attempts[next(iter(self._attempts))]
+        while len(self._names) > MAX_ATTEMPTS:
+            del self._names[next(iter(self._names))]
+
+    def _note_step(
+        self,
+        relay: str,
+        step: RelayStep,
+        answered_at: float | None = None,
+        latency_seconds: float | None = None,
+    ) -> None:
+        attempt = self._attempts.get(relay)
+        if attempt is not None:
+            self._attempts[relay] = replace(
+                attempt, step=step, answered_at=answered_at, latency_seconds=latency_seconds
+            )
 
     def _note_bound(self, path: Path) -> None:
         self._bound.pop(path, None)
@@ -295,6 +371,7 @@ class PeerRelayClient:
             _repeats(now),
         )
         self._handshakes[endpoint.server_key] = handshake
+        self._note_attempt(RelayAttempt(self._name(endpoint.server_key), RelayStep.BINDING, now))
         self._bind(handshake)
 
     def _bind(self, handshake: _Handshake) -> None:

@@ -59,3 +59,5 @@ class PeerStatistics:
     relay_pongs: int
     foreign_pongs: int
     candidates: tuple[CandidateStatistics, ...]
+    edge: CandidateStatistics | None = None
+    """The way by the edge, if it was ever tried."""

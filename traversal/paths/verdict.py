@@ -12,10 +12,16 @@ from enum import Enum
 from typing import Final
 
 from traversal.paths.effects import PathState
+from traversal.paths.peer_relay import RelayAttempt, RelayStep
 from traversal.paths.punch_facts import PunchFacts, Strategy
 from traversal.paths.report import NatFacts, PortAllocation, PortPattern
 from traversal.paths.statistics import CandidateStatistics, PeerStatistics
 from traversal.wire.introduction import FilteringClass, MappingClass
+
+PATIENCE_SECONDS: Final = 1.0
+"""A Ping that is out for longer counts as unanswered so far, though its Pong may still come."""
+EDGE_SILENCE_SECONDS: Final = 10.0
+"""While it is looked for, the edge is tried every 5 s."""
 
 
 class Finding(Enum):
@@ -47,6 +53,8 @@ class Finding(Enum):
     PORTS_SEARCHED = "port-search-running"
     PORTS_NOT_FOUND = "port-search-failed"
     NO_PORT_SEARCH = "no-port-search"
+    PEER_RELAYS_FAILED = "peer-relays-failed"
+    EDGE_UNANSWERED = "edge-unanswered"
 
 
 class Remedy(Enum):
@@ -124,10 +132,12 @@ class Contact(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What was tried at one address; ages in seconds before the verdict, None is never."""
+    """What was tried at one address, by one peer relay or by the edge; ages in seconds before the
+    verdict, None is never. `outcome` says in words what came of it."""
 
     address: str
     source: str
+    outcome: str
     pinged_ago_seconds: float | None
     answered_ago_seconds: float | None
     latency_seconds: float | None
@@ -165,6 +175,7 @@ class Verdict:
                 {
                     "address": attempt.address,
                     "source": attempt.source,
+                    "outcome": attempt.outcome,
                     "pinged_ago_seconds": attempt.pinged_ago_seconds,
                     "answered_ago_seconds": attempt.answered_ago_seconds,
                     "latency_seconds": attempt.latency_seconds,
@@ -236,15 +247,19 @@ def judge(
     punch: PunchFacts | None = None,
     contact: Contact = Contact.OPEN,
     problem: str = "",
+    peer_relays: tuple[RelayAttempt, ...] = (),
 ) -> Verdict:
     """The verdict on the path to the peer called `name`; `relay` names the relay in use, `punch`
     says what the port search did, if the node has one, `contact` how far the way by the relay
-    leads, and `problem` why that relay can't be connected to."""
-    builder = _Builder(name, statistics, own, peer, relay, now, punch)
+    leads, `problem` why that relay can't be connected to, `peer_relays` what was tried with
+    these."""
+    builder = _Builder(name, statistics, own, peer, relay, now, punch, peer_relays)
     if statistics.state in (PathState.IDLE, PathState.RELAY):
         builder.judge_contact(contact, problem)
     if not builder.findings:
         builder.judge()
+    if statistics.state is PathState.RELAY:
+        builder.tell_detours()
     return Verdict(
         state=statistics.state,
         path=str(statistics.route.path) if statistics.route.path is not None else None,
@@ -252,7 +267,11 @@ def judge(
         remedies=tuple(builder.remedies),
         sentences=tuple(builder.sentences),
         fixes=tuple(_REMEDY_TEXT[remedy] for remedy in builder.remedies),
-        attempts=tuple(_attempt(candidate, now) for candidate in statistics.candidates),
+        attempts=(
+            *(_attempt(candidate, now) for candidate in statistics.candidates),
+            *(_relay_attempt(attempt, now) for attempt in peer_relays),
+            *([_attempt(statistics.edge, now)] if statistics.edge is not None else ()),
+        ),
         own=own,
         peer=peer,
         punch=punch,
@@ -271,8 +290,10 @@ class _Builder:
         relay: str,
         now: float,
         punch: PunchFacts | None,
+        peer_relays: tuple[RelayAttempt, ...],
     ) -> None:
         self._punch = punch
+        self._peer_relays = peer_relays
         self._name, self._relay, self._now = name, relay, now
         self._statistics, self._own, self._peer = statistics, own, peer
         self.findings: list[Finding] = []
@@ -418,6 +439,21 @@ class _Builder:
                 Remedy.CHECK_PEER,
             )
 
+    def tell_detours(self) -> None:
+        """What was tried beside a direct path, and why it does not carry the traffic."""
+        failed = [a for a in self._peer_relays if a.step not in _HOPEFUL_STEPS]
+        if failed:
+            tried = ", ".join(f"{attempt.relay} {attempt.step.value}" for attempt in failed)
+            self._say(Finding.PEER_RELAYS_FAILED, f"Peer relays do not help: {tried}.")
+        edge = self._statistics.edge
+        if edge is not None and (
+            edge.answered_at is None or self._now - edge.answered_at >= EDGE_SILENCE_SECONDS
+        ):
+            self._say(
+                Finding.EDGE_UNANSWERED,
+                f"The edge tunnel was tried as well, and {self._name} did not answer by it.",
+            )
+
     def _blame_own_network(self) -> None:
         if self._own.has_captive_portal:
             self._say(
@@ -498,15 +534,51 @@ class _Builder:
             )
 
 
+class _Outcome(Enum):
+    NOT_TRIED = "not tried"
+    WAITING = "no answer yet"
+    UNANSWERED = "no answer"
+    LOSSY = "answers, but loses too much"
+    ANSWERED = "answers"
+
+
+_HOPEFUL_STEPS: Final = (RelayStep.ASKED, RelayStep.BINDING, RelayStep.READY)
+
+
+def _outcome(candidate: CandidateStatistics, now: float) -> _Outcome:
+    pinged_at, answered_at = candidate.pinged_at, candidate.answered_at
+    if candidate.is_shelved:
+        return _Outcome.LOSSY
+    if pinged_at is None:
+        return _Outcome.NOT_TRIED
+    if answered_at is not None and answered_at >= pinged_at:
+        return _Outcome.ANSWERED
+    return _Outcome.UNANSWERED if now - pinged_at >= PATIENCE_SECONDS else _Outcome.WAITING
+
+
+def _relay_attempt(attempt: RelayAttempt, now: float) -> Attempt:
+    answered_at = attempt.answered_at
+    return Attempt(
+        address=f"peer relay {attempt.relay}",
+        source="peer-relay",
+        outcome=attempt.step.value,
+        pinged_ago_seconds=now - attempt.began_at,
+        answered_ago_seconds=None if answered_at is None else now - answered_at,
+        latency_seconds=attempt.latency_seconds,
+    )
+
+
 def _attempt(candidate: CandidateStatistics, now: float) -> Attempt:
     sources = (
         ("configured", candidate.is_configured),
         ("called", candidate.is_called),
         ("seen", candidate.is_seen),
+        ("edge", candidate.path.is_edge),
     )
     return Attempt(
         address=str(candidate.path),
         source=" ".join(name for name, applies in sources if applies),
+        outcome=_outcome(candidate, now).value,
         pinged_ago_seconds=None if candidate.pinged_at is None else now - candidate.pinged_at,
         answered_ago_seconds=None if candidate.answered_at is None else now - candidate.answered_at,
         latency_seconds=candidate.latency_seconds or None,

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from traversal.paths.peer_relay import RelayAttempt, RelayStep
 from traversal.paths.report import NatFacts
 from traversal.paths.verdict import Finding, Remedy, can_punch, judge
 from traversal.wire.introduction import FilteringClass as F
@@ -125,6 +126,32 @@ def test_idle(world) -> None:
     """Without traffic there is no path, and that is no fault."""
     verdict = verdict_after(world, "easy", "easy", EASY, EASY, talks="")
     assert verdict.findings == (Finding.IDLE,)
+
+
+def test_detours(world) -> None:
+    """What was tried by peer relays and by the edge is told, and why it does not help."""
+    w = world().join("hard", "hard")
+    w.is_edge_up = False
+    w.a.peer.set_edge_available(True, w.now)
+    w.a.peer.set_relay_available(False, w.now)
+    w.talk(w.a, w.b, every=0.1, until=20.0)
+    w.run(19.5)
+    w.a.peer.set_relay_available(True, w.now)
+    tried = (
+        RelayAttempt("one", RelayStep.SILENT, 2.5),
+        RelayAttempt("two", RelayStep.UNREACHABLE, 3.5),
+        RelayAttempt("three", RelayStep.BINDING, 19.0),
+    )
+    verdict = judge("bob", w.a.peer.statistics(), HARD, HARD, "x", w.now, peer_relays=tried)
+    assert {Finding.PEER_RELAYS_FAILED, Finding.EDGE_UNANSWERED} <= set(verdict.findings)
+    assert "one did not answer our request, two does not answer us by UDP." in verdict.text()
+    assert "three" not in verdict.text()
+    by_source = {attempt.source: attempt for attempt in verdict.attempts}
+    assert by_source["peer-relay"].address == "peer relay three"
+    assert by_source["peer-relay"].pinged_ago_seconds == pytest.approx(0.5)
+    assert by_source["edge"].outcome in ("no answer", "no answer yet")
+    direct = [a.outcome for a in verdict.attempts if a.address.startswith("198.51.100.22:")]
+    assert direct in (["no answer"], ["no answer yet"])
 
 
 def test_json(world) -> None:
