@@ -66,8 +66,9 @@ def combined_class(behaviors: list[NatBehavior]) -> str:
     mapping, filtering = 0, 0
     for behavior in behaviors:
         one, other = behavior.mapping, behavior.filtering
-        if behavior.addresses > 1 and behavior.pooling is Pooling.ARBITRARY:
-            # Not even the address is known beforehand.
+        is_arbitrary = behavior.addresses > 1 and behavior.pooling is Pooling.ARBITRARY
+        if is_arbitrary and one is not Mapping.EIM:
+            # Not even the address of the next mapping is known beforehand.
             one, other = Mapping.APDM, Filtering.APDF
         mapping = max(mapping, _MAPPINGS.index(one))
         filtering = max(filtering, _FILTERINGS.index(other))

@@ -41,6 +41,9 @@ _ASSIGNMENT_SOCKETS = 8
 # A request is repeated once: on a lossy link a silent filter is then told from loss.
 _ATTEMPTS = 2
 
+# A NAT that takes any of its addresses for each mapping soon takes a given one.
+_ADDRESS_ATTEMPTS = 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeServers:
@@ -322,13 +325,19 @@ async def _measure_early_packet(prober: _Prober) -> bool | None:
 
 async def _is_alive(prober: _Prober, x: _ProbeSocket, external: Address) -> bool:
     """Have the server send to a mapping without refreshing it: RFC 5780 section 4.6."""
-    with prober.socket() as y:
-        for _ in range(_ATTEMPTS):
-            transaction = prober.generator.randbytes(12)
-            request = Request(transaction=transaction, response_port=external[1])
-            await y.sock.sendto(request.encode(), prober.at(0, 0))
-            if await x.hear(transaction) is not None:
-                return True
+    for _ in range(_ADDRESS_ATTEMPTS):
+        with prober.socket() as y:
+            # The server answers to the address that asks, which must be that of the mapping.
+            asking = await y.ask(prober.at(0, 0))
+            if asking is None or asking[0] != external[0]:
+                continue
+            for _ in range(_ATTEMPTS):
+                transaction = prober.generator.randbytes(12)
+                request = Request(transaction=transaction, response_port=external[1])
+                await y.sock.sendto(request.encode(), prober.at(0, 0))
+                if await x.hear(transaction) is not None:
+                    return True
+            return False
     return False
 
 

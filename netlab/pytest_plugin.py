@@ -178,6 +178,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if back_end is BackEnd.SIMULATED:
             # pytest-trio runs a test by the `run` of its nearest marker.
             item.add_marker(pytest.mark.trio(run=_run_in_virtual_time), append=False)
+        elif item.get_closest_marker("trio") is None:
+            item.add_marker(pytest.mark.trio)
 
 
 @pytest.hookimpl(tryfirst=True)

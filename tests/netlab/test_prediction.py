@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from netlab.behavior import Filtering, Firewall, Hairpin, Mapping, ModelError, NatBehavior
+from netlab.behavior import Filtering, Firewall, Hairpin, Mapping, ModelError, NatBehavior, Pooling
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.prediction import combined_class, predict_outcome, simple_path
 from netlab.presets import class_behavior
@@ -28,6 +28,14 @@ def test_chains_take_the_worst_of_each_axis() -> None:
     assert combined_class([]) == "EIM+EIF"
     chain = [class_behavior("EIM+APDF"), class_behavior("APDM+EIF")]
     assert combined_class(chain) == "APDM+APDF"
+
+
+def test_an_arbitrary_address_is_one_more_thing_to_depend_on() -> None:
+    """Where mappings depend on the destination, no peer knows the next one's address either; one
+    mapping for all destinations stays one."""
+    pool = {"addresses": 4, "pooling": Pooling.ARBITRARY, "filtering": Filtering.ADF}
+    assert combined_class([NatBehavior(mapping=Mapping.EIM, **pool)]) == "EIM+ADF"
+    assert combined_class([NatBehavior(mapping=Mapping.ADM, **pool)]) == "APDM+APDF"
 
 
 def test_a_symmetric_carrier_makes_an_easy_home_hard() -> None:

@@ -47,7 +47,7 @@ async def test_time_is_virtual(lab):
 def run_pytest(place: Path, text: str, *arguments: str) -> str:
     """Run pytest with the plugin on a test file; return what it prints."""
     (place / "test_it.py").write_text(text)
-    (place / "pytest.ini").write_text("[pytest]\ntrio_mode = true\nfilterwarnings = error\n")
+    (place / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
     command = [sys.executable, "-m", "pytest", "-p", "netlab.pytest_plugin", "-q", str(place)]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", *arguments],

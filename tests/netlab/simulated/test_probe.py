@@ -15,6 +15,7 @@ from netlab.model import (
     Hairpin,
     Host,
     Lifetimes,
+    Mapping,
     Nat,
     NatBehavior,
     Pooling,
@@ -108,6 +109,8 @@ async def test_presets_keep_their_claims(name: str, autojump_clock: MockClock) -
         NatBehavior(refresh=Refresh.OUTBOUND, lifetimes=Lifetimes(udp_seconds=37)),
         NatBehavior(ports=PortAllocation(assignment=PortAssignment.SEQUENTIAL, step=3)),
         NatBehavior(addresses=3, pooling=Pooling.PAIRED),
+        NatBehavior(addresses=4, pooling=Pooling.ARBITRARY),
+        NatBehavior(addresses=4, pooling=Pooling.ARBITRARY, mapping=Mapping.APDM),
         NatBehavior(translation=Translation.NONE, filtering=Filtering.ADF),
     ],
 )
