@@ -74,7 +74,7 @@ class HandleRebind(Protocol):
 
 
 class Endpoints:
-    """Run `run` in a task; it says that it has started when the first check is over."""
+    """Run `run` in a task; `wait_checked` waits for its first check."""
 
     def __init__(
         self,
@@ -190,7 +190,13 @@ class Endpoints:
         self._wanted.set()
 
     async def refresh_now(self) -> Report:
-        """Run a full check and wait for its end, and before for tests of the NAT under way."""
+        """Run a full check and wait for its end, and before for tests of the NAT under way.
+
+        The first check of all is such a one, so that no second is run while it is under way.
+        """
+        if self._last is None:
+            await self._finished.wait()
+            return self.report
         with trio.move_on_after(DISCOVERY_PATIENCE_SECONDS):
             await self._discovered.wait()
         self._is_full_wanted = True
@@ -236,9 +242,9 @@ class Endpoints:
                 nursery.start_soon(self._port_mapping.run)
                 self._map_port()
             # On a network without IPv4 the first check needs to know how IPv4 is reached.
+            task_status.started()
             await self._discover_nat64()
             await self._run_check()
-            task_status.started()
             nursery.start_soon(self._check_forever)
             nursery.start_soon(self._knock_forever)
             nursery.start_soon(self._rebind_forever)
@@ -246,6 +252,11 @@ class Endpoints:
             nursery.start_soon(
                 watch_network, self.state, self._interfaces, self._handle_network_change
             )
+
+    async def wait_checked(self) -> None:
+        """Until a check has ended."""
+        while self._last is None:
+            await self._finished.wait()
 
     # ---- tasks
 
@@ -379,6 +390,10 @@ class Endpoints:
 
     def _conclude(self, report: Report) -> None:
         now = trio.current_time()
+        was_offline = self._last is not None and not self._last.latencies
+        if was_offline and report.latencies and not report.is_udp_working:
+            # The network may have come during this check, too late for its STUN requests.
+            self._wanted.set()
         self._last = self.report = report
         if report.is_full:
             self._last_full_at = now

@@ -59,6 +59,9 @@ from traversal.wiring import Wiring
 if TYPE_CHECKING:
     from traversal.io.edge_client import EdgeClient, EdgeOptions, EdgeStatistics
 
+CHECK_PATIENCE_SECONDS: Final = 5.0
+"""How long opening a node waits for the first net check. It takes longer only where relays answer
+neither by UDP nor by HTTPS, and then there is nothing to wait for."""
 HOME_PATIENCE_SECONDS: Final = 2.0
 """How long opening a node waits for its home relay, so that peers can reach it at once."""
 ANNOUNCE_AT_ONCE: Final = 16
@@ -113,8 +116,9 @@ async def open_node(
 ) -> AsyncIterator[Node]:
     """Open a node for the length of the block; leaving it closes every socket and link.
 
-    On entry the first net check is over (0.1 to 5 s), a home relay is chosen and, unless that takes
-    more than 2 s, connected.
+    On entry the first net check is over (0.1 to 4 s), a home relay is chosen and, unless that takes
+    more than 2 s, connected. Where no relay answers it takes 5 s: then `home_region` is 0, the
+    check goes on, and so does everything else as soon as the network comes.
 
     Args:
         port: local UDP port for both families; 0 lets the kernel choose.
@@ -438,6 +442,8 @@ class Node:
                 await nursery.start(self._endpoints.run)
                 if self._relay_service is not None:
                     await nursery.start(self._relay_service.run)
+                with trio.move_on_after(CHECK_PATIENCE_SECONDS):
+                    await self._endpoints.wait_checked()
                 with trio.move_on_after(HOME_PATIENCE_SECONDS):
                     await self._relays.wait_for_home()
                 task_status.started()

@@ -176,7 +176,8 @@ class Reception:
             if session.outlet.home_region == region:
                 session.machine.set_relay_available(is_up, now)
                 session.carry_out()
-        if not is_up and region == self._wiring.relays.home:
+        has_network_come = is_up and self._endpoints.nat.is_offline
+        if has_network_come or (not is_up and region == self._wiring.relays.home):
             self._endpoints.refresh()
 
     def handle_relay_restarting(self, region: int) -> None:

@@ -359,10 +359,11 @@ class TestBlockedUdp:
             world.internet.host("h0").cut()
             began = trio.current_time()
             node = await world.open("h0")
-            assert trio.current_time() - began < 11
+            assert trio.current_time() - began <= 5.1
             assert not node.report.latencies
+            await trio.sleep(15)
             world.internet.host("h0").heal()
-            await trio.sleep(30)
+            await trio.sleep(20)
             assert node.report.is_udp_working
             assert world.relays[0].homes
 
