@@ -13,7 +13,7 @@ from typing import Final
 import trio
 
 from traversal.io.udp import Sender
-from traversal.keys import NONCE_LENGTH, Box, DiscoPublic, NodePublic
+from traversal.keys import NONCE_LENGTH, Box, DiscoPublic, KeyFormatError, NodePublic
 from traversal.paths.effects import SendPing
 from traversal.paths.peer import Peer
 from traversal.paths.scoring import Path
@@ -67,6 +67,9 @@ class Outlet:
 
     def set_disco_key(self, key: DiscoPublic) -> None:
         """Seal messages for this key. Raises KeyFormatError for a key that no honest peer has."""
+        if key == self._wiring.disco_public:
+            # What we seal ourselves would open as the peer's: anybody could send it back to us.
+            raise KeyFormatError("this is our own disco key")
         self._box = Box(self._wiring.disco_private, key)
 
     def box_of_nodes(self) -> Box:

@@ -208,8 +208,12 @@ class PeerRelays:
                 del self._servers[server.raw]
 
     def bind(self, path: Path, session: Session) -> None:
-        """Data by `path` is this peer's."""
-        self._by_path[path] = session
+        """Data by `path` is this peer's, unless another one's traffic takes it now: the peer says
+        where the relay is, and could name one that others use."""
+        holder = self._by_path.get(path, session)
+        route = holder.machine.route
+        if holder is session or route.relay or route.path != path:
+            self._by_path[path] = session
 
     def unbind(self, path: Path, session: Session) -> None:
         """It is not any more."""

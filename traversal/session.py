@@ -361,7 +361,7 @@ class Session:
             case RefreshEndpoints():
                 self._wiring.refresh()
             case AddressLearned():
-                self._wiring.by_address[effect.address] = self
+                self._take_address(effect, trio.current_time())
             case AddressForgotten():
                 if self._wiring.by_address.get(effect.address) is self:
                     del self._wiring.by_address[effect.address]
@@ -371,6 +371,19 @@ class Session:
                 self.note_ping(effect)
             case DiscoverPeerRelay():
                 self._wiring.peer_relays.discover(self, trio.current_time())
+
+    def _take_address(self, learned: AddressLearned, now: float) -> None:
+        """Have datagrams from this address for our peer's, unless another peer's claim is better:
+        else a peer could forge a Ping from there, and take the other's datagrams away."""
+        by_address = self._wiring.by_address
+        holder = by_address.get(learned.address)
+        has_better_claim = (
+            holder is not None
+            and not learned.is_proven
+            and holder.machine.has_answered_from(learned.address, now)
+        )
+        if not has_better_claim:
+            by_address[learned.address] = self
 
     # ---- introductions
 

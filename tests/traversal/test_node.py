@@ -33,6 +33,7 @@ from traversal import (
     open_node,
 )
 from traversal.paths.verdict import Finding, Remedy
+from traversal.wire.disco import Ping
 
 ON_LOOPBACK: dict[str, Any] = {
     "hosts": {4: "127.0.0.1"},
@@ -292,6 +293,36 @@ class TestAdmission:
             await link.send(b"meow")
             await until(lambda: heard)
             assert heard == [(900, a.public_key, b"meow")]
+
+    async def test_peer_that_forges_anothers_address(self, relay_map: RelayMap) -> None:
+        """A peer's Ping with the source of another peer's path does not take that one's datagrams
+        away; nor is our own disco key taken from anybody as theirs."""
+        async with (
+            node_on(relay_map, admit=everybody) as node,
+            node_on(relay_map) as friend,
+            node_on(relay_map) as forger,
+        ):
+            link = await friend.connect(node.public_key, relay=900)
+            await link.send(b"hello")
+            from_friend = await node.accept()
+            await from_friend.send(b"hello")
+            await until_direct(link, from_friend)
+            await (await forger.connect(node.public_key, relay=900)).send(b"hello")
+            from_forger = await node.accept()
+            assert await from_forger.receive() == b"hello"
+            outlet = forger._sessions[node.public_key.raw].outlet
+            await until(lambda: outlet.has_keys)
+            forged = outlet.seal_disco(Ping(b"twelve bytes", forger.public_key))
+            assert forged is not None
+            assert await from_friend.receive() == b"hello"
+            source = from_friend.path.address
+            assert source is not None
+            node._reception.handle_batch([(forged, source)])
+            await link.send(b"direct")
+            with trio.fail_after(2):
+                assert await from_friend.receive() == b"direct"
+            with pytest.raises(KeyFormatError, match="our own"):
+                node._sessions[forger.public_key.raw].set_disco_key(node.disco_key, 0.0)
 
     async def test_hostile_datagrams(self, relay_map: RelayMap) -> None:
         """Random and malformed datagrams on the UDP port change nothing but counters."""

@@ -77,9 +77,14 @@ class DiscoverPeerRelay:
 
 @dataclass(frozen=True, slots=True)
 class AddressLearned:
-    """Data from `address` belongs to this peer: a valid disco message came from there."""
+    """Data from `address` belongs to this peer: a valid disco message came from there.
+
+    `is_proven` says that the peer answered a Ping to that address. The source of a Ping alone can
+    be forged: another peer that answered from there lately (`Peer.has_answered_from`) keeps it.
+    """
 
     address: Address
+    is_proven: bool = False
 
 
 @dataclass(frozen=True, slots=True)

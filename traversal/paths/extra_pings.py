@@ -11,6 +11,10 @@ PING_BACK_SECONDS: Final = 5.0
 """Least time between two Pings in answer to Pings from one address (P7); while a direct path is in
 use, between any two. Without that two NATs that map by destination and filter nothing would have
 the peers answer each other's Pings for ever, each from a mapping that the other has not seen."""
+PING_BACKS_PER_SECOND: Final = 4.0
+PING_BACKS_BURST: Final = 32.0
+"""To all addresses of a peer together. A recorded Ping can be replayed from any number of forged
+sources, each of which would get nearly twice what was sent in its name: a Pong and a Ping."""
 ANSWERED_SECONDS: Final = 45.0
 """An address that answered so lately needs no Ping back where a path is in use."""
 LOOK_AGAIN_SECONDS: Final = 0.3
@@ -21,6 +25,7 @@ class PingBacks:
 
     def __init__(self) -> None:
         self._last_at = -math.inf
+        self._budget = PING_BACKS_BURST
 
     def take(
         self, candidate: Candidate, settled: Candidate | None, now: float, *, is_active: bool
@@ -37,6 +42,11 @@ class PingBacks:
         has_answered = now - candidate.answered_at < ANSWERED_SECONDS
         if has_answered and (settled is not None or not is_active):
             return False
+        earned = min(now - self._last_at, PING_BACKS_BURST) * PING_BACKS_PER_SECOND
+        budget = min(self._budget + earned, PING_BACKS_BURST)
+        if budget < 1:
+            return False
+        self._budget = budget - 1
         candidate.pinged_back_at = self._last_at = now
         return True
 

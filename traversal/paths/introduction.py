@@ -95,7 +95,9 @@ class Introducer:
 
     def handle_introduction(self, introduction: Introduction, now: float) -> Outcome:
         """Judge one that was opened with the peer's node key."""
-        if introduction.session in self._retired:
+        if introduction.session in self._retired or introduction.session == self._session:
+            # A former life of the peer; or our own words sent back: the box between two keys is
+            # the same in both directions.
             return Outcome(None, None)
         self._heard_session = introduction.session
         is_fresh = introduction.echoed_session == self._session

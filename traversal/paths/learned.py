@@ -22,17 +22,16 @@ class LearnedAddresses:
         self._candidates: set[Address] = set()
         self._foreign: dict[Address, None] = {}
 
-    def learn(self, address: Address) -> Iterator[Effect]:
-        """A candidate's address is the peer's beyond doubt."""
-        if address not in self._candidates and self._book.get(address) is not None:
+    def learn(self, address: Address, *, is_proven: bool = False) -> Iterator[Effect]:
+        """The peer pinged from a candidate's address or, if `is_proven`, answered from there."""
+        if self._book.get(address) is not None:
             self._candidates.add(address)
-            yield AddressLearned(address)
+            # Each time: another peer may have had this address in between.
+            yield AddressLearned(address, is_proven)
 
     def learn_foreign(self, source: Address) -> Iterator[Effect]:
         """A Pong came from an address that was not pinged."""
-        if source in self._foreign:
-            return
-        if len(self._foreign) == MAX_FOREIGN_SOURCES:
+        if source not in self._foreign and len(self._foreign) == MAX_FOREIGN_SOURCES:
             oldest = next(iter(self._foreign))
             del self._foreign[oldest]
             yield AddressForgotten(oldest)

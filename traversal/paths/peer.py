@@ -150,6 +150,11 @@ class Peer:
             return None
         return server, best.path.vni
 
+    def has_answered_from(self, address: Address, now: float) -> bool:
+        """Whether the peer answered a Ping to this address in the last 45 s."""
+        candidate = self._book.get(address)
+        return candidate is not None and now - candidate.answered_at < ACTIVITY_SECONDS
+
     def statistics(self) -> PeerStatistics:
         """A snapshot for status pages, metrics and the verdict."""
         best, edge = self._choice.best, self._edge.candidate
@@ -297,7 +302,8 @@ class Peer:
             candidate.note_latency(latency)
         candidate.answered_at = now
         if not candidate.path.vni:
-            self._effects += self._learned.learn(candidate.path.address)
+            is_proven = source == candidate.path.address
+            self._effects += self._learned.learn(candidate.path.address, is_proven=is_proven)
             if source != candidate.path.address:
                 self._foreign_pongs += 1
                 self._effects += self._learned.learn_foreign(source)
@@ -394,7 +400,7 @@ class Peer:
         candidate, _ = self._book.see(address, now)
         candidate.note_latency(latency_seconds)
         candidate.answered_at = now
-        self._effects += self._learned.learn(address)
+        self._effects += self._learned.learn(address, is_proven=True)
         self._book.prune(now, keep=candidate)
         reason = self._choice.handle_answer(candidate, 0, now - latency_seconds, now)
         self._flush(now, reason)

@@ -42,6 +42,10 @@ REPEAT_AFTER: Final = (0.25, 1.0)
 MAX_PINGS: Final = 10
 MAX_HANDSHAKES: Final = 8
 """Servers tried at once: the peer can invite us to any, each invitation costs us three Binds."""
+INVITATIONS_PER_SECOND: Final = 0.5
+INVITATIONS_BURST: Final = 16.0
+"""Taken from the peer, who invites us once in 30 s for each relay that it knows: an invitation of
+800 bytes has us send Binds of 160 bytes to 32 addresses of its choice."""
 MAX_BOUND: Final = 8
 """Paths by which the peer's data is taken for its own; beyond these the oldest is released."""
 MAX_ATTEMPTS: Final = 8
@@ -164,6 +168,8 @@ class PeerRelayClient:
         self._handshakes: dict[DiscoPublic, _Handshake] = {}
         self._bound: dict[Path, None] = {}
         self._last: RelayEndpoint | None = None
+        self._invited_at = -math.inf
+        self._invitations = INVITATIONS_BURST
         self._effects: list[Effect] = []
         self._attempts: dict[str, RelayAttempt] = {}
         self._names: dict[DiscoPublic, str] = {}
@@ -260,7 +266,12 @@ class PeerRelayClient:
     ) -> None:
         """The peer invites us to an endpoint."""
         endpoint = message.endpoint
-        if endpoint.clients == self._pair and best != (endpoint.server_key, endpoint.vni):
+        if endpoint.clients != self._pair or best == (endpoint.server_key, endpoint.vni):
+            return
+        earned = min(now - self._invited_at, INVITATIONS_BURST) * INVITATIONS_PER_SECOND
+        budget = min(self._invitations + earned, INVITATIONS_BURST)
+        if budget >= 1:
+            self._invited_at, self._invitations = now, budget - 1
             self._start(endpoint, now)
 
     def handle_challenge(

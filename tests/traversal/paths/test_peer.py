@@ -21,6 +21,7 @@ from traversal.paths.effects import (
     SendPing,
     SendPong,
 )
+from traversal.paths.extra_pings import PING_BACKS_BURST, PING_BACKS_PER_SECOND
 from traversal.paths.peer import Peer
 from traversal.paths.scoring import Path
 from traversal.wire.address import Address
@@ -150,6 +151,25 @@ class TestPingBack:
             found = [e for e in peer.poll_effects() if isinstance(e, SendPong)]
             assert len(found) == pongs
 
+    def test_addresses_are_learned_anew(self):
+        """A Ping claims its source each time, an answer proves the address that was pinged, and
+        one from elsewhere proves nothing."""
+        peer = make_peer(X)
+        for i in range(2):
+            peer.handle_ping(bytes([i]) * 12, Path(Y), 0.0)
+            assert AddressLearned(Y) in peer.poll_effects()
+        assert not peer.has_answered_from(Y, 0.0)
+        for source in (X, Y):
+            peer.handle_send(100.0)
+            peer.ping_all(100.0)
+            ping = [e for e in peer.poll_effects() if isinstance(e, SendPing)][-1]
+            peer.handle_pong(ping.transaction_id, source, Y, 100.1)
+            learned = [e for e in peer.poll_effects() if isinstance(e, AddressLearned)]
+            assert AddressLearned(ping.path.address, is_proven=source == X) in learned
+            assert all(e.is_proven <= (e.address == source == X) for e in learned)
+        assert peer.has_answered_from(X, 144.0)
+        assert not peer.has_answered_from(X, 146.0)
+
     def test_pongs_are_limited_per_source(self):
         """A flood of Pings gets 20 Pongs a second after a burst of 40."""
         peer = make_peer()
@@ -172,6 +192,7 @@ class TestPingBack:
                 pings += isinstance(effect, SendPing)
         assert len(peer.statistics().candidates) <= 100
         assert learned - forgotten <= 100
+        assert 1 <= pings <= PING_BACKS_BURST + 4 * PING_BACKS_PER_SECOND
 
 
 class TestCallMeMaybe:

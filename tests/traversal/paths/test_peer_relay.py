@@ -9,6 +9,8 @@ import pytest
 
 from traversal.keys import DiscoPublic, NodePublic
 from traversal.paths.peer_relay import (
+    INVITATIONS_BURST,
+    INVITATIONS_PER_SECOND,
     PathBound,
     PathReleased,
     PeerRelayClient,
@@ -257,3 +259,21 @@ def test_other_pairs_are_refused() -> None:
     client.handle_response(RELAY, AllocateResponse(sent.request.generation, foreign), None, 0.0)
     client.handle_response(RELAY, AllocateResponse(99, ENDPOINT), None, 0.0)
     assert client.poll_effects() == []
+
+
+def test_invitations_are_paced():
+    """A peer that invites us all the time, to one server or to many, does not have us send Binds
+    to others without end."""
+    client = PeerRelayClient(A, B, random.Random(1).randbytes)
+    binds = 0
+    for i in range(2000):
+        now = i / 100
+        server = DiscoPublic(bytes([1 + i % 4]) * 32)
+        endpoint = replace(
+            ENDPOINT, server_key=server, lamport_id=i + 1, bind_lifetime_nanoseconds=i % 2
+        )
+        client.handle_via(CallMeMaybeVia(endpoint), None, now)
+        binds += sum(isinstance(effect, SendControl) for effect in client.poll_effects())
+        client.on_time(now)
+    invitations = INVITATIONS_BURST + 20 * INVITATIONS_PER_SECOND
+    assert 0 < binds <= invitations * len(ENDPOINT.addresses)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traversal.keys import Box, DiscoPublic, NodePrivate
-from traversal.paths.introduction import Introducer, new_session
+from traversal.paths.introduction import Introducer, Outcome, new_session
 from traversal.wire import introduction as wire
 from traversal.wire.address import Address
 from traversal.wire.classify import Kind, classify
@@ -189,3 +189,13 @@ class TestIntroducer:
     def test_session_is_never_zero(self) -> None:
         """Even a broken random source gives a usable session."""
         assert any(new_session(bytes))
+
+    def test_own_words_sent_back(self) -> None:
+        """Whoever reflects an introduction of ours is not believed to be the peer: the box between
+        two nodes' keys opens in both directions."""
+        alice = introducer(b"alice-01")
+        alice.start(0.0)
+        hello = alice.poll_introduction(0.0)
+        assert hello is not None
+        assert alice.handle_introduction(hello, 0.1) == Outcome(None, None)
+        assert not alice.is_introduced
