@@ -10,8 +10,9 @@ from typing import Final
 import trio
 
 from relay.load_pair import LoadClient
-from traversal.io.dial import DialError, Target, dial
+from traversal.io.dial import CLIENT_INFO, DialError, Target, dial
 from traversal.keys import NodePrivate
+from traversal.wire.derp import ClientInfo
 
 CONCURRENT_DIALS: Final = 32
 """More would only wait in the server's queue and time out there."""
@@ -22,6 +23,7 @@ async def connect_clients(
     target: Target,
     count: int,
     *,
+    info: ClientInfo = CLIENT_INFO,
     on_progress: Callable[[int], None] = lambda _connected: None,
 ) -> list[LoadClient]:
     """Clients with fresh keys; the caller closes their sockets. Raises DialError for the first
@@ -35,7 +37,7 @@ async def connect_clients(
         async with limiter:
             key = NodePrivate.generate(os.urandom)
             try:
-                dialed = await dial(target, key)
+                dialed = await dial(target, key, info=info)
             except DialError as error:
                 problems.append(error)
                 nursery.cancel_scope.cancel()

@@ -28,9 +28,11 @@ from relay.probe_checks import (
     check_stun,
     check_tls,
 )
-from relay.targets import TargetError, parse_node, read_relay_map
+from relay.targets import TargetError, mesh_key_option, parse_node, read_relay_map
 from traversal.io.dial import Target
+from traversal.keys import MeshKey
 from traversal.relay_map import RelayNode
+from traversal.wire.derp import PROTOCOL_VERSION, ClientInfo
 
 DEFAULT_TIMEOUT_SECONDS: Final = 15.0
 REACHABLE: Final = "TLS"
@@ -58,14 +60,20 @@ class Check:
     relays: tuple[str, ...] = ()
 
 
-def plan(nodes: list[RelayNode], *, plain: bool, load: bool) -> Iterator[Check]:
-    """The checks for some nodes, those of one region together; the ones with load come last."""
+def plan(
+    nodes: list[RelayNode], *, plain: bool, load: bool, mesh_key: MeshKey | None = None
+) -> Iterator[Check]:
+    """The checks for some nodes, those of one region together; the ones with load come last.
+
+    With the region's mesh key a relay lets us in that does not admit everybody.
+    """
+    info = ClientInfo(version=PROTOCOL_VERSION, is_prober=True, mesh_key=mesh_key)
     relays = {node.name: Target.of_node(node, plain=plain) for node in nodes if node.is_relay}
     regions = {node.name: node.region_id for node in nodes}
     for name, target in relays.items():
         yield Check(name, REACHABLE, partial(check_tls, target), (name,))
-        yield Check(name, "handshake", partial(check_handshakes, target), (name,))
-        yield Check(name, "ping", partial(check_ping, target), (name,))
+        yield Check(name, "handshake", partial(check_handshakes, target, info), (name,))
+        yield Check(name, "ping", partial(check_ping, target, info), (name,))
         yield Check(name, "HTTP", partial(check_http, target), (name,))
     for node in nodes:
         yield Check(node.name, "STUN IPv4", partial(check_stun, node, 4))
@@ -73,12 +81,12 @@ def plan(nodes: list[RelayNode], *, plain: bool, load: bool) -> Iterator[Check]:
     for sender, sender_at in relays.items():
         for receiver, receiver_at in relays.items():
             if regions[sender] == regions[receiver]:
-                run = partial(check_path, sender_at, receiver_at)
+                run = partial(check_path, sender_at, receiver_at, info)
                 yield Check(f"{sender} > {receiver}", "packet", run, (sender, receiver))
     if load:
         for name, target in relays.items():
-            yield Check(name, "bandwidth", partial(check_bandwidth, target), (name,))
-            yield Check(name, "queue delay", partial(check_queue_delay, target), (name,))
+            yield Check(name, "bandwidth", partial(check_bandwidth, target, info), (name,))
+            yield Check(name, "queue delay", partial(check_queue_delay, target, info), (name,))
 
 
 async def run_checks(
@@ -152,6 +160,7 @@ def _nodes_of_map(path: Path, region: int | None, names: tuple[str, ...]) -> lis
     show_default=True,
     help="With SERVER; -1 for none.",
 )
+@mesh_key_option
 @click.option("--load/--no-load", default=True, help="Bandwidth and queue delay, or not.")
 @click.option("--json", "as_json", is_flag=True, help="The outcome as JSON.")
 @click.option(
@@ -170,6 +179,7 @@ def probe_command(
     pin: str,
     insecure: bool,
     stun_port: int,
+    mesh_key: MeshKey | None,
     load: bool,
     as_json: bool,
     timeout_seconds: float,
@@ -195,7 +205,7 @@ def probe_command(
     except TargetError as error:
         raise click.UsageError(str(error)) from None
     console = Console(stderr=True)
-    checks = list(plan(nodes, plain=plain, load=load))
+    checks = list(plan(nodes, plain=plain, load=load, mesh_key=mesh_key))
     with console.status("") as status:
         outcomes = trio.run(
             run_checks,

@@ -23,7 +23,6 @@ from traversal.keys import KEY_LENGTH, NodePrivate, NodePublic
 from traversal.relay_map import Dial, Family, RelayNode
 from traversal.wire.derp import (
     MAX_PACKET_LENGTH,
-    PROTOCOL_VERSION,
     ClientInfo,
     DerpError,
     FrameType,
@@ -54,8 +53,6 @@ DELAY_INTERVAL_SECONDS: Final = 0.01
 DELAY_PACKET_BYTES: Final = 100
 SILENCE_SECONDS: Final = 1.0
 MAX_RESPONSE_BYTES: Final = 65536
-
-PROBER: Final = ClientInfo(version=PROTOCOL_VERSION, is_prober=True)
 
 
 class ProbeError(Exception):
@@ -106,7 +103,7 @@ async def check_tls(target: Target) -> Found:
     return Found(f"{version}, certificate valid for {days} more days, {meta}", values)
 
 
-async def check_handshakes(target: Target) -> Found:
+async def check_handshakes(target: Target, info: ClientInfo) -> Found:
     """Slow and fast starts, in turn: the server's key must be the same every time.
 
     Raises one of FAILURES.
@@ -115,7 +112,7 @@ async def check_handshakes(target: Target) -> Found:
     times: dict[bool, list[float]] = {}
     for number in range(HANDSHAKES):
         key = NodePrivate.generate(os.urandom)
-        dialed = await dial(target, key, info=PROBER, fast_start=number % 2 == 1)
+        dialed = await dial(target, key, info=info, fast_start=number % 2 == 1)
         dialed.close()
         keys.add(dialed.server_key)
         took = dialed.times.connect_seconds + dialed.times.tls_seconds
@@ -136,9 +133,9 @@ async def check_handshakes(target: Target) -> Found:
     )
 
 
-async def check_ping(target: Target) -> Found:
+async def check_ping(target: Target, info: ClientInfo) -> Found:
     """Round trips of DERP's Ping. Raises one of FAILURES."""
-    dialed = await dial(target, NodePrivate.generate(os.urandom), info=PROBER)
+    dialed = await dial(target, NodePrivate.generate(os.urandom), info=info)
     try:
         times = []
         for _ in range(PINGS):
@@ -246,12 +243,12 @@ class Link:
         self._receiver_key = receiver_key
 
     @classmethod
-    async def open(cls, sender_at: Target, receiver_at: Target) -> Link:
+    async def open(cls, sender_at: Target, receiver_at: Target, info: ClientInfo) -> Link:
         """Raises DialError."""
         key = NodePrivate.generate(os.urandom)
-        receiver = await dial(receiver_at, key, info=PROBER)
+        receiver = await dial(receiver_at, key, info=info)
         try:
-            sender = await dial(sender_at, NodePrivate.generate(os.urandom), info=PROBER)
+            sender = await dial(sender_at, NodePrivate.generate(os.urandom), info=info)
         except BaseException:
             receiver.close()
             raise
@@ -292,9 +289,9 @@ class Link:
                 return trio.current_time() - began
 
 
-async def check_path(sender_at: Target, receiver_at: Target) -> Found:
+async def check_path(sender_at: Target, receiver_at: Target, info: ClientInfo) -> Found:
     """One packet from one server of a region to another (or back). Raises one of FAILURES."""
-    link = await Link.open(sender_at, receiver_at)
+    link = await Link.open(sender_at, receiver_at, info)
     try:
         took = await link.wait_until_up()
     finally:
@@ -302,9 +299,9 @@ async def check_path(sender_at: Target, receiver_at: Target) -> Found:
     return Found(f"{1000 * took:.2f} ms", {"seconds": took})
 
 
-async def check_bandwidth(target: Target) -> Found:
+async def check_bandwidth(target: Target, info: ClientInfo) -> Found:
     """30 packets of 64 KiB in flight; a drop or a swap is a failure. Raises one of FAILURES."""
-    link = await Link.open(target, target)
+    link = await Link.open(target, target, info)
     filling = os.urandom(MAX_PACKET_LENGTH - 4)
     tickets = trio.Semaphore(IN_FLIGHT)
 
@@ -337,10 +334,10 @@ async def check_bandwidth(target: Target) -> Found:
     return Found(f"{rate / 1e6:,.0f} Mbit/s", {"bits_per_second": rate})
 
 
-async def check_queue_delay(target: Target) -> Found:
+async def check_queue_delay(target: Target, info: ClientInfo) -> Found:
     """Small packets while another pair sends in bulk. Raises one of FAILURES."""
-    link = await Link.open(target, target)
-    bulk = await Link.open(target, target)
+    link = await Link.open(target, target, info)
+    bulk = await Link.open(target, target, info)
     delays: list[float] = []
     sent: dict[bytes, float] = {}
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import click
+
+from relay.config_sources import ConfigError
+from relay.derper_files import read_mesh_key
 from traversal.io.dial import Target
+from traversal.keys import MeshKey
 from traversal.relay_map import (
     DEFAULT_STUN_PORT,
     RelayMap,
@@ -72,3 +77,22 @@ def read_relay_map(path: Path) -> RelayMap:
         raise TargetError(f"{path}: {error.strerror}") from None
     except RelayMapError as error:
         raise TargetError(f"{path}: {error}") from None
+
+
+def _read_mesh_key(
+    _context: click.Context, _parameter: click.Parameter, path: Path | None
+) -> MeshKey | None:
+    try:
+        return None if path is None else read_mesh_key(path)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+mesh_key_option = click.option(
+    "--mesh-key-file",
+    "mesh_key",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_read_mesh_key,
+    help="The region's mesh key, for a relay that does not admit everybody.",
+)
+"""For commands that come to a relay with keys which it has never seen."""

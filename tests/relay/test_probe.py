@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from relay.probe import Outcome, plan, probe_command, run_checks
 from relay.service import Identity, Service
 from relay.stun import StunServer
 from relay.targets import TargetError, parse_target
-from traversal.io.dial import Target
+from traversal.io.dial import CLIENT_INFO, Target
 from traversal.keys import MeshKey, NodePrivate
 from traversal.relay_map import (
     CertificateName,
@@ -34,6 +35,8 @@ from traversal.relay_map import (
     Dial,
     RelayNode,
 )
+
+MESH_KEY = MeshKey(bytes(range(32)))
 
 
 @asynccontextmanager
@@ -48,7 +51,7 @@ async def relays(count: int, **settings: object) -> AsyncIterator[list[RelayNode
                 listener = open_listeners(config.listen.derp[0])[0]
                 stack.enter_context(closing(listener))
                 key = NodePrivate.generate(os.urandom)
-                identity = Identity(key, MeshKey.generate(os.urandom))
+                identity = Identity(key, MESH_KEY)
                 await nursery.start(Service(config, identity, [listener]).run)
                 nodes.append(
                     RelayNode(
@@ -66,9 +69,14 @@ async def relays(count: int, **settings: object) -> AsyncIterator[list[RelayNode
 
 
 async def probed(
-    nodes: list[RelayNode], *, load: bool = False, timeout_seconds: float = 20
+    nodes: list[RelayNode],
+    *,
+    load: bool = False,
+    timeout_seconds: float = 20,
+    mesh_key: MeshKey | None = None,
 ) -> dict[tuple[str, str], Outcome]:
-    outcomes = await run_checks(list(plan(nodes, plain=False, load=load)), timeout_seconds)
+    checks = list(plan(nodes, plain=False, load=load, mesh_key=mesh_key))
+    outcomes = await run_checks(checks, timeout_seconds)
     return {(outcome.node, outcome.check): outcome for outcome in outcomes}
 
 
@@ -85,6 +93,21 @@ class TestProbe:
         assert outcomes["900a", "TLS"].values["meta_certificate"] is True
         assert str(outcomes["900a", "handshake"].values["server_key"]).startswith("nodekey:")
         assert outcomes["900a", "STUN IPv4"].values["mapped_address"][0] == "127.0.0.1"  # type: ignore[index]
+
+    async def test_a_closed_relay_lets_in_who_has_the_mesh_key(self, tmp_path: Path) -> None:
+        """Its own operator; others learn that they are not admitted."""
+        keys = tmp_path / "keys"
+        keys.write_text(f"{NodePrivate.generate(os.urandom).public()}\n")
+        closed = {"admission__mode": "closed", "admission__keys_file": str(keys)}
+        async with relays(1, **closed) as nodes:
+            refused = await probed(nodes)
+            outcomes = await probed(nodes, mesh_key=MESH_KEY)
+            clients = await connect_clients(
+                Target.of_node(nodes[0]), 2, info=replace(CLIENT_INFO, mesh_key=MESH_KEY)
+            )
+            close_clients(clients)
+        assert not refused["900a", "ping"].passed
+        assert [outcome for outcome in outcomes.values() if not outcome.passed] == []
 
     async def test_servers_of_a_region_without_a_mesh_fail(self) -> None:
         """Packets pass inside each server and not between the two."""
@@ -229,6 +252,7 @@ class TestCommands:
             (["--map", str(relay_map), "--region", "5"], "no region 5; it has none"),
             (["--map", str(relay_map), "--node", "x"], "no node 'x'"),
             (["--map", str(relay_map)], "holds no node"),
+            (["h", "--mesh-key-file", str(relay_map)], "map.json"),
         ):
             result = CliRunner().invoke(probe_command, arguments)
             assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
