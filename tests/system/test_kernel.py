@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
+from unittest.mock import patch
 
 import pytest
 import trio
 
 from netlab.kernel.jail import JailError, call_in_jail
 from netlab.model import Link as Wire
-from netlab.model import Topology
+from netlab.model import Topology, Uplink
 from netlab.presets import class_behavior, nat_preset
 from tests.system.checks import (
+    DIRECT,
     check_changed_nat,
     check_goes_direct,
     check_roaming,
@@ -22,6 +25,7 @@ from tests.system.checks import (
 )
 from tests.system.kernel_world import in_kernel
 from tests.system.world import World, topology
+from traversal.io import dial
 from traversal.wire.introduction import MappingClass
 
 SLACK_SECONDS: Final = 3.0
@@ -30,6 +34,7 @@ LIMIT_SECONDS: Final = 60.0
 DISCOVERY_SECONDS: Final = 8.0
 
 EASY = class_behavior("EIM+APDF")
+NARROW_BYTES: Final = 600
 HARD = class_behavior("APDM+APDF")
 PLAIN = Wire()
 
@@ -85,6 +90,38 @@ def test_hard_nat() -> None:
         assert nodes[0]._port_searches.sockets.open_count == 0
 
     of = topology(nat_preset("office/pf").behavior, EASY, wire=PLAIN, relay_addresses=2)
+    run_in_jail(of, check)
+
+
+@pytest.mark.parametrize("black_hole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_narrow_link(black_hole: bool) -> None:
+    """Through a link of 600 bytes, whose router tells or swallows, both ends find what fits, and a
+    datagram of just that size arrives. Where it swallows, the relay is reached at the second try,
+    by short segments of TCP."""
+    narrow = Uplink(link=Wire(mtu_bytes=NARROW_BYTES, mtu_black_hole=black_hole))
+    of = topology(EASY, EASY, wire=PLAIN)
+    of = replace(of, nats=tuple(replace(nat, uplink=narrow) for nat in of.nats))
+
+    async def check(world: World) -> None:
+        # Not the ten seconds after which a relay that fell silent is given up.
+        with patch.object(dial, "DIAL_TIMEOUT_SECONDS", 1.0):
+            conversation = await world.converse()
+        await conversation.until_direct(5 + SLACK_SECONDS)
+        fits = range(NARROW_BYTES - 28 - 8, NARROW_BYTES - 28 + 1)
+        with trio.fail_after(10 + SLACK_SECONDS):
+            for link in conversation.links:
+                while link.path.mtu_bytes not in fits:  # noqa: ASYNC110  # no event tells
+                    await trio.sleep(0.05)
+        print(f"LAB mtu {[link.path.mtu_bytes for link in conversation.links]}")
+        left, right = conversation.links
+        assert left.path.mtu_bytes is not None
+        received = right.statistics().received
+        for _ in range(10):
+            await left.send(bytes([255]) * left.path.mtu_bytes)
+        await trio.sleep(0.5)
+        assert right.statistics().received >= received + 10
+        assert conversation.kinds == DIRECT
+
     run_in_jail(of, check)
 
 

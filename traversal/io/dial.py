@@ -63,12 +63,14 @@ class DialError(Exception):
 
     Attributes:
         step: `resolve`, `connect`, `proxy`, `tls`, `certificate`, `upgrade` or `handshake`.
+        is_timeout: whether the server, once connected to, just fell silent.
     """
 
-    def __init__(self, target: str, step: str, reason: str) -> None:
+    def __init__(self, target: str, step: str, reason: str, *, is_timeout: bool = False) -> None:
         super().__init__(f"{target}: {_STEPS[step]}: {reason}")
         self.step = step
         self.reason = reason
+        self.is_timeout = is_timeout and step not in ("resolve", "connect")
 
 
 _VERIFICATION: Final = "certificate verification failed: "
@@ -91,12 +93,14 @@ class Target:
         host: its name or IP address: for SNI, the HTTP Host header, and errors.
         policy: how to judge its certificate; None for plain HTTP.
         routes: where to connect, in order of preference; empty for `host` itself.
+        segment_bytes: what TCP may put into one segment either way; 0 for the system's choice.
     """
 
     host: str
     port: int
     policy: CertificatePolicy | None
     routes: tuple[Route, ...] = ()
+    segment_bytes: int = 0
 
     @classmethod
     def of_node(cls, node: RelayNode, *, plain: bool = False) -> Self:
@@ -291,7 +295,8 @@ class _Progress:
         return DialError(self.target, self.step, reason)
 
     def timeout(self) -> DialError:
-        return self.error(f"no answer within {DIAL_TIMEOUT_SECONDS:.0f} s")
+        reason = f"no answer within {DIAL_TIMEOUT_SECONDS:.0f} s"
+        return DialError(self.target, self.step, reason, is_timeout=True)
 
     def times(self) -> DialTimes:
         shaking = self.began["upgrade"]
@@ -331,7 +336,9 @@ async def _open(
     proxy: Proxy | None,
     read_bytes: int = READ_BYTES,
 ) -> tuple[HandshakeStream, TlsEngine | None]:
-    first = target if proxy is None else Target(proxy.host, proxy.port, None)
+    first = target
+    if proxy is not None:
+        first = Target(proxy.host, proxy.port, None, segment_bytes=target.segment_bytes)
     stream = HandshakeStream(await _connect(first, progress), read_bytes=read_bytes)
     with _closed_on_error(stream):
         if proxy is not None:
@@ -354,14 +361,15 @@ async def _connect(target: Target, progress: _Progress) -> trio.socket.SocketTyp
     addresses = await _resolve(target, progress)
     progress.step = "connect"
     failed: dict[_SocketAddress, OSError] = {}
-    sock = await _race(addresses, failed)
+    sock = await _race(addresses, failed, target.segment_bytes)
     if sock is None:
         without_route = [
             Address(*address)
             for address, error in failed.items()
             if ":" not in address[0] and error.errno in _NO_ROUTE
         ]
-        sock = await _race(await _through_nat64(without_route), failed)
+        translated = await _through_nat64(without_route)
+        sock = await _race(translated, failed, target.segment_bytes)
     if sock is None:
         raise progress.error("; ".join(f"{a[0]}: {_reason(e)}" for a, e in failed.items()))
     return sock
@@ -377,7 +385,9 @@ async def _through_nat64(addresses: Sequence[Address]) -> list[tuple[int, _Socke
 
 
 async def _race(
-    addresses: Sequence[tuple[int, _SocketAddress]], failed: dict[_SocketAddress, OSError]
+    addresses: Sequence[tuple[int, _SocketAddress]],
+    failed: dict[_SocketAddress, OSError],
+    segment_bytes: int,
 ) -> trio.socket.SocketType | None:
     """The first that connects; the starts are staggered (RFC 8305, simplified)."""
     winners: list[trio.socket.SocketType] = []
@@ -386,6 +396,8 @@ async def _race(
         sock = trio.socket.socket(family)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if segment_bytes:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment_bytes)
             await sock.connect(address)
         except BaseException as error:
             sock.close()

@@ -18,7 +18,7 @@ import random
 import ssl
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import trio
@@ -63,6 +63,9 @@ STEADY_SECONDS: Final = 10.0
 """A connection that lived shorter than this counts as a failure for the backoff."""
 MAX_RESTART_WAIT_SECONDS: Final = 30.0
 """The server may ask us to spread our return over some time; more than this is absurd."""
+SHORT_SEGMENT_BYTES: Final = 512
+"""Tried in turn with the system's choice where a server that lets us connect then falls silent; it
+fits into packets of 576 bytes, which every path carries (RFC 791)."""
 LINGER_SECONDS: Final = 5.0
 """How long a connection that was replaced is still read."""
 
@@ -137,6 +140,7 @@ class RelayClient:
         self._options = options
         self._rng = rng
         self._is_home = False
+        self._segment_bytes = 0
         self._queue: deque[tuple[bytes, bytes]] = deque(maxlen=QUEUE_PACKETS)
         self._connection: _Connection | None = None
         self._retry_now = trio.Event()
@@ -233,6 +237,9 @@ class RelayClient:
                 except DialError as error:
                     failures += 1
                     self._last_error = str(error)
+                    if error.is_timeout:
+                        # Perhaps long packets vanish on the way: TCP never finds out by itself.
+                        self._segment_bytes = SHORT_SEGMENT_BYTES - self._segment_bytes
                     self._handler.handle_relay_change(self.region.region_id, is_up=False)
                     await self._back_off(failures)
                     continue
@@ -313,6 +320,7 @@ class RelayClient:
 
     async def _dial_node(self, node: RelayNode, ideal_node: str) -> Dialed:
         target = Target.of_node(node, plain=self._options.plain)
+        target = replace(target, segment_bytes=self._segment_bytes)
         try:
             proxy = Proxy.maybe_from_environment(node.host_name)
         except ProxyError as error:
