@@ -29,8 +29,9 @@ from netlab.simulated.packet import Packet
 from relay.simulated import SimRelay
 from tests.system.checks import DIRECT, RELAY, check_stays_on_the_relay
 from tests.system.world import DELAY_SECONDS, WIRE, simulate, topology
-from traversal import RelayMap, RelayOptions
+from traversal import NodePrivate, RelayMap, RelayOptions
 from traversal.agent.status import nat_status
+from traversal.io.dial import Target, dial
 from traversal.relay_map import Dial
 from traversal.wire.introduction import MappingClass
 
@@ -179,6 +180,35 @@ async def test_dual_stack_avoids_much_slower_ipv6(autojump_clock: MockClock) -> 
         await trio.sleep(5)
         assert all(not link.path.address.is_ipv6 for link in conversation.links)
         assert conversation.lost_seconds() == 0
+
+
+async def test_relay_whose_ipv6_leads_nowhere(autojump_clock: MockClock) -> None:
+    """Packets to its IPv6 address vanish: the relay is reached by IPv4 0.2 s later."""
+    async with simulate(topology(ROUTED, ROUTED)) as world:
+        (node,) = world.relay_map.regions[900].nodes
+        target = Target.of_node(node, plain=True)
+        assert [":" in host for host, _ in target.routes] == [True, False]
+        key = NodePrivate.generate(world.random.randbytes)
+        took = []
+        for is_broken in (False, True):
+            if is_broken:
+                drop_ipv6(world.lab.host("r0"))
+            async with world.lab.host("h0"):
+                began = trio.current_time()
+                (await dial(target, key)).close()
+                took.append(trio.current_time() - began)
+        assert took[1] - took[0] == pytest.approx(0.2, abs=0.05)
+
+
+def drop_ipv6(host: SimulatedHost) -> None:
+    """Lose everything that comes to a host by IPv6."""
+    receive = host.receive
+
+    def receive_ipv4(packet: Packet) -> None:
+        if len(packet.destination) == 4:
+            receive(packet)
+
+    host.receive = receive_ipv4  # type: ignore[method-assign]  # on this host
 
 
 def delay_ipv6(host: SimulatedHost, seconds: float) -> None:

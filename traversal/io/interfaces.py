@@ -103,7 +103,13 @@ class NetworkState:
                 state.default_ipv6,
                 state.gateway_ipv4,
                 state.gateway_ipv6,
-                {i.name: frozenset(i.addresses) for i in state.interfaces if i.name in defaults},
+                {
+                    i.name: frozenset(
+                        a for a in i.addresses if a.version == 4 or not a.is_link_local
+                    )
+                    for i in state.interfaces
+                    if i.name in defaults
+                },
             )
 
         return essence(self) != essence(before)
@@ -190,18 +196,18 @@ async def watch_network(
     """Await `handle` for each change from `before` on, until cancelled."""
     async with _open_signal() as signal:
         suspended = _suspended_seconds()
+        # Something may have changed before the watch was open.
+        is_sign = True
         while True:
-            is_sign = await signal.wait()
             suspended_before, suspended = suspended, _suspended_seconds()
             has_slept = suspended - suspended_before >= SLEEP_SECONDS
-            if not is_sign and not has_slept:
-                continue
-            state = await read_network_state(admitted)
-            if state == before and not has_slept:
-                continue
-            needs_rebind = has_slept or state.needs_rebind(before)
-            before = state
-            await handle(NetworkChange(state, needs_rebind, has_slept))
+            if is_sign or has_slept:
+                state = await read_network_state(admitted)
+                if state != before or has_slept:
+                    needs_rebind = has_slept or state.needs_rebind(before)
+                    before = state
+                    await handle(NetworkChange(state, needs_rebind, has_slept))
+            is_sign = await signal.wait()
 
 
 class _Signal:
