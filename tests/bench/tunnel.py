@@ -1,14 +1,16 @@
 """What the edge costs, with a connector behind it: `python -m tests.bench.tunnel`.
 
-In a network namespace with nothing but loopback, made by this benchmark: an edge (in this process,
-which also plays the visitors, on the edge's inner interface), a connector, and an origin, each a
-process of its own. The connector is the real cloudflared where CLOUDFLARED_BIN names one.
+In a network namespace with nothing but loopback, made by this benchmark: an edge, in this process,
+a connector and an origin, each a process of its own. The connectors are `underpass tunnel run` and,
+where CLOUDFLARED_BIN names one, the real cloudflared. Each is visited in two ways: "inner" is the
+edge's interface to its connections, used by this process, so that its part of the work is in the
+edge's CPU; "public" is HTTP/1.1 over TLS, kept alive, from one more process.
 
 * bulk: MB/s down and up on one stream and on four, and the edge's CPU for a MB. Every byte is
   compared.
-* requests: of a 13-byte answer, at 1 and 32 in flight: rate, latency, the edge's CPU for a request.
+* requests: of a 14-byte answer, at 1 and 32 in flight: rate, latency, the edge's CPU for a request.
 * idle: memory of the edge for a connection that has registered and does nothing, measured with
-  connectors of a few lines in another process, over HTTP/2.
+  connectors of a few lines in another process.
 * peers: packets of 1100 bytes from one node to another, both in one further process, with 128 in
   flight: how many arrive, and the edge's CPU for each.
 """
@@ -19,22 +21,23 @@ import argparse
 import json
 import os
 import random
-import socket
 import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import trio
+import trustme
 
 from netlab.kernel.jail import call_in_jail
 from relay.config import Config
@@ -44,59 +47,31 @@ from relay.edge.registry import Tunnel
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel, read_tunnel, tunnels_directory
 from relay.listeners import open_listeners
+from tests.bench.tunnel_ends import BLOCK, HELLO, HOST, is_right, serve_origin, visit
 from tests.relay.edge.fake_connector import FakeConnector
 from traversal.io.edge_client import EdgeClient, EdgeOptions
 from traversal.io.edge_dial import EdgeAddress
 from traversal.io.http2 import Http2Connection
+from traversal.io.quic_endpoints import dial_quic
+from traversal.io.quic_settings import connector_configuration
 from traversal.io.stream import HandshakeStream
 from traversal.keys import NodePrivate
+from traversal.tunnel.edge_connection import EdgeConnection
 from traversal.tunnel.transport_choice import Transport
+from traversal.wire.address import Address
+from traversal.wire.tunnel.registration import (
+    FEATURE_DATAGRAM_V3,
+    ConnectionOptions,
+    RegisterConnection,
+)
 
 HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
 PORT = 7844
 CHUNK = 256 << 10
 IN_FLIGHT = 128
 PACKET = bytes(range(220)) * 5
-BLOCK = bytes(range(256)) * 4096
-"""What bodies consist of: any byte in the wrong place shows, if the error is not a whole block."""
-LIMIT_SECONDS = 600
-
-
-# ---- the origin: threads and blocking sockets, so that it is never what is measured
-
-
-def serve_origin() -> None:
-    """HTTP/1.1 for `GET /bytes/N`, `POST /sink` and `GET /hello`, as simple as it can be."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    print(listener.getsockname()[1], flush=True)
-    while True:
-        sock, _ = listener.accept()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=_serve_origin_connection, args=(sock,), daemon=True).start()
-
-
-def _serve_origin_connection(sock: socket.socket) -> None:
-    reader = sock.makefile("rb", buffering=1 << 20)
-    while line := reader.readline():
-        _, path, _ = line.split()
-        length = 0
-        while (header := reader.readline()) not in (b"\r\n", b""):
-            if header.lower().startswith(b"content-length:"):
-                length = int(header.partition(b":")[2])
-        if path.startswith(b"/bytes/"):
-            left = int(path.rpartition(b"/")[2])
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % left)
-            while left:
-                left -= len(BLOCK)
-                sock.sendall(BLOCK)
-        else:
-            is_right = True
-            while length:
-                data = reader.read(min(length, len(BLOCK)))
-                is_right &= data == BLOCK[: len(data)]
-                length -= len(data)
-            body = b"Hello, world.\n" if is_right else b"Wrong bytes.\n"
-            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+PUBLIC_PORT = 8443
+LIMIT_SECONDS = 900
 
 
 # ---- connectors
@@ -113,12 +88,39 @@ def cloudflared(directory: Path, tunnel: Tunnel, origin_port: int, transport: st
     ]  # fmt: skip
 
 
-async def hold_connections(directory: Path, count: int) -> None:
+def underpass(directory: Path, tunnel: Tunnel, origin_port: int, transport: str) -> list[str]:
+    """The command of ours."""
+    return [
+        sys.executable, "-m", "traversal.cli", "tunnel", "run", "--protocol", transport,
+        *(part for host in HOSTS for part in ("--edge", f"{host}:{PORT}")),
+        "--ca", str(authority_path(directory)),
+        "--credentials-file", str(tunnels_directory(str(directory)) / f"{tunnel.name}.json"),
+        "--url", f"http://127.0.0.1:{origin_port}",
+    ]  # fmt: skip
+
+
+async def hold_connections(directory: Path, transport: Transport, count: int) -> None:
     """Register connections as quickly as possible and keep them."""
     tunnel = read_tunnel(next(tunnels_directory(str(directory)).glob("*.json")))
-    context = ssl.create_default_context(cafile=str(authority_path(directory)))
+    ca_file = str(authority_path(directory))
+    context = ssl.create_default_context(cafile=ca_file)
 
-    async def hold(nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
+    async def hold_quic(nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
+        quic = await dial_quic(nursery, (HOSTS[0], PORT), connector_configuration(ca_file))
+        credentials = tunnel.credentials
+        request = RegisterConnection(
+            credentials.account_tag,
+            credentials.secret,
+            credentials.tunnel_id,
+            0,
+            ConnectionOptions(uuid4(), (FEATURE_DATAGRAM_V3,)),
+        )
+        connection = EdgeConnection(Transport.QUIC, Address(HOSTS[0], PORT), request, quic.close)
+        await connection.register(await quic.open_stream())
+        task_status.started()
+        await quic.wait_over()
+
+    async def hold_http2(nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
         tcp = await trio.open_tcp_stream(HOSTS[0], PORT)
         stream = HandshakeStream(tcp.socket)
         await stream.start_tls(context, server_side=False, server_hostname=HTTP2_NAME)
@@ -132,7 +134,7 @@ async def hold_connections(directory: Path, count: int) -> None:
 
     async with trio.open_nursery() as nursery:
         for _ in range(count):
-            await nursery.start(hold, nursery)
+            await nursery.start(hold_quic if transport is Transport.QUIC else hold_http2, nursery)
         print("ready", flush=True)
 
 
@@ -203,6 +205,7 @@ class BulkRow:
 
     connector: str
     transport: str
+    side: str
     direction: str
     streams: int
     mb_per_second: float
@@ -215,6 +218,7 @@ class RequestsRow:
 
     connector: str
     transport: str
+    side: str
     in_flight: int
     requests_per_second: float
     p50_ms: float
@@ -245,7 +249,7 @@ Pick = Callable[[], TunnelConnection]
 
 
 def get(path: str) -> RequestHead:
-    return RequestHead("GET", "https", "app.example.com", path, ())
+    return RequestHead("GET", "https", HOST, path, ())
 
 
 async def download(pick: Pick, size: int) -> None:
@@ -254,12 +258,7 @@ async def download(pick: Pick, size: int) -> None:
         assert (await exchange.response()).status == 200
         at = 0
         while data := await exchange.receive():
-            start = at % 256
-            # A block repeats every 256 bytes, so any stretch of it can be compared at once.
-            whole = BLOCK[start : start + len(data)]
-            if len(whole) < len(data):
-                whole = (BLOCK * 9)[start : start + len(data)]
-            assert data == whole
+            assert is_right(data, at)
             at += len(data)
         assert at == size
 
@@ -267,13 +266,13 @@ async def download(pick: Pick, size: int) -> None:
 async def upload(pick: Pick, size: int) -> None:
     """One body; the origin compares."""
     headers = ((b"content-length", str(size).encode()),)
-    head = RequestHead("POST", "https", "app.example.com", "/sink", headers, has_body=True)
+    head = RequestHead("POST", "https", HOST, "/sink", headers, has_body=True)
     async with await pick().request(head) as exchange:
         for start in range(0, size, CHUNK):
             await exchange.send(BLOCK[start % len(BLOCK) : start % len(BLOCK) + CHUNK])
         await exchange.send_end()
         assert (await exchange.response()).status == 200
-        assert await exchange.receive() == b"Hello, world.\n"
+        assert await exchange.receive() == HELLO
 
 
 async def in_parallel(work: Callable[[], Awaitable[None]], count: int) -> None:
@@ -298,7 +297,9 @@ async def measure_bulk(
         elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
         moved = size * streams / 1e6
         rows.append(
-            BulkRow(name, transport, direction, streams, moved / elapsed, cpu / moved * 1e3)
+            BulkRow(
+                name, transport, "inner", direction, streams, moved / elapsed, cpu / moved * 1e3
+            )
         )
     return rows
 
@@ -313,7 +314,7 @@ async def measure_requests(
         while (began := time.perf_counter()) < until:
             async with await pick().request(get("/hello")) as exchange:
                 assert (await exchange.response()).status == 200
-                assert await exchange.receive() == b"Hello, world.\n"
+                assert await exchange.receive() == HELLO
             times.append(time.perf_counter() - began)
 
     await in_parallel(work, in_flight)
@@ -322,31 +323,80 @@ async def measure_requests(
     began, cpu = time.perf_counter(), time.process_time()
     await in_parallel(work, in_flight)
     elapsed, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return requests_row(name, transport, "inner", in_flight, elapsed, cpu, times)
+
+
+def requests_row(
+    name: str,
+    transport: str,
+    side: str,
+    in_flight: int,
+    seconds: float,
+    cpu: float,
+    times: list[float],
+) -> RequestsRow:
     cuts = statistics.quantiles(times, n=100)
     return RequestsRow(
         name,
         transport,
+        side,
         in_flight,
-        len(times) / elapsed,
+        len(times) / seconds,
         cuts[49] * 1e3,
         cuts[98] * 1e3,
         cpu / len(times) * 1e6,
     )
 
 
+async def run_visitors(work: str, count: int, amount: float) -> tuple[Any, float]:
+    """The result of visitors of the public side, and the edge's CPU seconds."""
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--visit", work, str(count)]
+    async with program([*command, str(amount)]) as process:
+        assert process.stdout is not None
+        assert await trio.to_thread.run_sync(process.stdout.readline) == b"ready\n"
+        cpu = time.process_time()
+        line = await trio.to_thread.run_sync(process.stdout.readline)
+        return json.loads(line), time.process_time() - cpu
+
+
+async def measure_public_bulk(
+    name: str, transport: str, streams: int, megabytes: int
+) -> list[BulkRow]:
+    size = megabytes * (1 << 20) // streams
+    moved = size * streams / 1e6
+    rows = []
+    for direction in ("down", "up"):
+        elapsed, cpu = await run_visitors(direction, streams, size)
+        rows.append(
+            BulkRow(
+                name, transport, "public", direction, streams, moved / elapsed, cpu / moved * 1e3
+            )
+        )
+    return rows
+
+
+async def measure_public_requests(
+    name: str, transport: str, in_flight: int, seconds: float
+) -> RequestsRow:
+    times, cpu = await run_visitors("requests", in_flight, seconds)
+    return requests_row(name, transport, "public", in_flight, seconds, cpu, times)
+
+
 def _resident_kib() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-async def measure_idle(edge: Edge, directory: Path, count: int) -> IdleRow:
+async def measure_idle(edge: Edge, directory: Path, transport: str, count: int) -> IdleRow:
     before = _resident_kib()
-    command = [sys.executable, "-m", "tests.bench.tunnel", "--hold", str(count), str(directory)]
+    command = [sys.executable, "-m", "tests.bench.tunnel", "--hold", transport, str(count)]
+    command.append(str(directory))
     async with program(command) as process:
         assert process.stdout is not None
         await trio.to_thread.run_sync(process.stdout.readline)
         assert sum(1 for _ in edge.registry.connections()) == count
         grown = _resident_kib() - before
-    return IdleRow("http2", count, grown / count)
+    await edge.registry.wait_empty()
+    return IdleRow(transport, count, grown / count)
 
 
 async def measure_peers(directory: Path, transport: Transport, seconds: float) -> PeersRow:
@@ -382,11 +432,24 @@ async def program(command: Sequence[str]) -> AsyncIterator[subprocess.Popen[byte
         process.stdout.close()
 
 
+def write_public_files(directory: Path) -> None:
+    """A route to the tunnel, and a certificate of its host."""
+    (directory / "routes.toml").write_text(f'[[http]]\nhost = "{HOST}"\ntunnel = "web"\n')
+    (directory / "visitors").mkdir()
+    certificate = trustme.CA().issue_cert(HOST)
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    (directory / "visitors" / "app.crt").write_bytes(chain)
+    certificate.private_key_pem.write_to_path(str(directory / "visitors" / "app.key"))
+
+
 @asynccontextmanager
 async def running_edge(directory: Path) -> AsyncIterator[Edge]:
     settings = {
         "edge.listen": [f"{host}:{PORT}" for host in HOSTS],
         "edge.directory": str(directory),
+        "edge.public.https": f"127.0.0.1:{PUBLIC_PORT}",
+        "edge.public.routes_file": str(directory / "routes.toml"),
+        "edge.public.certificates": str(directory / "visitors"),
     }
     config = Config.dev(settings)
     listeners = [sock for place in config.edge.listen for sock in open_listeners(place)]
@@ -401,6 +464,7 @@ async def run(options: argparse.Namespace, directory: Path) -> list[object]:
     rows: list[object] = []
     tunnel = create_tunnel(str(directory), "web", os.urandom)
     load_or_create_authority(directory)
+    write_public_files(directory)
     origin = [sys.executable, "-m", "tests.bench.tunnel", "--origin"]
     async with running_edge(directory) as edge, program(origin) as process:
         assert process.stdout is not None
@@ -411,22 +475,25 @@ async def run(options: argparse.Namespace, directory: Path) -> list[object]:
             assert connection is not None
             return connection
 
-        for transport in options.transports:
-            if not os.environ.get("CLOUDFLARED_BIN"):
-                continue
-            name = "cloudflared"
-            async with program(cloudflared(directory, tunnel, origin_port, transport)):
+        for name, transport in product(options.connectors, options.transports):
+            command = {"underpass": underpass, "cloudflared": cloudflared}[name]
+            async with program(command(directory, tunnel, origin_port, transport)):
                 with trio.fail_after(30):
                     while sum(1 for _ in edge.registry.connections()) < 4:  # noqa: ASYNC110
                         await trio.sleep(0.1)
                 for streams in (1, 4):
                     rows += await measure_bulk(name, transport, pick, streams, options.megabytes)
+                    rows += await measure_public_bulk(name, transport, streams, options.megabytes)
                 for in_flight in (1, 32):
                     rows.append(
                         await measure_requests(name, transport, pick, in_flight, options.seconds)
                     )
+                    rows.append(
+                        await measure_public_requests(name, transport, in_flight, options.seconds)
+                    )
             await edge.registry.wait_empty()
-        rows.append(await measure_idle(edge, directory, options.idle))
+        for transport in options.transports:
+            rows.append(await measure_idle(edge, directory, transport, options.idle))
         for transport in options.transports:
             rows.append(await measure_peers(directory, Transport(transport), options.seconds))
     return rows
@@ -440,9 +507,12 @@ def main() -> None:
         "--idle", type=int, default=250, help="connections of the idle row, at most 256"
     )
     parser.add_argument("--transports", nargs="+", default=["http2", "quic"])
+    connectors = ["underpass"] + ["cloudflared"] * bool(os.environ.get("CLOUDFLARED_BIN"))
+    parser.add_argument("--connectors", nargs="*", default=connectors)
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--origin", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--hold", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--hold", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--visit", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--peers", help=argparse.SUPPRESS)
     parser.add_argument("directory", nargs="?", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -453,7 +523,12 @@ def main() -> None:
         trio.run(send_packets, directory, Transport(options.peers), options.seconds)
         return
     if options.hold:
-        trio.run(hold_connections, Path(options.directory), options.hold)
+        transport, count = options.hold
+        trio.run(hold_connections, Path(options.directory), Transport(transport), int(count))
+    if options.visit:
+        work, count, amount = options.visit
+        visit(PUBLIC_PORT, work, int(count), float(amount))
+        return
 
     def in_jail() -> bytes:
         with tempfile.TemporaryDirectory() as directory:
