@@ -36,6 +36,7 @@ class Handler:
         self.gone: list[tuple[int, bytes]] = []
         self.changes: list[tuple[int, bool]] = []
         self.restarting: list[int] = []
+        self.is_up = trio.Event()
 
     def handle_relay_packet(self, region: int, source: bytes, payload: bytes) -> None:
         self.packets.append((region, source, payload))
@@ -45,6 +46,8 @@ class Handler:
 
     def handle_relay_change(self, region: int, *, is_up: bool) -> None:
         self.changes.append((region, is_up))
+        if is_up:
+            self.is_up.set()
 
     def handle_relay_restarting(self, region: int) -> None:
         self.restarting.append(region)
@@ -143,6 +146,51 @@ async def test_unreachable_relay_is_retried_with_backoff(
     await trio.sleep(60)
     assert 25 < len(handler.changes) < 60
     assert "can't connect: 127.0.0.1: Connection refused" in client.statistics().last_error
+
+
+async def test_backoff_grows_and_is_reset(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery
+) -> None:
+    """Connections that end at once are made more and more rarely, each time after another pause;
+    after one that lived for ten seconds the next is made at once."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+    handler = Handler()
+    client = client_of(relay, handler)
+    nursery.start_soon(client.run)
+
+    async def reconnect() -> float:
+        began, handler.is_up = trio.current_time(), trio.Event()
+        relay.drop_clients()
+        await handler.is_up.wait()
+        return trio.current_time() - began
+
+    await client.wait_connected()
+    pauses = [await reconnect() for _ in range(12)]
+    assert sum(pauses[-3:]) > 5 * sum(pauses[:3])
+    assert pauses[-1] > 0.5 * 12**2 * 0.01
+    assert len(set(pauses)) == len(pauses)
+    await trio.sleep(11)
+    assert await reconnect() < 0.1
+
+
+async def test_t13_rebind_replaces_connections(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery
+) -> None:
+    """Conformance row T13: after a change of our addresses, a connection from one that is gone is
+    replaced at once, without waiting for TCP; one that may live is asked and stays."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+    handler = Handler()
+    client = client_of(relay, handler)
+    nursery.start_soon(client.run)
+    await client.wait_connected()
+    client.handle_network_change(frozenset({"127.0.0.1", "192.0.2.7"}))
+    await trio.sleep(4)
+    assert relay.connects == 1
+    client.handle_network_change(frozenset({"192.0.2.7"}))
+    await trio.sleep(0.5)
+    assert relay.connects == 2
+    assert client.is_connected
+    assert handler.changes == [(900, True), (900, False), (900, True)]
 
 
 async def test_other_nodes_of_the_region(

@@ -307,7 +307,8 @@ def test_t12_candidate_ageing() -> None:
 
 
 def test_t13_rebind() -> None:
-    """Our own rebind clears the best path, keeps the candidates and pings them again."""
+    """Our own rebind clears the best path, keeps the candidates and pings them again. (That the
+    relay connection is replaced: `test_t13_rebind_replaces_connections` of the relay client.)"""
     peer = make_peer(X, Y)
     make_direct(peer, X, 0.0)
     peer.handle_call_me_maybe((X, Z), 0.5)

@@ -163,6 +163,36 @@ class TestUpnp:
             upnp.Service(upnp.SERVICE_TYPES[1], "http://192.168.1.1:5000/ctl/IPConn"),
         ]
 
+    @pytest.mark.parametrize(
+        ("services", "expected"),
+        [
+            (["WANCommonInterfaceConfig:1", "WANPPPConnection:1"], "WANPPPConnection:1"),
+            (["WANPPPConnection:1", "WANIPConnection:1"], "WANIPConnection:1"),
+            (["WANIPConnection:1", "WANIPConnection:2"], "WANIPConnection:2"),
+            (["Layer3Forwarding:1", "WANEthernetLinkConfig:1"], None),
+            (["WANIPConnection:3", "ContentDirectory:1"], None),
+            ([], None),
+        ],
+    )
+    def test_routers_of_many_makes(self, services: list[str], expected: str | None) -> None:
+        """DSL and cable routers, both generations, devices that map no ports: the right service,
+        or none; in whatever namespace, order and nesting."""
+        for schema in ("urn:schemas-upnp-org:device-1-0", "urn:dslforum-org:device-1-0", ""):
+            text = "".join(
+                f"<service><serviceType>urn:schemas-upnp-org:service:{name}</serviceType>"
+                f"<controlURL>/ctl/{name}</controlURL></service>"
+                for name in services
+            )
+            document = (
+                f'<?xml version="1.0"?><root xmlns="{schema}"><device><deviceList><device>'
+                f"<serviceList>{text}</serviceList></device></deviceList></device></root>"
+            )
+            found = upnp.parse_description(document.encode(), "http://192.168.1.1:80/")
+            names = [service.type.split(":service:")[1] for service in found]
+            assert names[:1] == ([expected] if expected else [])
+            if found:
+                assert found[0].control_url == f"http://192.168.1.1:80/ctl/{expected}"
+
     def test_entities_are_refused(self) -> None:
         """A document with a DOCTYPE, in whatever encoding, is not read."""
         bomb = '<!DOCTYPE x [<!ENTITY a "aaaa">]><x>&a;</x>'
