@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Self
+from weakref import WeakSet
 
 import trio
 
@@ -120,8 +121,9 @@ class Link:
         self._inbox = Inbox(self._check_open)
         self._sent = 0
         self._last_path = self.path
-        self._watchers: set[PathChanges] = set()
-        self._pingers: set[trio.MemorySendChannel[PingAnswer]] = set()
+        # Weak, so that a reader that stopped reading costs nothing.
+        self._watchers: WeakSet[PathChanges] = WeakSet()
+        self._pingers: dict[trio.CancelScope, trio.MemorySendChannel[PingAnswer]] = {}
         session.receive_data = self._inbox.put
         session.note_change = self._note_change
         session.note_ping = self._note_ping
@@ -193,7 +195,7 @@ class Link:
     def path_changes(self) -> PathChanges:
         """`async for change in link.path_changes()`: changes from now on, until the link closes.
 
-        A reader that falls 64 behind misses the oldest.
+        A reader that falls 64 behind misses the oldest, which `PathChanges.missed` counts.
         """
         watcher = PathChanges(self._watchers)
         if self._is_closed:
@@ -321,23 +323,26 @@ class Link:
     async def ping(self, timeout_seconds: float = 5.0) -> PingAnswer | None:
         """Ping the peer by its relay and every address at once; the first answer, or None.
 
-        Counts as traffic: it starts the search for a direct path.
+        Counts as traffic: it starts the search for a direct path. Raises LinkClosedError, also when
+        the link is closed meanwhile.
         """
+        self._check_open()
         sender, receiver = trio.open_memory_channel[PingAnswer](1)
-        self._pingers.add(sender)
-        try:
-            with trio.move_on_after(timeout_seconds):
+        with trio.move_on_after(timeout_seconds) as scope:
+            self._pingers[scope] = sender
+            try:
                 await self._session.wait_for_keys()
                 self._session.ping(trio.current_time())
                 return await receiver.receive()
-            return None
-        finally:
-            self._pingers.discard(sender)
+            finally:
+                del self._pingers[scope]
+        self._check_open()
+        return None
 
     def _note_ping(self, effect: PingAnswered) -> None:
         address = effect.path.address if effect.path is not None else None
         answer = PingAnswer(address, effect.latency_seconds, effect.seen_as)
-        for pinger in self._pingers:
+        for pinger in self._pingers.values():
             try:
                 pinger.send_nowait(answer)
             except trio.WouldBlock:
@@ -348,7 +353,7 @@ class Link:
         if (old.kind, old.address) == (self._last_path.kind, self._last_path.address):
             return
         change = PathChange(effect.at, old, self._last_path, effect.reason)
-        for watcher in self._watchers:
+        for watcher in list(self._watchers):
             watcher.push(change)
 
     def update(
@@ -382,7 +387,11 @@ class Link:
             self._session.set_candidates(tuple(candidates), now)
 
     def close(self) -> None:
-        """Forget the peer; harmless when repeated. Waiting readers get LinkClosedError."""
+        """Forget the peer; harmless when repeated.
+
+        Who waits in `receive` or `ping` gets LinkClosedError, `path_changes` ends. What had come
+        and was not read yet can still be received. `Node.connect` makes a new link to the peer.
+        """
         if self._is_closed:
             return
         self._is_closed = True
@@ -390,17 +399,23 @@ class Link:
         self._forget(self)
         for watcher in list(self._watchers):
             watcher.end()
+        for scope in self._pingers:
+            scope.cancel()
         self._inbox.wake_all()
 
 
 class PathChanges:
-    """An asynchronous iterator of `PathChange`; see `Link.path_changes`."""
+    """An asynchronous iterator of `PathChange`; see `Link.path_changes`. Tasks may share one.
 
-    def __init__(self, registry: set[PathChanges]) -> None:
-        self._registry = registry
-        self._changes: deque[PathChange] = deque(maxlen=MAX_WAITING_CHANGES)
+    Attributes:
+        missed: changes that were dropped because 64 newer ones waited to be read.
+    """
+
+    def __init__(self, registry: WeakSet[PathChanges]) -> None:
+        self.missed = 0
+        self._changes: deque[PathChange] = deque()
         self._is_ended = False
-        self._news = trio.Event()
+        self._readers = trio.lowlevel.ParkingLot()
         registry.add(self)
 
     def __aiter__(self) -> Self:
@@ -411,20 +426,21 @@ class PathChanges:
         while not self._changes:
             if self._is_ended:
                 raise StopAsyncIteration
-            self._news = trio.Event()
-            await self._news.wait()
+            await self._readers.park()
         return self._changes.popleft()
 
     def push(self, change: PathChange) -> None:
         """The link's side."""
+        if len(self._changes) == MAX_WAITING_CHANGES:
+            self._changes.popleft()
+            self.missed += 1
         self._changes.append(change)
-        self._news.set()
+        self._readers.unpark()
 
     def end(self) -> None:
         """No more changes will come."""
         self._is_ended = True
-        self._registry.discard(self)
-        self._news.set()
+        self._readers.unpark_all()
 
 
 def _kind(route: Route) -> PathKind:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -140,7 +140,7 @@ async def open_node(
         entropy: random bytes, `os.urandom` or a seeded source for tests.
         rng: spreads periodic work; by default seeded from `entropy`.
 
-    Raises UdpError when no UDP socket can be opened.
+    Raises UdpError when no UDP socket can be opened. What the block raises comes out as it is.
     """
     rng = rng or random.Random(entropy(8))
     node = Node(
@@ -163,13 +163,19 @@ async def open_node(
         entropy=entropy,
         rng=rng,
     )
-    async with trio.open_nursery() as nursery:
-        await nursery.start(node._run, port)
-        try:
-            yield node
-        finally:
-            node._close()
-            nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node._run, port)
+            try:
+                yield node
+            finally:
+                node._close()
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # That there is a nursery is our own affair: callers want to catch what was raised.
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from group.exceptions[0].__cause__
 
 
 class Node:
@@ -281,6 +287,8 @@ class Node:
         self._peer_relays = PeerRelays(self._wiring, self._sessions.get, self._relay_service)
         self._wiring.peer_relays = self._peer_relays
         self._announce_wanted = trio.Event()
+        self._is_closed = False
+        self._waiting: set[trio.CancelScope] = set()
 
     # ---- look
 
@@ -349,10 +357,11 @@ class Node:
             port_search: as for `open_node`, for this peer.
 
         A link that exists already, because the peer opened it, is updated and returned. Raises
-        NodeError for our own key and for a region that the relay map lacks, KeyFormatError for a
-        key that no honest peer has.
+        NodeError for our own key, for a region that the relay map lacks and when the node is
+        closed, KeyFormatError for a key that no honest peer has.
         """
         await trio.lowlevel.checkpoint()
+        self._check_open()
         if peer_key == self.public_key:
             raise NodeError("this is our own key: a node can't connect to itself")
         if relay and not self._relays.is_known(relay):
@@ -378,8 +387,11 @@ class Node:
         return link
 
     async def accept(self) -> Link:
-        """The next link that an admitted peer opened towards us."""
-        return await self._strangers.accept()
+        """The next link that an admitted peer opened towards us. Raises NodeError when the node is
+        closed; cancelling loses no link."""
+        with self._while_open():
+            return await self._strangers.accept()
+        raise self._closed_error()
 
     def set_peer_relays(self, keys: Iterable[NodePublic]) -> None:
         """Say which peers serve as UDP peer relays: they may carry traffic between us and others.
@@ -409,20 +421,31 @@ class Node:
 
         Use it in `async with`. The side that makes the first offer is usually controlling; if both
         claim it, they settle it. A peer that is linked by `connect` can't be an ICE peer from the
-        same address at the same time.
+        same address at the same time. Raises NodeError when the node is closed.
         """
+        self._check_open()
         candidates = make_candidates(self.own_addresses, self._endpoints.local_addresses())
         return self._ice.open(
             candidates, self._endpoints.local_networks, is_controlling=is_controlling
         )
 
     async def refresh(self) -> Report:
-        """Run a full net check now and wait for it."""
-        return await self._endpoints.refresh_now()
+        """Run a full net check now and wait for it. Raises NodeError when the node is closed."""
+        with self._while_open():
+            return await self._endpoints.refresh_now()
+        raise self._closed_error()
 
     async def rebind(self) -> None:
-        """Replace our sockets, as after a change of network."""
-        await self._endpoints.rebind()
+        """Replace our sockets, as after a change of network. Raises NodeError when the node is
+        closed."""
+        await trio.lowlevel.checkpoint()
+        self._check_open()
+        # Without a shield, cancelling could leave the node between two pairs of sockets.
+        with trio.CancelScope(shield=True):
+            await self._endpoints.rebind()
+        if self._is_closed:
+            self._udp.close()
+            raise self._closed_error()
 
     # ---- the task tree
 
@@ -451,10 +474,31 @@ class Node:
             self._udp.close()
 
     def _close(self) -> None:
+        self._is_closed = True
+        for scope in self._waiting:
+            scope.cancel()
         self._strangers.close()
         for link in self.links:
             link.close()
         self._ice.close()
+
+    @contextmanager
+    def _while_open(self) -> Iterator[None]:
+        """Ends the block when the node is closed."""
+        self._check_open()
+        with trio.CancelScope() as scope:
+            self._waiting.add(scope)
+            try:
+                yield
+            finally:
+                self._waiting.discard(scope)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise self._closed_error()
+
+    def _closed_error(self) -> NodeError:
+        return NodeError("the node is closed: use it inside the block of open_node")
 
     async def _announce_forever(self) -> None:
         while True:

@@ -35,7 +35,7 @@ class Inbox:
         self.dropped = 0
 
     def put(self, datagrams: Sequence[bytes]) -> None:
-        """Add datagrams, oldest first, and wake a reader."""
+        """Add datagrams, oldest first, and wake as many readers."""
         queue = self._queue
         queue += datagrams
         self.received += len(datagrams)
@@ -44,7 +44,7 @@ class Inbox:
             self._queued_bytes -= len(queue.popleft())
             self.dropped += 1
         if self._readers:
-            self._readers.unpark()
+            self._readers.unpark(count=len(datagrams))
 
     async def receive(self) -> bytes:
         """The oldest datagram. A checkpoint; cancelling loses nothing."""
