@@ -9,6 +9,7 @@ import time
 import msgspec
 
 from relay.config import LogConfig
+from traversal.printable import LineFormatter
 
 
 class _JsonFormatter(logging.Formatter):
@@ -28,7 +29,7 @@ class _JsonFormatter(logging.Formatter):
         return msgspec.json.encode(members).decode()
 
 
-class _TextFormatter(logging.Formatter):
+class _TextFormatter(LineFormatter):
     def __init__(self, prefix: str) -> None:
         super().__init__(
             "%(asctime)s %(levelname)-7s " + prefix.replace("%", "%%") + "%(message)s",

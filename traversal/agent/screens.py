@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
+from traversal.printable import printable
+
 LABEL_COLUMNS: Final = 12
 MIN_COLUMNS, MAX_COLUMNS = 40, 100
 MAX_NAME_COLUMNS: Final = 20
@@ -45,7 +47,7 @@ def netcheck_screen(found: dict[str, Any], columns: int) -> str:
         for region in found["regions"]
     ]
     lines += _list("Relays", _table(relays, right=(0, 1)) or ["none in the map"])
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def status_screen(found: dict[str, Any], columns: int) -> str:
@@ -65,13 +67,13 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
     peers = found["peers"]
     if not peers:
         lines += _field("Peers", "none in the agent's file", columns)
-        return "\n".join(_printable(line) for line in lines)
+        return "\n".join(printable(line) for line in lines)
     heading = ("PEER", "PATH", "LATENCY", "LOSS", "MTU", "BY WAY OF")
     rows = [heading, *map(_peer, peers)]
     lines += ["", *_table(rows, right=(2, 3, 4))]
     for peer in peers:
         lines += ["", *_hang(peer["text"], "", "  ", columns)]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def ping_line(ping: dict[str, Any]) -> str:
@@ -90,7 +92,7 @@ def ping_screen(found: dict[str, Any], columns: int) -> str:
         "",
         *_hang(found["text"], "", "", columns),
     ]
-    return "\n".join(_printable(line) for line in lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _peer(peer: dict[str, Any]) -> tuple[str, ...]:
@@ -159,7 +161,3 @@ def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list
         ).rstrip()
         for row in rows
     ]
-
-
-def _printable(line: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in line)

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from traversal.printable import LineFormatter
 from traversal.tunnel.transport_choice import PROTOCOLS
 
 # The rest is imported where it is used: it takes half a second, for which no other command of
@@ -171,7 +172,9 @@ def _serve(settings: TunnelSettings, log_level: str) -> None:
 
     from traversal.tunnel.connector import ConnectorError
 
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
     # The QUIC library tells every end of a connection.
     logging.getLogger("quic").setLevel(logging.ERROR)
     try:
