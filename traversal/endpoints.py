@@ -97,7 +97,9 @@ class Endpoints:
         self.report = Report(trio.current_time())
         self.nat = NatFacts()
         self.own_addresses: tuple[OwnAddress, ...] = ()
-        self.local_networks = LocalNetworks(excluded=interfaces.denied_networks)
+        self.local_networks = LocalNetworks(
+            allowed=interfaces.allowed_networks, excluded=interfaces.denied_networks
+        )
         self.state = NetworkState()
         self._nat64_prefixes: tuple[ipaddress.IPv6Network, ...] = ()
         self._map = relay_map
@@ -514,6 +516,7 @@ class Endpoints:
                 address.network for i in self.state.interfaces for address in i.addresses
             ),
             public_ips=frozenset(a.host for a in self.report.reflexive_addresses()),
+            allowed=self._interfaces.allowed_networks,
             excluded=(*self._interfaces.denied_networks, *self.state.excluded),
             has_ipv4=self._udp.port(4) is not None,
             has_ipv6=self._udp.port(6) is not None,

@@ -137,14 +137,20 @@ async def test_double_nat(autojump_clock: MockClock) -> None:
 
 
 async def test_ipv6_only(autojump_clock: MockClock) -> None:
-    """Two phones without IPv4 meet by IPv6 through stateful firewalls."""
+    """Two phones without IPv4 meet by IPv6 through stateful firewalls, and stay: that IPv4 can't
+    send makes no node replace its sockets, as stock nodes do at each net check."""
     mobile = nat_preset("mobile/nat64").behavior
     async with simulate(topology(mobile, mobile)) as world:
-        conversation = await world.converse()
+        nodes = await world.open_nodes("h0", "h1")
+        conversation = await world.introduce(*nodes)
         took = await conversation.until_direct(0.17)
         print(f"LAB ipv6 {took:.3f}")
         assert conversation.left.path.address.is_ipv6
-        await trio.sleep(3)
+        ports = [node._udp.port(6) for node in nodes]
+        changes = len(conversation.changes)
+        await trio.sleep(90)
+        assert [node._udp.port(6) for node in nodes] == ports
+        assert len(conversation.changes) == changes
         assert conversation.lost_seconds() == 0
 
 

@@ -36,7 +36,12 @@
     [interfaces]                        # which the node uses; overlays are never used by default
     allow = ["eth", "wlan"]             # only names that begin so; absent for all
     deny = ["docker", "br-"]            # without allow: all but names that begin so
+    allow_networks = ["10.0.0.0/8"]     # only these addresses are used; absent for all
     deny_networks = ["172.16.0.0/12"]   # addresses that are neither told to peers nor pinged
+
+    [home]                              # which region's relay others reach this node by
+    pin = 900                           # this one, if it can be reached; absent for the nearest
+    ban = [901]                         # never these
 
     [edge]                              # an edge that the peers know, too
     addresses = ["edge.example.com:7844"]
@@ -71,6 +76,7 @@ from traversal.agent.wireguard import IpNetwork, WireGuardInterface
 from traversal.io.interfaces import InterfaceFilter
 from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.paths.edge import EdgePolicy
+from traversal.paths.home import HomePolicy
 from traversal.relay_map import RelayMap, RelayMapError
 from traversal.tunnel.settings import SettingsError, TunnelSettings, read_settings
 from traversal.wire.address import Address
@@ -120,7 +126,9 @@ class AgentConfig(msgspec.Struct, frozen=True):
     peer_relay_port: int | None
     may_search_ports: bool
     state: Path
+    static_addresses: tuple[Address, ...]
     interfaces: InterfaceFilter
+    home: HomePolicy
     edge: EdgeConfig | None
     tunnel: TunnelSettings | None
     peers: tuple[PeerConfig, ...]
@@ -171,7 +179,9 @@ def load_config(path: Path) -> AgentConfig:
         peer_relay_port=file.peer_relay_port,
         may_search_ports=file.port_search,
         state=path.parent / file.state,
+        static_addresses=_addresses(path, "addresses", file.addresses),
         interfaces=_check_interfaces(path, file.interfaces),
+        home=HomePolicy(file.home.pin, frozenset(file.home.ban)),
         edge=_check_edge(path, file.edge) if file.edge is not None else None,
         tunnel=_check_tunnel(path, file.tunnel) if file.tunnel is not None else None,
         peers=peers,
@@ -186,17 +196,18 @@ def _check_tunnel(path: Path, table: dict[str, Any]) -> TunnelSettings:
 
 
 def _check_interfaces(path: Path, table: InterfacesTable) -> InterfaceFilter:
-    networks = []
-    for text in table.deny_networks:
+    def networks(what: str, texts: list[str]) -> tuple[IpNetwork, ...]:
         try:
-            networks.append(ipaddress.ip_network(text))
+            return tuple(map(ipaddress.ip_network, texts))
         except ValueError as error:
-            raise ConfigError(f"{path}, interfaces, deny_networks: {error}") from None
+            raise ConfigError(f"{path}, interfaces, {what}: {error}") from None
+
     usual = InterfaceFilter()
     return InterfaceFilter(
         denied_names=(*usual.denied_names, *table.deny),
         allowed_names=tuple(table.allow),
-        denied_networks=tuple(networks),
+        allowed_networks=networks("allow_networks", table.allow_networks),
+        denied_networks=networks("deny_networks", table.deny_networks),
     )
 
 
@@ -329,6 +340,11 @@ def _check_edge(path: Path, table: EdgeTable) -> EdgeConfig:
         raise ConfigError(f"{file}: {error}") from None
     ca_file = str(path.parent / table.ca) if table.ca else None
     return EdgeConfig(tuple(addresses), credentials, ca_file, table.policy)
+
+
+def _addresses(path: Path, what: str, texts: list[str]) -> tuple[Address, ...]:
+    found = (_address(path, what, text) for text in texts)
+    return tuple(address for address in found if address is not None)
 
 
 def _address(path: Path, what: str, text: str) -> Address | None:

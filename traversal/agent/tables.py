@@ -56,7 +56,15 @@ class InterfacesTable(msgspec.Struct, frozen=True):
 
     allow: list[str] = []
     deny: list[str] = []
+    allow_networks: list[str] = []
     deny_networks: list[str] = []
+
+
+class HomeTable(msgspec.Struct, frozen=True):
+    """The `[home]` table."""
+
+    pin: Annotated[int, msgspec.Meta(ge=0)] = 0
+    ban: list[int] = []
 
 
 class AgentFile(msgspec.Struct, frozen=True):
@@ -70,7 +78,9 @@ class AgentFile(msgspec.Struct, frozen=True):
     peer_relay_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
     port_search: bool = True
     state: str = "underpass.state"
+    addresses: list[str] = []
     interfaces: InterfacesTable = InterfacesTable()
+    home: HomeTable = HomeTable()
     edge: EdgeTable | None = None
     tunnel: dict[str, Any] | None = None
     peers: list[PeerTable] = []
@@ -80,6 +90,7 @@ _TABLES: Final[dict[str, type[msgspec.Struct]]] = {
     "wireguard": WireGuardTable,
     "edge": EdgeTable,
     "interfaces": InterfacesTable,
+    "home": HomeTable,
     "peers": PeerTable,
 }
 _WORDS: Final = {

@@ -21,6 +21,7 @@ import trio
 
 from traversal.io import netlink
 from traversal.io.netlink import InterfaceAddress
+from traversal.wire.address import IPAddress
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -46,6 +47,8 @@ class InterfaceFilter:
         denied_kinds: drivers whose interfaces are left alone, as `ip -d link` names them.
         allowed_names: if not empty, only interfaces with one of these prefixes.
         excluded: whole names that are left alone whatever the others say.
+        allowed_networks: if not empty, only addresses in these ranges are used, that is advertised
+            and pinged.
         denied_networks: ranges whose addresses are neither advertised nor pinged.
     """
 
@@ -53,6 +56,7 @@ class InterfaceFilter:
     denied_kinds: tuple[str, ...] = ("wireguard",)
     allowed_names: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    allowed_networks: tuple[IPNetwork, ...] = ()
     denied_networks: tuple[IPNetwork, ...] = ()
 
     def admits(self, name: str, kind: str = "") -> bool:
@@ -62,6 +66,13 @@ class InterfaceFilter:
         if self.allowed_names:
             return name.startswith(self.allowed_names)
         return not name.startswith(self.denied_names) and kind not in self.denied_kinds
+
+    def admits_address(self, ip: IPAddress) -> bool:
+        """Whether an address of an interface may be used."""
+        allowed = self.allowed_networks
+        if allowed and not any(ip in network for network in allowed):
+            return False
+        return not any(ip in network for network in self.denied_networks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +143,7 @@ async def read_network_state(admitted: InterfaceFilter) -> NetworkState:
         Interface(
             name=link.name,
             addresses=tuple(
-                address
-                for address in link.addresses
-                if not any(address.ip in network for network in admitted.denied_networks)
+                address for address in link.addresses if admitted.admits_address(address.ip)
             ),
             is_loopback=link.is_loopback,
             mtu_bytes=link.mtu_bytes,

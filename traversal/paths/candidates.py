@@ -48,13 +48,15 @@ class LocalNetworks:
     """What this node knows about its own addresses.
 
     `networks` are the prefixes of its interfaces (empty: unknown), `public_ips` the addresses that
-    others see it by, `excluded` ranges never to be pinged (the overlay's own). `nat64_prefixes`
+    others see it by, `allowed` the only ranges to be pinged (empty: all), `excluded` ranges never
+    to be pinged (the overlay's own). `nat64_prefixes`
     are set where there is a route for IPv6 and none for IPv4: a peer's IPv4 addresses are then
     tried through them.
     """
 
     networks: tuple[IPNetwork, ...] = ()
     public_ips: frozenset[str] = frozenset()
+    allowed: tuple[IPNetwork, ...] = ()
     excluded: tuple[IPNetwork, ...] = ()
     has_ipv4: bool = True
     has_ipv6: bool = True
@@ -74,6 +76,8 @@ def is_usable(address: Address, local: LocalNetworks) -> bool:
         if not local.has_ipv4 or ip.packed[0] == 0 or is_fictitious:
             return False
     elif not local.has_ipv6 or ip.is_link_local:
+        return False
+    if local.allowed and not any(ip in network for network in local.allowed):
         return False
     return not any(ip in network for network in local.excluded)
 

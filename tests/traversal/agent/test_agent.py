@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 import trio
 from click.testing import CliRunner
 
-from traversal import NodePrivate, RelayMap, RelayOptions
+from traversal import Address, NodePrivate, RelayMap, RelayOptions
 from traversal.agent.config import AgentConfig, ConfigError, load_config
 from traversal.agent.service import (
     Agent,
@@ -27,6 +27,7 @@ from traversal.agent.service import (
 )
 from traversal.cli import main
 from traversal.paths.edge import EdgePolicy
+from traversal.paths.home import HomePolicy
 from traversal.wire.tunnel.credentials import Credentials
 
 
@@ -74,12 +75,25 @@ class TestConfig:
 
     def test_interfaces(self, tmp_path: Path) -> None:
         """Interfaces and ranges can be allowed and denied; overlays stay denied."""
-        table = '[interfaces]\ndeny = ["docker"]\ndeny_networks = ["10.0.0.0/8"]'
+        table = '[interfaces]\ndeny = ["docker"]\ndeny_networks = ["10.0.0.0/8"]\n'
+        table += 'allow_networks = ["10.0.0.0/7", "2001:db8::/32"]'
         found = load_config(write_config(tmp_path, table)).interfaces
         assert found.admits("eth0")
         assert not found.admits("docker0")
         assert not found.admits("tailscale0")
         assert found.denied_networks == (ip_network("10.0.0.0/8"),)
+        addresses = ("11.0.0.1", "2001:db8::1", "10.0.0.1", "192.0.2.1", "2001:db9::1")
+        used = [text for text in addresses if found.admits_address(ip_address(text))]
+        assert used == ["11.0.0.1", "2001:db8::1"]
+
+    def test_home_and_static_addresses(self, tmp_path: Path) -> None:
+        """A home can be pinned or banned, and a forwarded port be told; by default neither."""
+        usual = load_config(write_config(tmp_path))
+        assert (usual.home, usual.static_addresses) == (HomePolicy(), ())
+        tables = 'addresses = ["192.0.2.7:9"]\n[home]\npin = 900\nban = [901, 902]'
+        found = load_config(write_config(tmp_path, tables))
+        assert found.home == HomePolicy(900, frozenset({901, 902}))
+        assert found.static_addresses == (Address("192.0.2.7", 9),)
         only = load_config(write_config(tmp_path, '[interfaces]\nallow = ["wlan"]')).interfaces
         assert only.admits("wlan0")
         assert not only.admits("eth0")
@@ -129,6 +143,9 @@ class TestConfig:
             (peer_table("a", a_key(), endpoint="192.0.2.1:1"), "is no loopback address"),
             ('wireguard = "here"', "must read IP:PORT"),
             ('[interfaces]\ndeny_networks = ["10.0.0.1/8"]', "deny_networks: 10.0.0.1/8 has host"),
+            ('[interfaces]\nallow_networks = ["x"]', "allow_networks: 'x' does not"),
+            ('addresses = ["192.0.2.7"]', "addresses: '192.0.2.7' is no address"),
+            ("[home]\npin = -1", "home, pin: must be"),
         ],
     )
     def test_names_what_is_wrong(self, tmp_path: Path, text: str, complaint: str) -> None:

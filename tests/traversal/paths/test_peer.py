@@ -237,6 +237,16 @@ class TestCallMeMaybe:
         peer.handle_call_me_maybe((Address.parse(text), X), 0.0)
         assert sent_pings(peer) == [X]
 
+    def test_allowed_ranges(self, networks):
+        """Where ranges are allowed, nothing else is pinged, nor what is excluded among them."""
+        allowed = (ipaddress.ip_network("203.0.113.0/30"), ipaddress.ip_network("2001:db8::/32"))
+        excluded = (ipaddress.ip_network("203.0.113.2"),)
+        peer = make_peer(local=networks(allowed=allowed, excluded=excluded))
+        other = Address("203.0.113.9", 41641)
+        six = Address("2001:db8::1", 41641)
+        peer.handle_call_me_maybe((other, Y, X, six), 0.0)
+        assert sent_pings(peer) == [X, six]
+
 
 class TestScope:
     """P10: private addresses are pinged where they make sense, or when nothing else works."""
