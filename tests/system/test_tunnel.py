@@ -190,6 +190,9 @@ class Visitors:
         self._wanted = wanted
         self._sent = 0
 
+    def has_done(self, count: int) -> bool:
+        return self.done >= count
+
     async def run(self, parallel: int = 6) -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(parallel):
@@ -221,9 +224,10 @@ async def test_connections_die_and_no_request_fails(tmp_path: Path) -> None:
 
         async def cut() -> None:
             while True:
-                await trio.sleep(0.2)
                 if connector.connections:
                     connector.connections[0].close()
+                following = visitors.done + 8
+                await until(partial(visitors.has_done, following))
 
         with trio.fail_after(60 + REQUESTS / 20):
             async with trio.open_nursery() as inner:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import h11
 import trio
 import trustme
 
@@ -74,6 +75,51 @@ class Http2Origin:
             self.abandoned.set()
 
 
+class RawOrigin:
+    """Keeps all that comes, and answers each request that has a body as it is framed."""
+
+    def __init__(self) -> None:
+        self.received: list[bytearray] = []
+        """Per connection."""
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Serve one connection."""
+        received = bytearray()
+        self.received.append(received)
+        protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+        try:
+            async for data in stream:
+                received += data
+                protocol.receive_data(data)
+                while isinstance(event := protocol.next_event(), h11.Event):
+                    if isinstance(event, h11.EndOfMessage):
+                        answer = h11.Response(status_code=200, headers=[("content-length", "0")])
+                        await stream.send_all(
+                            (protocol.send(answer) or b"")
+                            + (protocol.send(h11.EndOfMessage()) or b"")
+                        )
+                        protocol.start_next_cycle()
+        except (h11.ProtocolError, trio.BrokenResourceError):
+            pass
+
+    def requests(self) -> list[h11.Request]:
+        """What was received, read by a strict parser; it fails where that is no HTTP."""
+        found = []
+        for received in self.received:
+            protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+            protocol.receive_data(bytes(received))
+            while isinstance(event := protocol.next_event(), h11.Event):
+                if isinstance(event, h11.Request):
+                    found.append(event)
+                if isinstance(event, h11.EndOfMessage):
+                    protocol.send(h11.Response(status_code=200, headers=[]))
+                    protocol.send(h11.EndOfMessage())
+                    if protocol.our_state is h11.MUST_CLOSE:
+                        break
+                    protocol.start_next_cycle()
+        return found
+
+
 class Site:
     """What a test of the whole way needs."""
 
@@ -91,6 +137,7 @@ class Site:
         self.service = service
         self.origin = origin
         self.grpc = grpc
+        self.raw = RawOrigin()
         self.udp_senders: list[tuple[str, int]] = []
         self._authority = authority
 
@@ -150,6 +197,8 @@ async def published_site(
             nursery.start_soon(trio.serve_listeners, serve, [listener])
             return int(listener.socket.getsockname()[1])
 
+        raw = RawOrigin()
+        raw_port = await listen(raw.serve)
         grpc_port = await listen(grpc.serve)
         through_port = await listen(own_tls)
         silent_port = await listen(silent)
@@ -208,6 +257,7 @@ destination = "127.0.0.1:{udp.getsockname()[1]}"
                         rule("unix", f"unix:{unix_path}"),
                         rule("grpc", f"https://127.0.0.1:{grpc_port}", http2Origin=True, **tls),
                         rule("untrusted", f"https://127.0.0.1:{grpc_port}", http2Origin=True),
+                        rule("raw", f"http://127.0.0.1:{raw_port}"),
                         rule("ssh", f"tcp://127.0.0.1:{origin.tcp_port}"),
                         rule("teapot", "http_status:418"),
                         rule("down", "http://127.0.0.1:1"),
@@ -227,6 +277,7 @@ destination = "127.0.0.1:{udp.getsockname()[1]}"
             await nursery.start(connector.run)
             site = Site(edge, connector, service, origin, grpc, authority)
             site.udp_senders = senders
+            site.raw = raw
             yield site
         finally:
             nursery.cancel_scope.cancel()

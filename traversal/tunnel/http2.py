@@ -55,8 +55,8 @@ PING_PATIENCE_SECONDS: Final = 10.0
 MAX_CONFIGURATION_BYTES: Final = 1 << 20
 READ_BYTES: Final = 128 << 10
 _NO_ROUTE: Final = tuple(os.strerror(code) for code in (ENETUNREACH, EHOSTUNREACH, EADDRNOTAVAIL))
-LIMITS: Final = Http2Limits(streams=1 << 20, stream_window=1 << 20)
-"""Streams are the edge's to limit, as the reference has it."""
+LIMITS: Final = Http2Limits(streams=1 << 20, stream_window=1 << 20, header_bytes=1 << 20)
+"""Streams and headers are the edge's to limit, as the reference has it."""
 
 
 async def serve_http2(

@@ -142,6 +142,31 @@ async def test_length_of_a_body_that_does_not_come(status: bytes) -> None:
         assert client.failure is None
 
 
+def test_headers_are_written_as_they_are() -> None:
+    """Without Huffman's code, for which hpack takes seconds where a header is large."""
+    engine = Http2Engine(Http2Limits(), client_side=True, now=0)
+    engine.start()
+    engine.send_headers(1, [*REQUEST, (b"x", b"v" * 16_000)], end_stream=True)
+    assert b"v" * 16_000 in engine.data_to_send()
+
+
+async def test_headers_that_are_too_large_for_the_other_side() -> None:
+    """They are not sent: they would end its connection, and all other streams with it."""
+    async with joined(Http2Limits(header_bytes=4096)) as (client, server):
+        await client.ping()
+        with pytest.raises(Http2Error, match="4096"):
+            await client.open([*REQUEST, (b"x", bytes(4096))])
+        async with (
+            await client.open(REQUEST, end_stream=True) as asked,
+            await server.accept() as got,
+        ):
+            with pytest.raises(Http2Error, match="4096"):
+                await got.respond([*OK, (b"x", b"v" * 4096)])
+            with pytest.raises(Http2StreamError, match="reset"):
+                await asked.response()
+        assert (client.failure, server.failure) == (None, None)
+
+
 async def test_body_of_another_length() -> None:
     """A body that is not as long as announced ends its stream and no other (RFC 9113 8.1.1)."""
     async with joined(Http2Limits(connection_window=65536)) as (client, server):

@@ -126,6 +126,10 @@ class Struct:
         """A Text field; null reads as empty. Raises TunnelError."""
         return _decode_text(self.pointer(index))
 
+    def text_bytes(self, index: int) -> bytes:
+        """A Text field as its bytes, UTF-8 or not. Raises TunnelError."""
+        return _text_bytes(self.pointer(index))
+
     def texts(self, index: int) -> tuple[str, ...]:
         """A List(Text) field. Raises TunnelError."""
         node = self.pointer(index)
@@ -149,8 +153,9 @@ EMPTY: Final = Struct()
 
 
 def text_node(text: str) -> bytes | None:
-    """A Text field's value; empty becomes null."""
-    return text.encode() + b"\0" if text else None
+    """A Text field's value; empty becomes null. Surrogates stand for bytes that are no UTF-8
+    ("surrogateescape")."""
+    return text.encode(errors="surrogateescape") + b"\0" if text else None
 
 
 def blob_node(data: bytes) -> bytes | None:
@@ -158,13 +163,17 @@ def blob_node(data: bytes) -> bytes | None:
     return data or None
 
 
-def _decode_text(node: Node) -> str:
+def _text_bytes(node: Node) -> bytes:
     if node is None:
-        return ""
+        return b""
     if not isinstance(node, bytes) or node[-1:] != b"\0":
         raise TunnelError("Cap'n Proto: a text is not a list of bytes with a zero at its end")
+    return node[:-1]
+
+
+def _decode_text(node: Node) -> str:
     try:
-        return node[:-1].decode()
+        return _text_bytes(node).decode()
     except UnicodeDecodeError:
         raise TunnelError("Cap'n Proto: a text is not UTF-8") from None
 

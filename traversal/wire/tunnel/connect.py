@@ -124,25 +124,23 @@ def header_metadata(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
     for name, value in headers:
         if b":" in name:
             raise TunnelError(f"connect: {name!r} is no header name")
-        entries.append((HEADER_PREFIX + _decode_header(name), _decode_header(value)))
+        entries.append((HEADER_PREFIX + _decode(name), _decode(value)))
     return tuple(entries)
 
 
 def metadata_headers(metadata: Metadata) -> tuple[tuple[bytes, bytes], ...]:
     """The HTTP headers among metadata, names in lower case."""
     return tuple(
-        (key.removeprefix(HEADER_PREFIX).lower().encode(), value.encode())
+        (key.removeprefix(HEADER_PREFIX).encode().lower(), value.encode(errors="surrogateescape"))
         for key, value in metadata
         if key.startswith(HEADER_PREFIX)
     )
 
 
-def _decode_header(data: bytes) -> str:
-    """As Cap'n Proto's text, which is UTF-8: other bytes are taken for Latin-1."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+def _decode(data: bytes) -> str:
+    # Cap'n Proto's text is UTF-8, but the values of headers may be any bytes (RFC 9110 5.5), and
+    # the reference puts them there as they are.
+    return data.decode(errors="surrogateescape")
 
 
 def _metadata(entries: Metadata) -> Node:
@@ -153,4 +151,10 @@ def _metadata(entries: Metadata) -> Node:
 
 
 def _read_metadata(root: Struct) -> Metadata:
-    return tuple((entry.text(0), entry.text(1)) for entry in root.structs(1))
+    return tuple(map(_read_entry, root.structs(1)))
+
+
+def _read_entry(entry: Struct) -> tuple[str, str]:
+    key = entry.text(0)
+    is_header = key.startswith(HEADER_PREFIX)
+    return key, _decode(entry.text_bytes(1)) if is_header else entry.text(1)
