@@ -14,6 +14,7 @@ from h2.events import ConnectionTerminated, ResponseReceived, StreamEnded, Strea
 from h2.exceptions import H2Error
 
 from tests.system.tunnel_site import Site, published_site
+from tests.system.tunnel_visitors import TruncatedError
 from traversal.io.stream import StreamEndedError
 from traversal.tunnel.transport_choice import Transport
 
@@ -174,7 +175,7 @@ HTTP1 = {
         None,
     ),
     "chunk-overflow": (
-        POST + b"Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n\r\n" + SMUGGLED,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n100000000000000000000\r\n\r\n" + SMUGGLED,
         None,
     ),
     "chunk-longer-than-said": (
@@ -306,7 +307,10 @@ async def test_large_heads(site: Site, version: str) -> None:
         async with site.visitor(version).visit(
             "GET", "/", headers, host="raw.example.com"
         ) as visit:
-            statuses.append((await visit.response())[0])
+            try:
+                statuses.append((await visit.response())[0])
+            except TruncatedError:
+                statuses.append(431)  # in HTTP/2 the connection ends before it is a request
     assert statuses[:4] == [200] * 4
     assert all(400 <= status < 500 for status in statuses[4:])
     await assert_unharmed(site, expected=4)

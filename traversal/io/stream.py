@@ -39,6 +39,8 @@ class HandshakeStream:
         # Reading may make TLS answer (a key update), which must not land inside a record that
         # another task is writing.
         self._sending = trio.Lock()
+        self._is_sending = False
+        """Whether bytes were handed to the network in part: then, and for good once cancelled."""
 
     @property
     def local_host(self) -> str:
@@ -147,7 +149,8 @@ class HandshakeStream:
             self._sock.close()
             return
         with sock:
-            if tls is not None:
+            # An alert in the middle of a record would be no alert, but a forgery.
+            if tls is not None and not self._is_sending:
                 tls.close()
                 try:
                     sock.send(tls.data_to_send())
@@ -170,8 +173,10 @@ class HandshakeStream:
 
     async def _send_raw(self, data: bytes) -> None:
         view = memoryview(data)
+        self._is_sending = True
         try:
             while view:
                 view = view[await self._sock.send(view) :]
         except OSError as error:
             raise StreamEndedError(error.strerror or type(error).__name__) from None
+        self._is_sending = False
