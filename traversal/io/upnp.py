@@ -27,11 +27,12 @@ from traversal.wire.upnp import (
     UpnpFaultError,
     add_mapping_arguments,
     choose_service,
-    delete_mapping_arguments,
     description_url,
     encode_call,
     external_ip_of,
+    granted_seconds,
     is_up,
+    mapping_arguments,
     parse_call_response,
     parse_description,
     sort_replies,
@@ -60,7 +61,7 @@ async def map_port(wanted: RunUpnp, gateway: ipaddress.IPv4Address) -> tuple[Ser
 
 async def delete_mapping(service: Service, external_port: int) -> None:
     """Give a port back. Raises UpnpError."""
-    await _call(service, "DeletePortMapping", delete_mapping_arguments(external_port))
+    await _call(service, "DeletePortMapping", mapping_arguments(external_port))
 
 
 async def _find_service(replies: tuple[SsdpReply, ...], gateway: ipaddress.IPv4Address) -> Service:
@@ -103,7 +104,17 @@ async def _map_by(service: Service, wanted: RunUpnp) -> tuple[Service, Address, 
             raise
         lease_seconds = 0
         port = await _add(service, wanted, lease_seconds)
-    return service, Address(str(await _external_ip(service)), port), lease_seconds
+    external = Address(str(await _external_ip(service)), port)
+    return service, external, await _granted(service, port, lease_seconds)
+
+
+async def _granted(service: Service, port: int, lease_seconds: int) -> int:
+    """The lease that the gateway gave: it may be shorter than what was asked for (M7)."""
+    try:
+        entry = await _call(service, "GetSpecificPortMappingEntry", mapping_arguments(port))
+    except UpnpError:
+        return lease_seconds
+    return granted_seconds(entry, lease_seconds)
 
 
 async def _add(service: Service, wanted: RunUpnp, lease_seconds: int) -> int:

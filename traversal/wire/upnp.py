@@ -254,13 +254,21 @@ def add_mapping_arguments(
     }
 
 
-def delete_mapping_arguments(external_port: int) -> dict[str, str]:
-    """Arguments of DeletePortMapping."""
+def mapping_arguments(external_port: int) -> dict[str, str]:
+    """Arguments of DeletePortMapping and GetSpecificPortMappingEntry: which mapping is meant."""
     return {
         "NewRemoteHost": "",
         "NewExternalPort": str(external_port),
         "NewProtocol": "UDP",
     }
+
+
+def granted_seconds(fields: dict[str, str], wanted_seconds: int) -> int:
+    """The lease that GetSpecificPortMappingEntry tells, `wanted_seconds` where it tells none or a
+    longer one; 0 is for ever."""
+    text = fields.get("NewLeaseDuration", "")
+    told = int(text) if text.isascii() and text.isdigit() else 0
+    return min(told, wanted_seconds or told) or wanted_seconds
 
 
 def external_ip_of(fields: dict[str, str]) -> ipaddress.IPv4Address:

@@ -219,6 +219,36 @@ async def test_other_nodes_of_the_region(
     assert client.statistics().server == f"127.0.0.1:{relay.port}"
 
 
+async def test_first_node_is_silent(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery
+) -> None:
+    """A first node of the region that takes the connection and says nothing gets company after
+    1.5 s; the second carries the packets."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+
+    async def say_nothing(stream: trio.SocketStream) -> None:
+        async with stream:
+            await trio.sleep_forever()
+
+    listeners = await nursery.start(trio.serve_tcp, say_nothing, 0)
+    (good,) = relay.region.nodes
+    silent = replace(good, name="900x", derp_port=listeners[0].socket.getsockname()[1])
+    client = RelayClient(
+        replace(relay.region, nodes=(silent, good)),
+        NodePrivate.generate(os.urandom),
+        Handler(),
+        options=RelayOptions(plain=True),
+        rng=random.Random(1),
+    )
+    began = trio.current_time()
+    nursery.start_soon(client.run)
+    await client.wait_connected()
+    assert trio.current_time() - began == pytest.approx(1.5, abs=0.1)
+    await trio.sleep(60)
+    assert client.statistics().server == f"127.0.0.1:{relay.port}"
+    assert relay.connects == 1
+
+
 async def test_restart_with_another_node(
     autojump_clock: MockClock, relay: Any, nursery: trio.Nursery, tiny_relay: Any
 ) -> None:

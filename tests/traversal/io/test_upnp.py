@@ -114,8 +114,22 @@ async def test_maps_and_gives_back(gateway: Gateway) -> None:
     assert [action for action, _ in gateway.calls] == [
         "AddPortMapping",
         "GetExternalIPAddress",
+        "GetSpecificPortMappingEntry",
         "DeletePortMapping",
     ]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [("600", 600), ("7199", 7199), ("86400", 7200), ("0", 7200), ("", 7200), ("-1", 7200)],
+)
+async def test_shorter_lease(gateway: Gateway, told: str, expected: int) -> None:
+    """A gateway that grants less than it was asked for says so only when asked again; nonsense, or
+    a gateway that can't say, changes nothing."""
+    entry = envelope("GetSpecificPortMappingEntry", NewLeaseDuration=told)
+    gateway.answer = answers(GetSpecificPortMappingEntry=entry if told else fault(714))
+    _, _, lease = await map_port(gateway.wanted(), LOOPBACK)
+    assert lease == expected
 
 
 async def test_any_port_of_version_2(gateway: Gateway) -> None:

@@ -225,7 +225,7 @@ class TestUpnp:
         assert upnp.parse_call_response(body)["NewInternalClient"] == "192.168.1.50"
         with pytest.raises(upnp.UpnpError):
             upnp.add_mapping_arguments(Address("192.168.1.50", 41641), 0, 7200, "x")
-        assert upnp.delete_mapping_arguments(50000)["NewProtocol"] == "UDP"
+        assert upnp.mapping_arguments(50000)["NewProtocol"] == "UDP"
 
     def test_fault(self) -> None:
         """A refusal tells its UPnP code."""
