@@ -6,12 +6,9 @@ for the accept limiter.
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
-from typing import Final
 
-# An attacker has a whole /64 as easily as one IPv4 address; RFC 6177 gives even homes as much.
-_IPV6_SOURCE_PREFIX: Final = 64
+from traversal.wire.address import source_of
 
 
 class TokenBucket:
@@ -137,21 +134,3 @@ class ConnectionCounter:
     def sources(self) -> int:
         """How many sources have connections."""
         return len(self._per_source)
-
-
-def source_of(host: str) -> str:
-    """What counts as one source: an IPv4 address, or the /64 of an IPv6 address.
-
-    An IPv4-mapped IPv6 address is its IPv4 address; what is no address is its own source.
-    """
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    if isinstance(address, ipaddress.IPv4Address):
-        return host
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    shift = 128 - _IPV6_SOURCE_PREFIX
-    network = ipaddress.IPv6Address(int(address) >> shift << shift)
-    return f"{network}/{_IPV6_SOURCE_PREFIX}"

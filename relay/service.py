@@ -24,7 +24,7 @@ from relay.certificates import Certificates
 from relay.config import BootstrapDnsConfig, Config
 from relay.endpoints import public_responder
 from relay.http import Request, serve_http, wanted_protocol
-from relay.limits import AcceptLimiter, ConnectionCounter, source_of
+from relay.limits import AcceptLimiter, ConnectionCounter
 from relay.listeners import accept_loop
 from relay.mesh import MeshLinks
 from relay.peers import Peer, peer_of, receive_proxy_header
@@ -37,6 +37,7 @@ from relay.upgrade import RateLimit, RefusedError, Session, Upgrader
 from relay.websocket import serve_websocket
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.keys import MeshKey, NodePrivate
+from traversal.wire.address import source_of
 from traversal.wire.derp import DerpError, encode_health, encode_restarting
 
 logger = logging.getLogger("underpass.relay.service")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from uuid import UUID
 
-from relay.limits import TokenBucket, source_of
+from relay.limits import TokenBucket
+from traversal.wire.address import source_of
 
 RATE_BURST_SECONDS: Final = 2.0
 """A tunnel may take this many seconds' worth of its rates at once."""

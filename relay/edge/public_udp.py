@@ -17,7 +17,7 @@ from relay.edge.connection import ConnectionFailedError, UdpFlow
 from relay.edge.limits import TunnelTraffic
 from relay.edge.registry import Registry
 from relay.edge.routes import PortRoute
-from relay.limits import source_of
+from traversal.wire.address import source_of
 
 FLOWS: Final = 4096
 FLOWS_PER_SOURCE: Final = 64

@@ -14,7 +14,7 @@ from relay.edge.connection import TunnelConnection
 from relay.edge.quic import QuicTunnelConnection
 from relay.edge.registration import EdgeStage, Registrar
 from relay.edge.session import ControlStream, Service, Transport, run_session
-from traversal.io.quic import QuicConnection
+from traversal.io.quic import SPOOLED_BYTES, QuicConnection
 from traversal.io.quic_stream import NO_ERROR, QuicError, QuicStream
 from traversal.wire.tunnel import rpc
 from traversal.wire.tunnel.capnp import Struct
@@ -32,6 +32,8 @@ from traversal.wire.tunnel.sessions import SessionMethod, UnregisterUdpSession
 
 CALL_SECONDS: Final = 5.0
 """For a connector's call, from the stream's beginning; the reference's bound."""
+UNREGISTERED_SPOOLED_BYTES: Final = 1 << 20
+"""What a connector that has shown no credentials may make us keep, on all its streams."""
 CALLS: Final = 32
 """Streams of one connector that are served at a time; others wait."""
 CALL_BYTES: Final = 64 << 10
@@ -44,6 +46,7 @@ async def serve_quic(
 
     Raises nothing but Cancelled.
     """
+    quic.spooled_bytes = UNREGISTERED_SPOOLED_BYTES
     try:
         await run_session(_QuicTransport(quic, registrar, source, new_id), registrar, source=source)
     finally:
@@ -78,6 +81,7 @@ class _QuicTransport(Transport):
         self, request: RegisterConnection, details: ConnectionDetails
     ) -> QuicTunnelConnection:
         """See Transport."""
+        self._quic.spooled_bytes = SPOOLED_BYTES
         return QuicTunnelConnection(
             self._quic,
             request,

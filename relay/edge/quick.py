@@ -16,8 +16,9 @@ import msgspec
 
 from relay.edge.registry import Registry, Tunnel
 from relay.edge.tunnel_files import new_credentials
-from relay.limits import TokenBucket, source_of
+from relay.limits import TokenBucket
 from traversal.keys import Entropy
+from traversal.wire.address import source_of
 
 PATH: Final = "/tunnel"
 SOURCES: Final = 10_000

@@ -11,8 +11,8 @@ from relay.limits import (
     AcceptStatistics,
     ConnectionCounter,
     TokenBucket,
-    source_of,
 )
+from traversal.wire.address import source_of
 
 
 class TestTokenBucket:

@@ -50,6 +50,7 @@ class QuicConnection:
         address: of the other side; it changes when the other side moves.
         failure: why the connection is over; None while it is not.
         is_established: whether the handshake is done.
+        spooled_bytes: what all streams together may leave lying; see the module's text.
         max_datagram_bytes: the longest DATAGRAM that fits into a packet now; 0 if the other side
             takes none.
     """
@@ -71,7 +72,7 @@ class QuicConnection:
         self._sock = sock
         self._keep_alive_seconds = keep_alive_seconds
         self._pings = 0
-        self._spooled_bytes = spooled_bytes
+        self.spooled_bytes = spooled_bytes
         self._spooled = 0
         self._streams: dict[int, QuicStream] = {}
         self._aborted: set[int] = set()
@@ -405,7 +406,7 @@ class QuicConnection:
             stream._handle_data(event.data, is_end=event.end_stream)
         except OSError:
             stream.abort()
-        if self._spooled > self._spooled_bytes:
+        if self._spooled > self.spooled_bytes:
             max(self._streams.values(), key=lambda s: len(s._spool)).abort()
 
     def _forget(self, stream: QuicStream) -> None:

@@ -3,6 +3,7 @@ socket for each."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ from traversal.io.quic_engine import MAX_STREAMS, QuicEngine, RetryTokens, parse
 from traversal.io.quic_stream import QuicError
 from traversal.io.udp import DONT_FRAGMENT, MAY_FRAGMENT, Run, Source, UdpSocket, bind_socket
 from traversal.relay_map import Family
+from traversal.wire.address import source_of
 
 HANDSHAKE_SECONDS: Final = 5.0
 MAX_READS: Final = 16
@@ -30,11 +32,14 @@ class QuicLimits:
     Attributes:
         connections: at one time.
         handshakes: not finished yet, at one time; further Initials are ignored.
+        handshakes_per_source: of these, from one IPv4 address or one /64 of IPv6: else one client
+            that begins handshakes and leaves them would keep everybody out.
         spooled_bytes: what all streams of a connection may leave lying together.
     """
 
     connections: int = 10_000
     handshakes: int = 256
+    handshakes_per_source: int = 64
     spooled_bytes: int = SPOOLED_BYTES
 
 
@@ -64,7 +69,8 @@ class QuicListener:
         self._by_id: dict[bytes, QuicConnection] = {}
         self._id_lengths: list[int] = []
         self._connections: set[QuicConnection] = set()
-        self._handshakes = 0
+        self._handshakes: Counter[str] = Counter()
+        """Under way, by source."""
         self._ready_in, self._ready_out = trio.open_memory_channel[QuicConnection](
             self._limits.handshakes
         )
@@ -148,12 +154,18 @@ class QuicListener:
         if initial is None:
             return None
         limits = self._limits
-        if self._handshakes >= limits.handshakes or len(self._connections) >= limits.connections:
+        under_way = self._handshakes.total()
+        origin = source_of(source[0])
+        if (
+            under_way >= limits.handshakes
+            or self._handshakes[origin] >= limits.handshakes_per_source
+            or len(self._connections) >= limits.connections
+        ):
             self.ignored_initials += 1
             return None
         now = trio.current_time()
         original_id = self._tokens.original_id(initial, source, now) if initial.token else None
-        if original_id is None and self._handshakes >= FREE_HANDSHAKES:
+        if original_id is None and under_way >= FREE_HANDSHAKES:
             retry = self._tokens.encode_retry(initial, source, self._entropy(8), now)
             try:
                 self._sock.send(retry, source)
@@ -167,11 +179,11 @@ class QuicListener:
         self._note_id(initial.destination_id, connection)
         self._note_id(engine.host_cid, connection)
         self._connections.add(connection)
-        self._handshakes += 1
-        nursery.start_soon(self._serve, connection)
+        self._handshakes[origin] += 1
+        nursery.start_soon(self._serve, connection, origin)
         return connection
 
-    async def _serve(self, connection: QuicConnection) -> None:
+    async def _serve(self, connection: QuicConnection, origin: str) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run)
@@ -182,7 +194,9 @@ class QuicListener:
                 except (QuicError, trio.TooSlowError, trio.WouldBlock):
                     connection.close()
                 finally:
-                    self._handshakes -= 1
+                    self._handshakes[origin] -= 1
+                    if not self._handshakes[origin]:
+                        del self._handshakes[origin]
         finally:
             self._connections.discard(connection)
             for identifier in [i for i, c in self._by_id.items() if c is connection]:

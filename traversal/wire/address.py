@@ -14,6 +14,8 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 ADDRESS_LENGTH: Final = 18
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
+# An attacker has a whole /64 as easily as one IPv4 address; RFC 6177 gives even homes as much.
+_IPV6_SOURCE_PREFIX: Final = 64
 
 
 class Address(NamedTuple):
@@ -81,3 +83,21 @@ def is_private(ip: IPAddress) -> bool:
 def is_shared(ip: IPAddress) -> bool:
     """100.64/10, the space between a carrier's NAT and its customers (RFC 6598)."""
     return ip.version == 4 and int(ip) >> 22 == 0x191
+
+
+def source_of(host: str) -> str:
+    """What counts as one source: an IPv4 address, or the /64 of an IPv6 address.
+
+    An IPv4-mapped IPv6 address is its IPv4 address; what is no address is its own source.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    shift = 128 - _IPV6_SOURCE_PREFIX
+    network = ipaddress.IPv6Address(int(address) >> shift << shift)
+    return f"{network}/{_IPV6_SOURCE_PREFIX}"

@@ -19,10 +19,10 @@ from relay.edge.quic import QuicTunnelConnection
 from relay.edge.quic_session import serve_quic
 from relay.edge.registration import EdgeStage, Registrar
 from tests.relay.edge.fake_connector import CREDENTIALS, TUNNEL_ID, make_registrar
-from traversal.io.quic import QuicConnection
+from traversal.io.quic import SPOOLED_BYTES, QuicConnection
 from traversal.io.quic_endpoints import QuicListener, dial_quic
 from traversal.io.quic_settings import SERVER_NAME, connector_configuration, edge_configuration
-from traversal.io.quic_stream import QuicStream
+from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.io.udp import bind_socket
 from traversal.tunnel.control import ControlClient, ControlEvent
 from traversal.tunnel.edge_connection import (
@@ -474,3 +474,34 @@ async def test_bad_streams_and_datagrams(tmp_path: Path) -> None:
             await trio.sleep(0.01)
         async with await connection.request(GET):
             assert (await quic.accept_stream()).stream_id == 1
+
+
+async def test_unregistered_connectors_are_kept_little_for(tmp_path: Path) -> None:
+    """Of what a stranger's streams leave lying, all together, one is reset beyond a megabyte; a
+    connector that has registered may leave more."""
+    registrar = make_registrar()
+    async with running(tmp_path, registrar) as connector:
+        stranger = await connector.dial()
+        await (await stranger.open_stream()).send(b"\0")  # the control stream, for all that is said
+        assert await count_resets(stranger) >= 2
+        assert stranger.failure is None
+        quic = await connector.dial()
+        await connector.register(quic, connector.request())
+        connection = registrar.registry.pick(TUNNEL_ID)
+        assert isinstance(connection, QuicTunnelConnection)
+        assert connection._quic.spooled_bytes == SPOOLED_BYTES
+
+
+async def count_resets(quic: QuicConnection) -> int:
+    """How many of four streams of 400 kB, which nobody reads, are not wanted at the other end."""
+    streams = [await quic.open_stream() for _ in range(4)]
+    for stream in streams:
+        await stream.send(bytes(400_000))
+    resets = 0
+    for stream in streams:
+        try:
+            with trio.move_on_after(0.3):
+                await stream.receive()
+        except QuicError:
+            resets += 1
+    return resets

@@ -455,3 +455,32 @@ def test_spool_is_a_queue(steps: list[bytes | None]) -> None:
     while spool:
         got += spool.take()
     assert got == put
+
+
+async def test_one_source_leaves_room_for_others(
+    configurations: tuple[QuicConfiguration, QuicConfiguration], autojump_clock: MockClock
+) -> None:
+    """Whoever begins many handshakes from one host and ends none takes a share of the places."""
+    server, client = configurations
+    topology = Topology(servers=tuple(Server(name=name) for name in ("edge", "flood", "honest")))
+    limits = QuicLimits(handshakes=16, handshakes_per_source=4)
+    async with SimulatedInternet(topology) as lab, trio.open_nursery() as nursery:
+        async with lab.host("edge"):
+            edge = lab.host("edge").addresses[0]
+            sock = await bind_socket(4, edge, 0)
+            listener = QuicListener(sock, server, entropy=os.urandom, limits=limits)
+            await nursery.start(listener.run)
+        async with lab.host("flood"):
+            sock = await bind_socket(4, lab.host("flood").addresses[0], 0)
+            for _ in range(40):
+                engine = QuicEngine(client)
+                engine.connect((edge, listener.port), trio.current_time())
+                for datagram, _ in engine.datagrams_to_send(trio.current_time()):
+                    sock.send(datagram, (edge, listener.port))
+            await trio.sleep(1)
+            assert listener.connections == 4
+        async with lab.host("honest"):
+            near = await dial_quic(nursery, (edge, listener.port), client)
+            await exchange(near, await listener.accept(), 1000)
+        nursery.cancel_scope.cancel()
+    assert not listener._handshakes
