@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 import trio
@@ -106,6 +106,19 @@ class Guard:
                     "everybody else is served on, please report this",
                     self.failures,
                 )
+
+
+def take_waiting(listener: socket.socket) -> Iterator[trio.socket.SocketType]:
+    """The connections that the kernel has accepted for us already: closing the listener would reset
+    them, though whoever made them believes to be connected."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            if error.errno == errno.ECONNABORTED:
+                continue
+            return
+        yield trio.socket.from_stdlib_socket(connection)
 
 
 async def accept_loop(

@@ -13,7 +13,8 @@ from _pytest.runner import runtestprotocol
 
 from netlab.kernel.jail import JailCallError, JailError, call_in_jail
 
-# No such test takes more than some seconds; this only ends one that hangs.
+# No such test takes more than some seconds; this only ends one that hangs. The marker's argument
+# `timeout_seconds` is for those that can be told to take longer.
 TIMEOUT_SECONDS = 60.0
 
 
@@ -23,8 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    if item.get_closest_marker("jail") is None:
+    marker = item.get_closest_marker("jail")
+    if marker is None:
         return None
+    timeout = marker.kwargs.get("timeout_seconds", TIMEOUT_SECONDS)
 
     def run() -> bytes:
         reports = runtestprotocol(item, log=False)
@@ -32,7 +35,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return pickle.dumps([to_data(config=item.config, report=report) for report in reports])
 
     try:
-        data = pickle.loads(call_in_jail(run, timeout_seconds=TIMEOUT_SECONDS))
+        data = pickle.loads(call_in_jail(run, timeout_seconds=timeout))
     except JailError as error:
         item.add_marker(pytest.mark.skip(reason=f"no jail here: {error}"))
         return None

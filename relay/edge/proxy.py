@@ -75,9 +75,14 @@ class _Request:
 
 
 class Finder:
-    """Finds the connection that a request goes to, and waits for one after an outage."""
+    """Finds the connection that a request goes to, and waits for one after an outage.
+
+    Attributes:
+        is_leaving: the edge is about to stop, so that waiting is in vain.
+    """
 
     def __init__(self, registry: Registry) -> None:
+        self.is_leaving = False
         self._registry = registry
         self._started = trio.current_time()
         self._seen: dict[UUID, float] = {}
@@ -95,6 +100,8 @@ class Finder:
     async def find(self, tunnel: UUID) -> TunnelConnection:
         """A usable connection; waits for one after an outage. Raises GatewayError."""
         found = self.maybe_find(tunnel)
+        if found is None and self.is_leaving:
+            raise GatewayError(503, "this edge is about to stop")
         left = self._seen.get(tunnel, self._started) + OUTAGE_SECONDS - trio.current_time()
         with trio.move_on_after(max(0.0, min(left, CONNECTOR_WAIT_SECONDS))):
             while found is None and self._registry.tunnel(tunnel) is not None:

@@ -32,12 +32,13 @@ from relay.edge.quick import QuickTunnels
 from relay.edge.registry import Registry
 from relay.edge.routes import PortRoute, RoutingTable
 from relay.edge.routes_file import read_routes
+from relay.edge.visit import Visit
 from relay.edge.visit_http1 import BadHttpError, serve_http1
 from relay.edge.visit_http2 import serve_http2
 from relay.edge.visitor_stages import VisitorStage
 from relay.file_watch import POLL_SECONDS, FileWatch
 from relay.limits import ConnectionCounter
-from relay.listeners import Guard, ListenError, accept_loop, open_listeners
+from relay.listeners import Guard, ListenError, accept_loop, open_listeners, take_waiting
 from relay.peers import peer_of, receive_proxy_header
 from relay.proxy_protocol import ProxyProtocolError, TrustedProxies
 from relay.refusals import Refusals
@@ -99,8 +100,13 @@ class PublicEdge:
             randomness=random.Random(),
         )
         self._accepting = trio.CancelScope()
+        self._has_stopped = trio.Event()
         self._guard = Guard()
         self._leaving = trio.Event()
+        self._silent: set[HandshakeStream] = set()
+        """Visitors who have connected and not asked for anything yet."""
+        self._requests = 0
+        self._changed = trio.lowlevel.ParkingLot()
         self._listeners: list[tuple[socket.socket, _Handler]] = []
         self.udp: tuple[tuple[str, int], ...] = ()
         self._udp: list[tuple[socket.socket, UdpPort]] = []
@@ -147,6 +153,20 @@ class PublicEdge:
         connections are closed when they are idle."""
         self._accepting.cancel()
         self._leaving.set()
+
+    async def wait_asked(self) -> None:
+        """Return when nobody is accepted any more and every visitor who is here has asked for
+        something."""
+        await self._has_stopped.wait()
+        while self._silent:
+            await self._changed.park()
+
+    async def wait_answered(self) -> None:
+        """Return when no request is under way; one that finds no connector does not wait for one
+        any more, for none will come."""
+        self._finder.is_leaving = True
+        while self._requests:
+            await self._changed.park()
 
     def reload(self) -> None:
         """Read routes and certificates again; what is no good leaves everything as it was. Ports
@@ -213,7 +233,9 @@ class PublicEdge:
     async def _accept(self, connections: trio.Nursery) -> None:
         def starter(handler: _Handler) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
             async def start(sock: trio.socket.SocketType) -> None:
-                connections.start_soon(self._guard.run, self._handle, handler, sock)
+                stream = HandshakeStream(sock)
+                self._silent.add(stream)
+                connections.start_soon(self._guard.run, self._handle, handler, sock, stream)
 
             return start
 
@@ -222,16 +244,22 @@ class PublicEdge:
                 async with trio.open_nursery() as nursery:
                     for listener, handler in self._listeners:
                         nursery.start_soon(accept_loop, listener, starter(handler))
+            for listener, handler in self._listeners:
+                for sock in take_waiting(listener):
+                    await starter(handler)(sock)
         finally:
             self.close()
+            self._has_stopped.set()
 
-    async def _handle(self, handler: _Handler, sock: trio.socket.SocketType) -> None:
+    async def _handle(
+        self, handler: _Handler, sock: trio.socket.SocketType, stream: HandshakeStream
+    ) -> None:
         try:
             peer = peer_of(sock)
         except OSError:  # it is gone already
             sock.close()
+            self._note_asked(stream)
             return
-        stream = HandshakeStream(sock)
         stage = VisitorStage.CONNECTIONS
         source = peer.source
         counted = False
@@ -256,11 +284,26 @@ class PublicEdge:
             if counted:
                 self._counter.remove(source)
             stream.close()
+            self._note_asked(stream)
+
+    def _note_asked(self, stream: HandshakeStream) -> None:
+        self._silent.discard(stream)
+        self._changed.unpark_all()
+
+    async def _serve(self, stream: HandshakeStream, visit: Visit) -> None:
+        self._note_asked(stream)
+        self._requests += 1
+        try:
+            await self._proxy.serve(visit)
+        finally:
+            self._requests -= 1
+            self._changed.unpark_all()
 
     async def _handle_plain(
         self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
     ) -> None:
-        await serve_http1(stream, Visitor(source, "http"), self._proxy.serve, self._leaving)
+        serve = partial(self._serve, stream)
+        await serve_http1(stream, Visitor(source, "http"), serve, self._leaving)
 
     async def _handle_tls(
         self, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
@@ -279,16 +322,19 @@ class PublicEdge:
                 tls = await stream.start_tls(context, server_side=True)
         if timeout.cancelled_caught:
             raise StreamEndedError(f"no TLS handshake within {TLS_SECONDS:.0f} s")
+        serve = partial(self._serve, stream)
         if route is not None:
+            self._note_asked(stream)
             await self._pass_through(sock, data, route.tunnel, route.destination, source)
         elif tls.selected_protocol() == "h2":
-            await serve_http2(stream, Visitor(source, "https"), self._proxy.serve, self._leaving)
+            await serve_http2(stream, Visitor(source, "https"), serve, self._leaving)
         else:
-            await serve_http1(stream, Visitor(source, "https"), self._proxy.serve, self._leaving)
+            await serve_http1(stream, Visitor(source, "https"), serve, self._leaving)
 
     async def _handle_tcp(
         self, route: PortRoute, sock: trio.socket.SocketType, stream: HandshakeStream, source: str
     ) -> None:
+        self._note_asked(stream)
         await self._pass_through(sock, b"", route.tunnel, route.destination, source)
 
     # --- Bytes without a protocol ----------------------------------------------------------------

@@ -35,7 +35,12 @@ logger = logging.getLogger("underpass.relay.edge")
 
 HANDSHAKE_SECONDS: Final = 15.0
 """A connector allows as long for its side of the TLS handshake."""
-SETTLE_SECONDS: Final = 0.5
+SETTLE_SECONDS: Final = 2.0
+"""An edge that stops gives visitors who have just connected so long to ask for something, before it
+lets its connectors go; some connect in advance and may never ask."""
+SEGMENT_BYTES: Final = 1220
+"""The longest TCP segment from and to connectors: fits the least MTU of IPv6. HTTP/2 is for where
+QUIC does not pass, and such networks often hide from both ends how narrow they are."""
 HANDSHAKES: Final = 500
 HANDSHAKES_PER_SOURCE: Final = 100
 """TLS handshakes under way; a connector that starts makes four, one a second."""
@@ -70,6 +75,8 @@ class Edge:
         )
         self.certificates = EdgeCertificates(config.edge)
         self._listeners = listeners
+        for listener in listeners:  # what is accepted inherits it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT_BYTES)
         self.addresses = tuple(sock.getsockname()[:2] for sock in listeners)
         self.quic = QuicListeners(self.addresses, self.certificates, self.registrar)
         self._files = TunnelFiles(config.edge.directory, self.registry)
@@ -113,12 +120,13 @@ class Edge:
         self.public.stop_accepting()
         self.registrar.is_draining = True
         self.registrar.drain_seconds = seconds
-        # Visitors who were just accepted get their request in, and a connector for it.
-        await trio.sleep(min(SETTLE_SECONDS, seconds / 2))
-        for connection in self.registry.connections():
-            connection.drain("the edge is about to stop")
         with trio.move_on_after(seconds):
+            with trio.move_on_after(min(SETTLE_SECONDS, seconds / 2)):
+                await self.public.wait_asked()
+            for connection in self.registry.connections():
+                connection.drain("the edge is about to stop")
             await self.registry.wait_empty()
+            await self.public.wait_answered()
 
     def view(self) -> EdgeView:
         """A picture of it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import socket
+from contextlib import ExitStack
 
 import pytest
 import trio
 import trio.testing
 
 from relay.config import ListenAddress
-from relay.listeners import ListenError, accept_loop, open_listeners
+from relay.listeners import ListenError, accept_loop, open_listeners, take_waiting
 
 
 def test_accepted_sockets_inherit_the_options() -> None:
@@ -100,3 +101,16 @@ async def test_a_mistake_ends_one_connection_only(
             await served.wait()
             nursery.cancel_scope.cancel()
     assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+async def test_waiting_connections_are_taken() -> None:
+    """What the kernel has accepted before a listener is closed is served and not reset."""
+    (listener,) = open_listeners(ListenAddress("127.0.0.1", 0))
+    with listener, ExitStack() as stack:
+        place = listener.getsockname()
+        clients = [stack.enter_context(socket.create_connection(place)) for _ in range(3)]
+        taken = list(take_waiting(listener))
+        assert [sock.getpeername() for sock in taken] == [c.getsockname() for c in clients]
+        for sock in taken:
+            sock.close()
+        assert list(take_waiting(listener)) == []

@@ -105,11 +105,11 @@ class Programs:
             )
         return done.returncode, done.stdout.decode()
 
-    async def stop(self, host: str, *command: str) -> None:
+    async def stop(self, host: str, *command: str, signal_number: int = signal.SIGTERM) -> None:
         """End, as a service manager would, what was started on a host by such a command."""
         for where, what, process in self._running:
             if where == host and what[: len(command)] == command and process.poll() is None:
-                process.terminate()
+                process.send_signal(signal_number)
                 await process.wait()
 
     async def end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -296,7 +297,7 @@ async def test_planned_restart_lets_requests_finish(tmp_path: Path) -> None:
         connector = make_connector([one, two], credentials, service, tmp_path)
         await nursery.start(connector.run)
         await until(lambda: len(connector.connections) == 4)
-        body = os.urandom(8_000_000)
+        body = os.urandom(4_000_000)
         answers = []
 
         async def upload() -> None:
@@ -305,7 +306,33 @@ async def test_planned_restart_lets_requests_finish(tmp_path: Path) -> None:
         async with trio.open_nursery() as inner:
             inner.start_soon(upload)
             await until(lambda: service.statistics().active == 1)
-            inner.start_soon(one.edge.drain, 10)
+            inner.start_soon(one.edge.drain, 40)
             await until(lambda: {c.address.port for c in connector.connections} == {two.address[1]})
         assert answers == [(200, body)]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_visitor_who_has_connected_is_served_by_an_edge_that_stops(tmp_path: Path) -> None:
+    """Also if the request comes a little later, and though its connection was not accepted yet when
+    the edge was told to stop; the edge then waits for nothing else."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    async with origin_service() as service, trio.open_nursery() as nursery:
+        edge = await nursery.start(run_edge, edge_config(tmp_path))
+        connector = make_connector([edge], credentials, service, tmp_path)
+        await nursery.start(connector.run)
+        with socket.create_connection(("127.0.0.1", edge.visitors)) as visitor:
+            drained = trio.Event()
+
+            async def drain() -> None:
+                await edge.edge.drain(15)
+                drained.set()
+
+            nursery.start_soon(drain)
+            await trio.sleep(0.7)
+            visitor.sendall(f"GET /late HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+            await drained.wait()
+            visitor.settimeout(5)
+            answer = await trio.to_thread.run_sync(visitor.recv, 4096)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+        assert answer.endswith(b"/late")
         nursery.cancel_scope.cancel()

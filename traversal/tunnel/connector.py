@@ -343,24 +343,26 @@ class Connector:
             if slow and self._choice.should_move_to_quic(now):
                 await self._move(slow[0].index, slow[0].address, Transport.QUIC)
             elif self._book is not None and now - balanced_at >= BALANCE_SECONDS:
-                balanced_at = now
                 crowded = self._book.crowded(now)
-                if crowded is not None and len(self.connections) == self._options.connections:
-                    await self._move(*crowded, self._choice.order[0])
+                is_whole = len(self.connections) == self._options.connections
+                if crowded is not None and is_whole:
+                    if await self._move(*crowded, self._choice.order[0]):
+                        continue  # the next one need not wait: the address is good
+                balanced_at = now
 
-    async def _move(self, index: int, address: Address, transport: Transport) -> None:
-        """Replace a connection by a better one, if that can be made."""
+    async def _move(self, index: int, address: Address, transport: Transport) -> bool:
+        """Replace a connection by a better one, if that can be made; whether it could."""
         old = self._current.get(index)
         book = self._book
         if old is None or book is None:
-            return
+            return False
         try:
             new = await self._dial(transport, index, address, 0)
         except DialFailedError as error:
             logger.debug("Connection %d stays where it is: %s", index, error)
             if transport is Transport.QUIC and old.transport is Transport.HTTP2:
                 self._choice.note_probe_failed(trio.current_time())
-            return
+            return False
         now = trio.current_time()
         self._choice.note_registered(transport, now, quic_was_tried=False)
         book.take(index, address)
@@ -369,6 +371,7 @@ class Connector:
         # Its keeper looks up what is current when this one leaves.
         old.leaving.set()
         self._nursery.start_soon(old.unregister)
+        return True
 
     # ---- the end
 
