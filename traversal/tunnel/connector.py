@@ -345,10 +345,13 @@ class Connector:
             elif self._book is not None and now - balanced_at >= BALANCE_SECONDS:
                 crowded = self._book.crowded(now)
                 is_whole = len(self.connections) == self._options.connections
-                if crowded is not None and is_whole:
-                    if await self._move(*crowded, self._choice.order[0]):
-                        continue  # the next one need not wait: the address is good
-                balanced_at = now
+                has_moved = (
+                    crowded is not None
+                    and is_whole
+                    and await self._move(*crowded, self._choice.order[0])
+                )
+                if not has_moved:  # else the address is good, and the next one need not wait
+                    balanced_at = now
 
     async def _move(self, index: int, address: Address, transport: Transport) -> bool:
         """Replace a connection by a better one, if that can be made; whether it could."""
