@@ -20,6 +20,7 @@ from traversal.endpoints import Endpoints
 from traversal.io.deadlines import Deadlines
 from traversal.io.ice import IceRouter, IceSession
 from traversal.io.interfaces import InterfaceFilter
+from traversal.io.marking import marked, new_socket
 from traversal.io.peer_relay_server import PeerRelayOptions, PeerRelayService
 from traversal.io.relay_client import RelayOptions, RelayStatistics
 from traversal.io.relays import Relays
@@ -103,6 +104,7 @@ async def open_node(
     handle_stranger: HandleStranger | None = None,
     static_addresses: Iterable[Address] = (),
     interfaces: InterfaceFilter | None = None,
+    socket_mark: int = 0,
     home: HomePolicy | None = None,
     relay_options: RelayOptions | None = None,
     map_ports: bool = True,
@@ -129,6 +131,9 @@ async def open_node(
             speaks over the relay. Must neither await nor raise.
         static_addresses: advertised besides what is found, for forwarded ports.
         interfaces: which interfaces and ranges to use.
+        socket_mark: for all sockets of the node (SO_MARK, 32 bits), so that a routing rule can keep
+            them out of a tunnel that everything else goes through; 0 for none. Needs the right
+            CAP_NET_ADMIN, or CAP_NET_RAW from Linux 5.17 on.
         home: pinned and banned home regions.
         map_ports: whether to ask the router for a port mapping.
         peer_relay: serve as a UDP peer relay for our peers; by default not.
@@ -140,7 +145,8 @@ async def open_node(
         entropy: random bytes, `os.urandom` or a seeded source for tests.
         rng: spreads periodic work; by default seeded from `entropy`.
 
-    Raises UdpError when no UDP socket can be opened. What the block raises comes out as it is.
+    Raises UdpError when no UDP socket can be opened, NodeError without the right to set
+    `socket_mark`. What the block raises comes out as it is.
     """
     rng = rng or random.Random(entropy(8))
     node = Node(
@@ -152,6 +158,7 @@ async def open_node(
         handle_stranger=handle_stranger,
         static_addresses=tuple(static_addresses),
         interfaces=interfaces or InterfaceFilter(),
+        socket_mark=socket_mark,
         home=home or HomePolicy(),
         relay_options=relay_options or RelayOptions(),
         map_ports=map_ports,
@@ -165,7 +172,10 @@ async def open_node(
     )
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(node._run, port)
+            # Tasks that are started inside inherit the mark.
+            with marked(socket_mark):
+                _check_right_to_mark()
+                await nursery.start(node._run, port)
             try:
                 yield node
             finally:
@@ -176,6 +186,16 @@ async def open_node(
         if len(group.exceptions) > 1:
             raise
         raise group.exceptions[0] from group.exceptions[0].__cause__
+
+
+def _check_right_to_mark() -> None:
+    try:
+        new_socket().close()
+    except PermissionError:
+        raise NodeError(
+            "a socket mark needs the right CAP_NET_ADMIN, or CAP_NET_RAW from Linux 5.17 on: run "
+            "as root, or give the right in the service's unit (AmbientCapabilities)"
+        ) from None
 
 
 class Node:
@@ -192,6 +212,7 @@ class Node:
         handle_stranger: HandleStranger | None,
         static_addresses: tuple[Address, ...],
         interfaces: InterfaceFilter,
+        socket_mark: int,
         home: HomePolicy,
         relay_options: RelayOptions,
         map_ports: bool,
@@ -287,6 +308,7 @@ class Node:
         self._peer_relays = PeerRelays(self._wiring, self._sessions.get, self._relay_service)
         self._wiring.peer_relays = self._peer_relays
         self._announce_wanted = trio.Event()
+        self._socket_mark = socket_mark
         self._is_closed = False
         self._waiting: set[trio.CancelScope] = set()
 
@@ -441,7 +463,7 @@ class Node:
         await trio.lowlevel.checkpoint()
         self._check_open()
         # Without a shield, cancelling could leave the node between two pairs of sockets.
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True), marked(self._socket_mark):
             await self._endpoints.rebind()
         if self._is_closed:
             self._udp.close()

@@ -223,6 +223,32 @@ class TestOurs:
             status, output = await running.run("alice", *ping, str(START_SECONDS), "bob")
             assert status == 0, output
 
+    async def test_full_tunnel(self, tmp_path: Path) -> None:
+        """Where everything is routed into a tunnel, as by `wg-quick` for a peer that is allowed all
+        addresses, the node's own packets stay outside by their mark: without it they are lost."""
+        mark = 0x7570
+        async with programs(tmp_path) as running:
+            write_agent_files(running, await start_relay(running))
+            for rule in (
+                ("route", "add", "blackhole", "default", "table", str(mark)),
+                ("rule", "add", "not", "fwmark", str(mark), "table", str(mark)),
+                ("rule", "add", "table", "main", "suppress_prefixlength", "0"),
+            ):
+                status, output = await running.run("alice", "ip", *rule)
+                assert status == 0, output
+            check = (*UNDERPASS, "netcheck", "--json")
+            status, output = await running.run("alice", *check)
+            assert json.loads(output)["nat"]["is_offline"], output
+            file = running.home("alice") / "underpass.toml"
+            file.write_text(f"socket_mark = {mark}\n" + file.read_text())
+            status, output = await running.run("alice", *check)
+            assert json.loads(output)["udp"], output
+            await running.start("alice", *UNDERPASS, "up", ready="home region 900")
+            await running.start("bob", *UNDERPASS, "up", ready="home region 900")
+            ping = (*UNDERPASS, "ping", "--json", "--until-direct", "bob")
+            status, output = await running.run("alice", *ping)
+            assert json.loads(output)["path"]["kind"] == "direct", output
+
 
 @pytest.mark.interop
 class TestTailcat:

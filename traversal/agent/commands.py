@@ -71,8 +71,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 async def netcheck(map_source: str | None, config_path: Path) -> dict[str, Any]:
     """A net check by a node of its own."""
-    relay_map = await _find_map(map_source, _maybe_config(config_path), config_path)
-    async with open_node(NodePrivate.generate(os.urandom), relay_map) as node:
+    config = _maybe_config(config_path)
+    relay_map = await _find_map(map_source, config, config_path)
+    mark = config.socket_mark if config is not None else 0
+    async with open_node(NodePrivate.generate(os.urandom), relay_map, socket_mark=mark) as node:
         # Servers that answered late, and the port mapping, are in the second report.
         report = await node.refresh()
         return {
@@ -141,7 +143,9 @@ async def ping(
             may_search &= entry.may_search_ports
         policy = PunchPolicy(is_enabled=may_search)
         relay_map = await _find_map(map_source, config, config_path)
-        async with open_node(key, relay_map, port_search=policy) as node:
+        async with open_node(
+            key, relay_map, port_search=policy, socket_mark=config.socket_mark if config else 0
+        ) as node:
             home = region or (entry.relay if entry is not None else 0) or node.home_region
             link = await node.connect(peer_key, relay=home)
             await ping_often(lambda: ping_once(link))

@@ -8,6 +8,7 @@
     peer_relay_port = 41642             # serve as a UDP peer relay there; absent for not
     port_search = true                  # guess the ports of hard NATs; the default
     state = "underpass.state"           # what the agent learns and keeps
+    socket_mark = 0x7570                # of the node's own packets, for routing rules; absent for 0
 
     [tunnel]                            # publish services through an edge; keys as in the file of
     edge = ["edge.example.com"]         # `underpass tunnel run`
@@ -59,6 +60,7 @@ import base64
 import ipaddress
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,6 +129,7 @@ class AgentConfig(msgspec.Struct, frozen=True):
     may_search_ports: bool
     state: Path
     static_addresses: tuple[Address, ...]
+    socket_mark: int
     interfaces: InterfaceFilter
     home: HomePolicy
     edge: EdgeConfig | None
@@ -161,7 +164,12 @@ def load_config(path: Path) -> AgentConfig:
                 raise ConfigError(f"{path}: two peers have the {what} {value}")
     interface = None
     if isinstance(file.wireguard, WireGuardTable):
-        interface = _check_interface(path, file.wireguard)
+        interface = _check_interface(path, file.wireguard, file.socket_mark)
+        if not file.socket_mark and any(n.prefixlen == 0 for peer in peers for n in peer.allowed):
+            raise ConfigError(
+                f"{path}: a peer's allowed_ips are everything, which would lead the node's own "
+                "packets into the tunnel that they carry; write socket_mark = 0x7570, or any number"
+            )
         wireguard: Address | None = Address("127.0.0.1", interface.port)
     else:
         wireguard = _address(path, "wireguard", file.wireguard)
@@ -180,6 +188,7 @@ def load_config(path: Path) -> AgentConfig:
         may_search_ports=file.port_search,
         state=path.parent / file.state,
         static_addresses=_addresses(path, "addresses", file.addresses),
+        socket_mark=file.socket_mark,
         interfaces=_check_interfaces(path, file.interfaces),
         home=HomePolicy(file.home.pin, frozenset(file.home.ban)),
         edge=_check_edge(path, file.edge) if file.edge is not None else None,
@@ -288,7 +297,7 @@ def _check_peer(path: Path, number: int, entry: PeerTable) -> PeerConfig:
     )
 
 
-def _check_interface(path: Path, table: WireGuardTable) -> WireGuardInterface:
+def _check_interface(path: Path, table: WireGuardTable, mark: int) -> WireGuardInterface:
     where = f"{path}, wireguard"
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", table.interface):
         raise ConfigError(f"{where}.interface: {table.interface!r} is no name of an interface")
@@ -303,7 +312,7 @@ def _check_interface(path: Path, table: WireGuardTable) -> WireGuardInterface:
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     _check_wireguard_key(str(key_file), key)
-    return WireGuardInterface(table.interface, key, addresses, table.port, table.mtu)
+    return WireGuardInterface(table.interface, key, addresses, table.port, table.mtu, mark)
 
 
 def _check_wireguard_key(where: str, text: str) -> None:
@@ -319,7 +328,10 @@ def _network(where: str, text: str) -> IpNetwork:
     try:
         return ipaddress.ip_network(text)
     except ValueError as error:
-        raise ConfigError(f"{where}, allowed_ips: {error}") from None
+        hint = ""
+        with suppress(ValueError):
+            hint = f"; write {ipaddress.ip_network(text, strict=False)}"
+        raise ConfigError(f"{where}, allowed_ips: {error}{hint}") from None
 
 
 def _check_edge(path: Path, table: EdgeTable) -> EdgeConfig:

@@ -22,6 +22,7 @@ from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
 from traversal.agent.wireguard import run_wireguard, sync_wireguard
 from traversal.io.interfaces import InterfaceFilter
+from traversal.io.marking import marked
 from traversal.io.peer_relay_server import PeerRelayOptions
 from traversal.io.relay_client import RelayOptions
 from traversal.link import Link
@@ -84,6 +85,7 @@ async def run_agent(
                 static_addresses=config.static_addresses,
                 interfaces=_interfaces(config),
                 home=config.home,
+                socket_mark=config.socket_mark,
                 map_ports=map_ports,
                 peer_relay=peer_relay,
                 edge=_edge_options(config.edge) if config.edge is not None else None,
@@ -98,7 +100,7 @@ async def run_agent(
                 await nursery.start(run_wireguard, config.interface, peers.wireguard())
             task_status.started(Agent(config, relay_map, node, peers, nursery))
             if config.tunnel is not None:
-                nursery.start_soon(_keep_tunnel, config.tunnel)
+                nursery.start_soon(_keep_tunnel, config.tunnel, config.socket_mark)
             while True:
                 try:
                     sock, _ = await listener.accept()
@@ -172,7 +174,7 @@ def _edge_options(edge: EdgeConfig) -> EdgeOptions:
     return EdgeOptions(addresses, edge.credentials, ca_file=edge.ca_file)
 
 
-async def _keep_tunnel(settings: TunnelSettings) -> None:
+async def _keep_tunnel(settings: TunnelSettings, mark: int) -> None:
     """Serve a tunnel; what is wrong with it must not cost the node its peers."""
     # Imported late: not every agent has a tunnel.
     from traversal.tunnel.connector import ConnectorError
@@ -180,7 +182,8 @@ async def _keep_tunnel(settings: TunnelSettings) -> None:
 
     while True:
         try:
-            await run_tunnel(settings)
+            with marked(mark):
+                await run_tunnel(settings)
         except ConnectorError as error:
             logger.error("The tunnel does not work: %s", error)
         await trio.sleep(TUNNEL_AGAIN_SECONDS)

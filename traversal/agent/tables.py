@@ -77,6 +77,7 @@ class AgentFile(msgspec.Struct, frozen=True):
     wireguard: str | WireGuardTable = ""
     peer_relay_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
     port_search: bool = True
+    socket_mark: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
     state: str = "underpass.state"
     addresses: list[str] = []
     interfaces: InterfacesTable = InterfacesTable()

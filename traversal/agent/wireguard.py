@@ -3,6 +3,10 @@
 The work is done by the programs that every WireGuard host has, as `wg-quick` does it: `ip` makes
 the interface, `wg` gives it keys and peers. Each peer's endpoint is the bridge's socket on
 loopback, so what WireGuard sends goes over the peer's link. The interface goes when the agent ends.
+
+A peer that is allowed all addresses gets everything that is not routed more precisely, as with
+`wg-quick`: by a routing table of its own, and two rules that spare the node's packets, which are
+marked.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import ipaddress
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -28,6 +32,9 @@ START_SECONDS: Final = 5.0
 STOP_SECONDS: Final = 2.0
 CONTROL_DIRECTORY: Final = Path("/var/run/wireguard")
 """Where wireguard-go puts its control socket, and `wg` looks for it."""
+
+
+VALID_MARK: Final = trio.Path("/proc/sys/net/ipv4/conf/all/src_valid_mark")
 
 
 class WireGuardError(Exception):
@@ -52,6 +59,8 @@ class WireGuardInterface:
     addresses: tuple[IpInterface, ...]
     port: int
     mtu_bytes: int
+    mark: int = 0
+    """Of the node's own packets, and number of the routing table for all others; 0 for none."""
 
 
 async def run_wireguard(
@@ -68,8 +77,9 @@ async def run_wireguard(
         await _run(["wg", "setconf", interface.name, "/dev/stdin"], make_config(interface, peers))
         for command in make_commands(interface, peers):
             await _run(command)
-        task_status.started(kind)
-        await ended.wait()
+        async with _rules(make_rules(interface, peers)):
+            task_status.started(kind)
+            await ended.wait()
         raise WireGuardError(f"{kind} of {interface.name} ended; its log says why")
 
 
@@ -135,7 +145,47 @@ def routed_networks(
 
 def _route_command(action: str, network: IpNetwork, interface: WireGuardInterface) -> list[str]:
     family = "-6" if network.version == 6 else "-4"
-    return ["ip", family, "route", action, str(network), "dev", interface.name]
+    command = ["ip", family, "route", action, str(network), "dev", interface.name]
+    return [*command, "table", str(interface.mark)] if network.prefixlen == 0 else command
+
+
+def make_rules(
+    interface: WireGuardInterface, peers: Sequence[WireGuardPeer]
+) -> list[tuple[str, list[str]]]:
+    """With a mark, rules that lead what is neither marked nor routed by more than a default route
+    to the table of that number; each with the option for its family. While the table is empty they
+    change nothing."""
+    if not interface.mark:
+        return []
+    mark = str(interface.mark)
+    versions = {address.version for address in interface.addresses}
+    versions |= {network.version for peer in peers for network in peer.allowed}
+    return [
+        (f"-{version}", rule)
+        for version in sorted(versions)
+        for rule in (
+            ["not", "fwmark", mark, "table", mark],
+            ["table", "main", "suppress_prefixlength", "0"],
+        )
+    ]
+
+
+@asynccontextmanager
+async def _rules(rules: Sequence[tuple[str, list[str]]]) -> AsyncIterator[None]:
+    made: list[tuple[str, list[str]]] = []
+    try:
+        for family, rule in rules:
+            await _run(["ip", family, "rule", "add", *rule])
+            made.append((family, rule))
+        if made:
+            # Else strict filters of the reverse path drop what answers marked packets.
+            with suppress(OSError):
+                await VALID_MARK.write_text("1")
+        yield
+    finally:
+        with trio.move_on_after(STOP_SECONDS, shield=True):
+            for family, rule in made:
+                await trio.run_process(["ip", family, "rule", "delete", *rule], check=False)
 
 
 @asynccontextmanager

@@ -19,6 +19,7 @@ from typing import Final, Self
 import trio
 
 from traversal.io.chain_check import check_chain, is_address
+from traversal.io.marking import new_socket, resolve
 from traversal.io.nat64 import discover_prefixes
 from traversal.io.proxy import Proxy
 from traversal.io.stream import READ_BYTES, HandshakeStream, StreamEndedError
@@ -393,7 +394,7 @@ async def _race(
     winners: list[trio.socket.SocketType] = []
 
     async def attempt(family: int, address: _SocketAddress, ended: trio.Event) -> None:
-        sock = trio.socket.socket(family)
+        sock = new_socket(family)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if segment_bytes:
@@ -433,9 +434,7 @@ async def _resolve(target: Target, progress: _Progress) -> list[tuple[int, _Sock
     problem = ""
     for host, family in routes:
         try:
-            found = await trio.socket.getaddrinfo(
-                host, target.port, family=family, type=socket.SOCK_STREAM
-            )
+            found = await resolve(host, target.port, family, socket.SOCK_STREAM)
         except OSError as error:
             problem = f"{host}: {_reason(error)}"
             continue

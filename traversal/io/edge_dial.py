@@ -15,6 +15,7 @@ from traversal.io.dial import DialError, Target, connect
 from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
 from traversal.io.http2_stream import Http2Stream, header
+from traversal.io.marking import resolve
 from traversal.io.peer_pipe import PeerStream
 from traversal.io.proxy import Proxy, ProxyError
 from traversal.io.quic import QuicConnection
@@ -122,9 +123,7 @@ async def _dial_quic(
     entropy: Entropy,
     ca_file: str | None,
 ) -> PeerChannel:
-    found = await trio.socket.getaddrinfo(
-        address.host, address.port, type=socket.SOCK_DGRAM, family=socket.AF_UNSPEC
-    )
+    found = await resolve(address.host, address.port, socket.AF_UNSPEC, socket.SOCK_DGRAM)
     host, port = found[0][4][:2]
     quic = await dial_quic(nursery, (str(host), int(port)), connector_configuration(ca_file))
     location = await _register(await quic.open_stream(), request)

@@ -20,6 +20,7 @@ from typing import Final
 import trio
 
 from traversal.io import netlink
+from traversal.io.marking import new_socket
 from traversal.io.netlink import InterfaceAddress
 from traversal.wire.address import IPAddress
 
@@ -172,7 +173,7 @@ async def _probe_network_state() -> NetworkState:
     for target in _PROBE_ADDRESSES:
         family = trio.socket.AF_INET6 if ":" in target else trio.socket.AF_INET
         try:
-            with trio.socket.socket(family, trio.socket.SOCK_DGRAM) as sock:
+            with new_socket(family, trio.socket.SOCK_DGRAM) as sock:
                 await sock.connect((target, 9))
                 host = sock.getsockname()[0]
         except OSError:

@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from traversal.io.marking import new_socket
 from traversal.keys import Entropy
 from traversal.wire.address import Address
 from traversal.wire.stun import (
@@ -42,7 +43,7 @@ async def measure_lifetime(server: Address, host: str, entropy: Entropy) -> floa
 
     async def try_one(silence: float) -> None:
         try:
-            with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            with new_socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 await sock.bind((host, 0))
                 has_survived = await _survives(sock, silence, server, entropy)
         except OSError:

@@ -8,6 +8,7 @@ from typing import Final
 
 import trio
 
+from traversal.io.marking import resolve
 from traversal.paths.nat64 import DISCOVERY_NAME, find_prefixes
 
 TIMEOUT_SECONDS: Final = 2.0
@@ -22,9 +23,7 @@ async def discover_prefixes() -> tuple[IPv6Network, ...]:
     """
     with trio.move_on_after(TIMEOUT_SECONDS):
         try:
-            answers = await trio.socket.getaddrinfo(
-                DISCOVERY_NAME, None, socket.AF_INET6, socket.SOCK_DGRAM
-            )
+            answers = await resolve(DISCOVERY_NAME, None, socket.AF_INET6, socket.SOCK_DGRAM)
         except OSError:
             return ()
         return find_prefixes(IPv6Address(str(answer[4][0])) for answer in answers)

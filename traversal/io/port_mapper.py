@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from traversal.io.marking import new_socket
 from traversal.io.upnp import delete_mapping, map_port
 from traversal.keys import Entropy
 from traversal.paths.portmap import (
@@ -72,7 +73,7 @@ class PortMapping:
     async def run(self) -> None:
         """Until cancelled; what is mapped then is given back, if that takes but a moment."""
         try:
-            sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sock = new_socket(socket.AF_INET, socket.SOCK_DGRAM)
             await sock.bind(("0.0.0.0", 0))
         except OSError:
             return

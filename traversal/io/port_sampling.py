@@ -14,6 +14,7 @@ from typing import Final
 
 import trio
 
+from traversal.io.marking import new_socket
 from traversal.keys import Entropy
 from traversal.wire.address import Address
 from traversal.wire.stun import (
@@ -53,7 +54,7 @@ async def sample_ports(
     with ExitStack() as stack:
         try:
             for _ in range(SAMPLES):
-                sock = stack.enter_context(trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                sock = stack.enter_context(new_socket(socket.AF_INET, socket.SOCK_DGRAM))
                 await sock.bind((host, 0))
                 probes.append(_Probe(sock, entropy))
         except OSError:

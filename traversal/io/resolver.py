@@ -1,8 +1,8 @@
 """Names to addresses for the net check, remembered, since it asks every 20 s.
 
-Asked is Trio's resolver, so that a simulated internet can answer. An address that was resolved once
-is used for five minutes, and longer while the resolver does not answer: a relay rarely moves, and a
-broken resolver should not cost the direct paths.
+Asked is Trio's resolver where there is no socket mark, so that a simulated internet can answer. An
+address that was resolved once is used for five minutes, and longer while the resolver does not
+answer: a relay rarely moves, and a broken resolver should not cost the direct paths.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 
 import trio
 
+from traversal.io.marking import resolve
 from traversal.relay_map import Family
 from traversal.wire.address import Address
 
@@ -33,7 +34,7 @@ class Resolver:
         kind = socket.AF_INET if family == 4 else socket.AF_INET6
         with trio.move_on_after(TIMEOUT_SECONDS):
             try:
-                found = await trio.socket.getaddrinfo(host, port, kind, socket.SOCK_DGRAM)
+                found = await resolve(host, port, kind, socket.SOCK_DGRAM)
                 text = str(found[0][4][0])
                 self._known[host, family] = text, trio.current_time()
                 return Address(text, port)

@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol, cast
 
 import trio
 
+from traversal.io.marking import new_socket
 from traversal.relay_map import Family
 
 BUFFER_BYTES: Final = 7 << 20
@@ -277,7 +278,7 @@ async def bind_socket(
 
     Sockets of one thread may share a `buffer` of 64 KiB: nothing stays in it.
     """
-    sock = trio.socket.socket(_KINDS[family], socket.SOCK_DGRAM)
+    sock = new_socket(_KINDS[family], socket.SOCK_DGRAM)
     try:
         if family == 6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -294,7 +295,7 @@ async def bind_socket(
 
 def bind_any_port_nowait(host: str, buffer: bytearray) -> UdpSocket:
     """Like `bind_socket` for IPv4 and any port, without a checkpoint. Raises OSError."""
-    sock = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock = new_socket(socket.AF_INET, socket.SOCK_DGRAM)
     if hasattr(sock, "bind_nowait"):
         sock.bind_nowait((socket.inet_aton(host), 0))
         return _OtherSocket(sock, sock.getsockname()[1])

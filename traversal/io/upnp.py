@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import h11
 import trio
 
+from traversal.io.marking import new_socket
 from traversal.paths.portmap import RunUpnp
 from traversal.wire.address import Address
 from traversal.wire.upnp import (
@@ -169,7 +170,7 @@ async def _exchange(
     data += connection.send(h11.EndOfMessage()) or b""
     with trio.move_on_after(REQUEST_SECONDS):
         try:
-            sock = trio.socket.socket()
+            sock = new_socket()
             with sock:
                 await sock.connect((parts.hostname or "", parts.port or 80))
                 while data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Callable
@@ -154,6 +155,18 @@ class TestConfig:
         with pytest.raises(ConfigError, match=complaint) as caught:
             load_config(path)
         assert str(path) in str(caught.value)
+
+    def test_full_tunnel_needs_a_mark(self, tmp_path: Path) -> None:
+        """Everything through a peer would lead the node's own packets there, too."""
+        guard_key = base64.b64encode(bytes(32)).decode()
+        (tmp_path / "wg.key").write_text(guard_key)
+        text = '[wireguard]\ninterface = "wg0"\nkey = "wg.key"\naddresses = ["10.8.0.1/24"]\n'
+        peer = peer_table("exit", a_key(), wireguard_key=guard_key, allowed_ips=["0.0.0.0/0"])
+        with pytest.raises(ConfigError, match="write socket_mark"):
+            load_config(write_config(tmp_path, text, peers=peer))
+        config = load_config(write_config(tmp_path, "socket_mark = 0x7570\n" + text, peers=peer))
+        assert config.interface is not None
+        assert config.socket_mark == config.interface.mark == 0x7570
 
     def test_missing_files(self, tmp_path: Path) -> None:
         """A missing key is explained by how to make one."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
+from traversal.agent import wireguard
 from traversal.agent.wireguard import (
     WireGuardError,
     WireGuardInterface,
@@ -90,6 +92,39 @@ async def test_kernel(programs: Path, nursery: trio.Nursery) -> None:
         while "delete" not in (programs / "log").read_text():  # noqa: ASYNC110
             await trio.sleep(0.01)
     assert (programs / "log").read_text().splitlines()[-1] == "ip link delete dev wg7"
+
+
+async def test_full_tunnel(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nursery: trio.Nursery
+) -> None:
+    """A peer that is allowed everything gets a table of its own, which rules lead to, except for
+    what is marked; the rules go at the end."""
+    valid_mark = tmp_path / "src_valid_mark"
+    monkeypatch.setattr(wireguard, "VALID_MARK", trio.Path(valid_mark))
+    everything = tuple(map(ipaddress.ip_network, ("0.0.0.0/0", "::/0", "10.9.0.0/16")))
+    peer = WireGuardPeer("cHVibGlj", everything, Address("127.0.0.1", 40001))
+    assert await nursery.start(run_wireguard, replace(INTERFACE, mark=30064), (peer,)) == "kernel"
+    assert valid_mark.read_text() == "1"
+    rules = [
+        "ip -4 rule add not fwmark 30064 table 30064",
+        "ip -4 rule add table main suppress_prefixlength 0",
+        "ip -6 rule add not fwmark 30064 table 30064",
+        "ip -6 rule add table main suppress_prefixlength 0",
+    ]
+    assert (programs / "log").read_text().splitlines()[-7:] == [
+        "ip -4 route replace 0.0.0.0/0 dev wg7 table 30064",
+        "ip -6 route replace ::/0 dev wg7 table 30064",
+        "ip -4 route replace 10.9.0.0/16 dev wg7",
+        *rules,
+    ]
+    nursery.cancel_scope.cancel()
+    with trio.CancelScope(shield=True), trio.fail_after(5):
+        while "link delete" not in (programs / "log").read_text():  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    assert (programs / "log").read_text().splitlines()[-5:] == [
+        *(rule.replace("add", "delete") for rule in rules),
+        "ip link delete dev wg7",
+    ]
 
 
 async def test_other_peers(programs: Path) -> None:
