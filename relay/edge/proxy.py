@@ -6,6 +6,7 @@ not take is not read from the other, so memory is bounded by the transports' win
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -293,13 +294,16 @@ class Proxy:
 
     async def _pass_back(self, request: _Request, exchange: Exchange) -> None:
         visit = request.visit
-        while data := await exchange.receive():
-            with _in_time():
+        with _in_time() as patience:
+            patience.deadline = math.inf
+            while data := await exchange.receive():
+                patience.deadline = trio.current_time() + STALL_SECONDS
                 await visit.send(data)
-            delay = charge(request.traffic, len(data), trio.current_time(), inward=False)
-            if delay:
-                await trio.sleep(delay)
-        with _in_time():
+                patience.deadline = math.inf
+                delay = charge(request.traffic, len(data), trio.current_time(), inward=False)
+                if delay:
+                    await trio.sleep(delay)
+            patience.deadline = trio.current_time() + STALL_SECONDS
             await visit.send_end(clean_trailers(exchange.trailers))
 
     async def _upload(self, request: _Request, exchange: Exchange, scope: trio.CancelScope) -> None:
@@ -343,10 +347,11 @@ class Proxy:
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
-    """Raises VisitorGoneError where a send takes longer than `STALL_SECONDS`."""
+def _in_time() -> Iterator[trio.CancelScope]:
+    """Raises VisitorGoneError where a send takes longer than `STALL_SECONDS`; for the next one move
+    the deadline."""
     with trio.move_on_after(STALL_SECONDS) as timeout:
-        yield
+        yield timeout
     if timeout.cancelled_caught:
         raise VisitorGoneError("it read nothing for too long")
 

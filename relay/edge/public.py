@@ -46,6 +46,8 @@ from traversal.io.stream import HandshakeStream, StreamEndedError
 
 logger = logging.getLogger("underpass.relay.edge")
 
+READ_BYTES: Final = 128 << 10
+"""Of what a visitor sends, at a time: of memory, too, for each that sends much."""
 TLS_SECONDS: Final = 10.0
 TCP_BYTES: Final = 65536
 FORGET_SECONDS: Final = 10.0
@@ -233,7 +235,7 @@ class PublicEdge:
     async def _accept(self, connections: trio.Nursery) -> None:
         def starter(handler: _Handler) -> Callable[[trio.socket.SocketType], Awaitable[None]]:
             async def start(sock: trio.socket.SocketType) -> None:
-                stream = HandshakeStream(sock)
+                stream = HandshakeStream(sock, read_bytes=READ_BYTES)
                 self._silent.add(stream)
                 connections.start_soon(self._guard.run, self._handle, handler, sock, stream)
 

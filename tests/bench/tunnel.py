@@ -42,7 +42,7 @@ import trustme
 from netlab.kernel.jail import call_in_jail
 from relay.config import Config
 from relay.edge.certificates import HTTP2_NAME, authority_path, load_or_create_authority
-from relay.edge.connection import RequestHead, TunnelConnection
+from relay.edge.connection import Exchange, RequestHead, TunnelConnection
 from relay.edge.registry import Tunnel
 from relay.edge.service import Edge
 from relay.edge.tunnel_files import create_tunnel, read_tunnel, tunnels_directory
@@ -252,10 +252,15 @@ def get(path: str) -> RequestHead:
     return RequestHead("GET", "https", HOST, path, ())
 
 
+async def expect_success(exchange: Exchange) -> None:
+    response = await exchange.response()
+    assert response.status == 200, response
+
+
 async def download(pick: Pick, size: int) -> None:
     """One body, compared."""
     async with await pick().request(get(f"/bytes/{size}")) as exchange:
-        assert (await exchange.response()).status == 200
+        await expect_success(exchange)
         at = 0
         while data := await exchange.receive():
             assert is_right(data, at)
@@ -271,7 +276,7 @@ async def upload(pick: Pick, size: int) -> None:
         for start in range(0, size, CHUNK):
             await exchange.send(BLOCK[start % len(BLOCK) : start % len(BLOCK) + CHUNK])
         await exchange.send_end()
-        assert (await exchange.response()).status == 200
+        await expect_success(exchange)
         assert await exchange.receive() == HELLO
 
 
@@ -313,7 +318,7 @@ async def measure_requests(
     async def work() -> None:
         while (began := time.perf_counter()) < until:
             async with await pick().request(get("/hello")) as exchange:
-                assert (await exchange.response()).status == 200
+                await expect_success(exchange)
                 assert await exchange.receive() == HELLO
             times.append(time.perf_counter() - began)
 
