@@ -18,6 +18,7 @@ from relay.edge.hygiene import (
     clean_response,
 )
 from relay.proxy_protocol import ProxyProtocolError, parse_proxy_header
+from tests.fuzz.edge import drive_connector, request_frame
 from tests.fuzz.listener import serve_frames, serve_requests
 from tests.fuzz.machine import drive_peer
 from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
@@ -283,6 +284,18 @@ TARGETS: dict[str, Target] = {
     "tunnel-credentials": Target(credentials.parse_credentials_file, (TunnelError,), (b"{}",)),
     "tunnel-token": Target(_text(credentials.parse_token), (TunnelError,), (b"eyJhIjoiYSJ9",)),
     "tunnel-control": Target(_control),
+    "connector": Target(
+        drive_connector,
+        (),
+        (
+            request_frame(3, is_end=True, method=b"GET"),
+            request_frame(3, (b"content-length", b"3")) + bytes.fromhex("000003000100000003616263"),
+            request_frame(3, (b"cf-cloudflared-proxy-connection-upgrade", b"update-configuration"))
+            + b"\0\0\x02\0\1\0\0\0\3{}",
+            request_frame(3, (b"cf-cloudflared-proxy-src", b"x")) + request_frame(5, is_end=True),
+            bytes.fromhex("0000040300000000030000000800000807000000000000000300000000"),
+        ),
+    ),
     "http2": Target(_http2, (Http2Error,), (bytes.fromhex("000000040000000000"),)),
     "quic-initial": Target(parse_initial, (), (b"\xc0\0\0\0\1\x08" + bytes(1300),)),
     "hygiene": Target(

@@ -30,7 +30,12 @@ from h2.events import (
 )
 from h2.exceptions import H2Error
 
-from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
+from traversal.io.http2_engine import (
+    Http2Engine,
+    Http2Error,
+    Http2Limits,
+    header_list_size,
+)
 from traversal.io.http2_stream import Headers, Http2Stream, Http2StreamError
 from traversal.io.stream import StreamEndedError
 
@@ -96,6 +101,7 @@ class Http2Connection:
         self._ping_number = 0
         self._unacknowledged = 0
         self._buffered = 0
+        self._head_bytes = 0
         self._is_leaving = False
         self._reading = trio.CancelScope()
 
@@ -246,7 +252,9 @@ class Http2Connection:
                     self, event.stream_id, list(event.headers), self._limits.stream_window
                 )
                 self._streams[event.stream_id] = stream
-                if self._is_leaving:
+                stream.head_bytes = header_list_size(stream.request_headers)
+                self._head_bytes += stream.head_bytes
+                if self._is_leaving or self._head_bytes > self._limits.buffered_bytes:
                     stream.reset(ErrorCodes.REFUSED_STREAM)
                     return
                 self._opened.append(stream)
@@ -367,5 +375,6 @@ class Http2Connection:
             await self._writers.park()
 
     def _forget(self, stream: Http2Stream) -> None:
-        self._streams.pop(stream.stream_id, None)
+        if self._streams.pop(stream.stream_id, None) is not None:
+            self._head_bytes -= stream.head_bytes
         self._openers.unpark_all()

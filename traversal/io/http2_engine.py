@@ -57,7 +57,8 @@ class Http2Limits:
         stream_window: bytes it may send on a stream ahead of the reader.
         connection_window: bytes it may send on all streams together before we take note.
         buffered_bytes: for all streams together. Beyond it the stream whose reader is furthest
-            behind is reset, so that readers that stall never stall others.
+            behind is reset, so that readers that stall never stall others. As many bytes may be in
+            the headers of requests; beyond it new ones are refused.
         frame_bytes: largest frame, 16384 to 16777215.
         header_bytes: a header block, uncompressed.
     """
@@ -111,7 +112,7 @@ class Http2Engine(H2Connection):
         would end the connection there, for all streams."""
         headers = list(headers)
         limit = self.remote_settings.max_header_list_size
-        if limit is not None and _list_size(headers) > limit:
+        if limit is not None and header_list_size(headers) > limit:
             raise ProtocolError(f"the headers are larger than the other side takes ({limit} bytes)")
         super().send_headers(stream_id, headers, end_stream=end_stream)
 
@@ -195,7 +196,8 @@ class _PlainEncoder(Encoder):
         return super().encode(headers, huffman=huffman)
 
 
-def _list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
+def header_list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """In bytes, as MAX_HEADER_LIST_SIZE counts them (RFC 9113 6.5.2)."""
     return sum(len(name) + len(value) + 32 for name, value in headers)
 
 

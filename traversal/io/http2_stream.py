@@ -41,6 +41,7 @@ class Http2Stream:
 
     Attributes:
         request_headers: of a stream that was accepted; empty on one that we opened.
+        head_bytes: what they count for in the connection's limits.
         trailers: that came after the body; None before its end, and where there were none.
     """
 
@@ -49,6 +50,7 @@ class Http2Stream:
     ) -> None:
         self.stream_id = stream_id
         self.request_headers = headers
+        self.head_bytes = 0
         self.trailers: Headers | None = None
         self._connection = connection
         self._window = window

@@ -12,9 +12,9 @@ IDLE_SECONDS: Final = 5.0
 KEEP_ALIVE_SECONDS: Final = 1.0
 """Of the connector; so both sides notice within 5 s that the other is gone."""
 
-CONNECTOR_STREAMS: Final = 1 << 20
-"""That the edge may have open at a time: requests, websockets and TCP connections; each costs what
-the reference lets it cost, which has no limit."""
+CONNECTOR_STREAMS: Final = 1 << 14
+"""That the edge may have open at a time: requests, websockets and TCP connections. Each costs the
+connector memory, so an edge may not have any number, unlike the reference's."""
 
 _EDGE_PACKET_BYTES: Final = 1372
 """Fits into an MTU of 1400 with IPv4, 1420 with IPv6, and holds the longest datagram of a UDP flow

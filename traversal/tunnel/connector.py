@@ -53,6 +53,9 @@ YOUNG_BASE_SECONDS: Final = 0.1
 YOUNG_CAP_SECONDS: Final = 10.0
 """A connection that does not live as long and served nothing is followed by a wait: or an edge that
 registers and closes would be dialed without a pause."""
+MAX_LEAVING: Final = 16
+"""Connections that finish what they have after they were replaced. An edge that drains closes them
+itself; for one that never does, the oldest is closed."""
 _FEATURES: Final = (
     "serialized_headers",
     "allow_remote_config",
@@ -202,7 +205,7 @@ class Connector:
                 self._choice.note_lost(connection.transport, now - connection.since, now)
             else:
                 logger.info("The edge drains connection %d (%s).", index, connection.address)
-                self._old.add(connection)
+                self._retire(connection)
             if self._book is not None:
                 self._book.rotate(index, now)
 
@@ -369,12 +372,18 @@ class Connector:
         now = trio.current_time()
         self._choice.note_registered(transport, now, quic_was_tried=False)
         book.take(index, address)
-        self._old.add(old)
+        self._retire(old)
         await self._take(index, new)
         # Its keeper looks up what is current when this one leaves.
         old.leaving.set()
         self._nursery.start_soon(old.unregister)
         return True
+
+    def _retire(self, connection: EdgeConnection) -> None:
+        """Keep a connection that was replaced for what it still has to do."""
+        self._old = {c for c in self._old if not c.over.is_set()} | {connection}
+        if len(self._old) > MAX_LEAVING:
+            min(self._old, key=lambda c: c.since).close()
 
     # ---- the end
 

@@ -11,6 +11,7 @@ import trio
 
 from traversal.io.http2_engine import Http2Error
 from traversal.io.quic_stream import QuicError
+from traversal.printable import printable
 from traversal.tunnel.control import (
     ControlClient,
     ControlEvent,
@@ -29,6 +30,8 @@ from traversal.wire.tunnel.registration import ConnectionDetails, RegisterConnec
 REGISTRATION_SECONDS: Final = 5.0
 """For the edge's answer, as the reference."""
 TRANSPORT_ERRORS: Final = (Http2Error, QuicError)
+MAX_REASON: Final = 200
+"""Characters of what an edge says, in a log."""
 
 
 class DialFailedError(Exception):
@@ -44,7 +47,7 @@ class RegistrationRefusedError(DialFailedError):
     """The edge does not want us. `should_retry`: perhaps later."""
 
     def __init__(self, cause: str, *, should_retry: bool) -> None:
-        super().__init__(f"the edge refused the registration: {cause}")
+        super().__init__(f"the edge refused the registration: {_shown(cause)}")
         self.should_retry = should_retry
 
 
@@ -147,7 +150,7 @@ class EdgeConnection:
                 f"the edge did not answer to the registration within {REGISTRATION_SECONDS:.0f} s"
             ) from None
         except (TunnelError, *TRANSPORT_ERRORS) as error:
-            raise DialFailedError(str(error)) from None
+            raise DialFailedError(_shown(str(error))) from None
 
     async def report_configuration(self, document: bytes) -> None:
         """Tell the edge our configuration (JSON), on connection 0 where it does not manage it."""
@@ -192,7 +195,7 @@ class EdgeConnection:
     def end(self, failure: str) -> None:
         """The connection has ended."""
         if not self.over.is_set():
-            self.failure = failure
+            self.failure = _shown(failure)
             self.leaving.set()
             self.over.set()
             self._answered.unpark_all()
@@ -212,3 +215,7 @@ class EdgeConnection:
             await self._flush()
         except TRANSPORT_ERRORS:
             pass  # the connection is over, which is found out elsewhere
+
+
+def _shown(text: str) -> str:
+    return printable(text if len(text) <= MAX_REASON else text[:MAX_REASON] + "...")

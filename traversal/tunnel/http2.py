@@ -20,6 +20,7 @@ from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error, Http2Limits
 from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.proxy import Proxy, ProxyError
+from traversal.io.quic_settings import CONNECTOR_STREAMS
 from traversal.relay_map import CertificateName
 from traversal.tunnel.edge_connection import (
     DialFailedError,
@@ -55,8 +56,9 @@ PING_PATIENCE_SECONDS: Final = 10.0
 MAX_CONFIGURATION_BYTES: Final = 1 << 20
 READ_BYTES: Final = 128 << 10
 _NO_ROUTE: Final = tuple(os.strerror(code) for code in (ENETUNREACH, EHOSTUNREACH, EADDRNOTAVAIL))
-LIMITS: Final = Http2Limits(streams=1 << 20, stream_window=1 << 20, header_bytes=1 << 20)
-"""Streams and headers are the edge's to limit, as the reference has it."""
+LIMITS: Final = Http2Limits(streams=CONNECTOR_STREAMS, stream_window=1 << 20, header_bytes=1 << 20)
+"""More than an edge needs (the reference allows as much, and any number of streams), and all that
+it makes us hold."""
 
 
 async def serve_http2(
