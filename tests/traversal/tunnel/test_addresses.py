@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traversal.tunnel.addresses import (
@@ -38,6 +38,7 @@ def region_of(address: Address) -> str:
     return address.host.split(".")[2]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8), st.integers(0, 1000))
 def test_connections_spread(first: int, second: int, connections: int, seed: int) -> None:
     """Regions differ by one connection at most, and nobody shares an address without need."""
@@ -51,6 +52,7 @@ def test_connections_spread(first: int, second: int, connections: int, seed: int
     assert some.crowded(0.0) is None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_book_always_answers(data: st.DataObject) -> None:
     """Whatever fails whenever, every connection has an address that exists, and moving the crowded
@@ -136,6 +138,7 @@ def test_static_addresses_alternate() -> None:
     assert split_static(listed) == ([listed[0], listed[2], listed[4]], [listed[1], listed[3]])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 2000))
 def test_backoff_grows_within_bounds(seed: int, failures: int) -> None:
     """Waits stay between half a second and the cap, whatever was drawn, and shrink on success."""
