@@ -113,8 +113,11 @@ class Presence:
             self._counters.duplicate_connections += 1
             connections = self._duplicates.setdefault(key, [previous])
             connections.append(client)
+            # Those who know already are not told again: a thousand connections of one key would
+            # have each further one answered a thousandfold.
+            news = [each for each in (previous, client) if not each.duplicate]
             previous.duplicate = client.duplicate = True
-            self._send_health(connections, DUPLICATE_WARNING)
+            self._send_health(news, DUPLICATE_WARNING)
         self.active[key] = client
         self._tell_watchers(
             encode_peer_present(key, client.address, client.port, client.present_flags())

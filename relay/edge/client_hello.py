@@ -19,6 +19,10 @@ MAX_BYTES: Final = 20 << 10
 """Of all records up to the end of the ClientHello. With post-quantum keys it has 2 KiB; 16 KiB is
 what OpenSSL takes."""
 
+MAX_RECORDS: Final = 64
+"""That it may span. One is usual, and clients that hide the name from censors cut it into a few.
+Everything is read again when more comes, so thousands of tiny ones would cost seconds."""
+
 _HANDSHAKE: Final = 0x16
 _CLIENT_HELLO: Final = 0x01
 _SERVER_NAME: Final = 0
@@ -76,7 +80,7 @@ def _handshake(data: bytes) -> bytes | None:
     """The handshake message's body, out of its records."""
     message = b""
     position = 0
-    while True:
+    for _ in range(MAX_RECORDS):
         header = data[position : position + 5]
         if header and header[0] != _HANDSHAKE:
             raise ClientHelloError("it does not speak TLS")
@@ -100,6 +104,7 @@ def _handshake(data: bytes) -> bytes | None:
         position += 5 + length
         if position > len(data):
             return None
+    raise ClientHelloError(f"the ClientHello spans more than {MAX_RECORDS} TLS records")
 
 
 def _parse_server_name(content: bytes) -> str:

@@ -272,6 +272,15 @@ def test_of_three_duplicates_the_most_recent_speaker_takes_over() -> None:
     assert dropped(bench) == {(DropReason.UNKNOWN_DEST, Kind.OTHER): 1}
 
 
+def test_each_duplicate_is_warned_once() -> None:
+    """Not again whenever one more comes: else whoever opens many connections with one key has each
+    further one answered as often as there are."""
+    bench = Bench()
+    clients = [bench.connect(A, takes_notices=True) for _ in range(20)]
+    for client in clients:
+        assert [kind for kind, _ in bench.taken(client)] == [FrameType.HEALTH]
+
+
 def test_an_inactive_duplicate_still_sends_and_becomes_active() -> None:
     """Packets from it are relayed, also to its own key: to itself, since it spoke last."""
     bench = Bench()

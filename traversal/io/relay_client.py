@@ -255,8 +255,10 @@ class RelayClient:
                     # The old connection still carries packets meanwhile.
                     avoid = dialed.target
                     await self._wait_for_restart(connection)
-                    continue
                 is_steady = trio.current_time() - connection.began_at >= STEADY_SECONDS
+                if connection.restart is not None and is_steady:
+                    continue
+                # A server that sends each new connection away at once is one that fails.
                 failures = 1 if is_steady else failures + 1
                 await self._back_off(failures)
 
@@ -439,7 +441,7 @@ class _Connection:
 
     def spend(self, size: int) -> bool:
         """Take from the token bucket that the server announced; False if it lacks so much."""
-        if not self._rate:
+        if self._rate <= 0:
             return True
         now = trio.current_time()
         self._tokens = min(self._burst, self._tokens + (now - self._tokens_at) * self._rate)

@@ -213,12 +213,18 @@ def _parse_members(text: bytes) -> dict[str, Any]:
     return {key.lower(): member for key, member in value.items()}
 
 
+_MAX_NUMBER: Final = (1 << 63) - 1
+
+
 def _member(members: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = members.get(name)
     if value is None:
         return default
     if type(value) is not kind:  # bool is an int in Python, not in JSON
         raise DerpError(f"{name} is not of type {kind.__name__}")
+    if isinstance(value, int) and not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+        # As the reference; and whoever calculates with what is beyond floats would fail.
+        raise DerpError(f"{name} has more than 64 bits")
     return value
 
 

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.edge.client_hello import MAX_BYTES, ClientHello, ClientHelloError, parse_client_hello
+from relay.edge.client_hello import (
+    MAX_BYTES,
+    MAX_RECORDS,
+    ClientHello,
+    ClientHelloError,
+    parse_client_hello,
+)
 
 
 def hello(name: str | None = "app.example.com", protocols: tuple[str, ...] = ()) -> bytes:
@@ -45,13 +51,22 @@ def test_every_prefix_needs_more() -> None:
     assert parse_client_hello(data + b"more") == parse_client_hello(data)
 
 
-@pytest.mark.parametrize("size", [1, 4, 100])
-def test_a_hello_may_span_records(size: int) -> None:
+@pytest.mark.parametrize("parts", [2, 5, MAX_RECORDS])
+def test_a_hello_may_span_records(parts: int) -> None:
     """Nothing hides in record boundaries."""
     message = hello()[5:]
-    assert parse_client_hello(records(message, size)[:MAX_BYTES]) == (
-        ClientHello("app.example.com") if size > 1 or 6 * len(message) < MAX_BYTES else None
-    )
+    data = records(message, -(-len(message) // parts))
+    assert parse_client_hello(data) == ClientHello("app.example.com")
+    assert parse_client_hello(data[:-1]) is None
+
+
+def test_a_hello_in_crumbs() -> None:
+    """Thousands of tiny records would be read again for each packet: they are refused, as soon as
+    there are too many."""
+    crumbs = records(b"\1\0\x30\0" + bytes(0x3000), 1)
+    assert parse_client_hello(crumbs[: 6 * MAX_RECORDS - 1]) is None
+    with pytest.raises(ClientHelloError, match="spans more than"):
+        parse_client_hello(crumbs[: 6 * MAX_RECORDS])
 
 
 def built(extensions: bytes) -> bytes:
@@ -103,7 +118,7 @@ def test_a_built_hello_passes() -> None:
 
 def test_no_more_is_read_than_there_may_be() -> None:
     """A hello that never ends is refused at a fixed size."""
-    endless = records(b"\1\0\x4f\xff" + bytes(MAX_BYTES), 1)[: MAX_BYTES - 1]
+    endless = records(b"\1\0\x4f\xff" + bytes(MAX_BYTES), 1000)[: MAX_BYTES - 1]
     assert parse_client_hello(endless) is None
     with pytest.raises(ClientHelloError):
         parse_client_hello(endless + b"\x16")

@@ -307,6 +307,28 @@ async def test_restart_of_the_only_node(
         assert handler.restarting == [900]
 
 
+async def test_server_that_is_always_about_to_restart(
+    autojump_clock: MockClock, relay: Any, nursery: trio.Nursery
+) -> None:
+    """One that sends us away whenever we come is asked ever more rarely."""
+    autojump_clock.autojump_threshold = REAL_IDLE_SECONDS
+    client = client_of(relay, Handler())
+    nursery.start_soon(client.run)
+
+    async def send_away() -> None:
+        seen = 0
+        while True:
+            if relay.connects > seen:
+                seen = relay.connects
+                await client.wait_connected()
+                await relay.say_restarting(0)
+            await trio.sleep(0.01)
+
+    nursery.start_soon(send_away)
+    await trio.sleep(60)
+    assert 5 < relay.connects < 50
+
+
 async def test_silent_server_is_left(
     autojump_clock: MockClock, nursery: trio.Nursery, relay: Any
 ) -> None:

@@ -229,6 +229,14 @@ def test_accepted_client_info_json(text: bytes, expected: ClientInfo) -> None:
     assert ClientInfo.parse_json(text) == expected
 
 
+@pytest.mark.parametrize("number", ["9" * 400, "-" + "9" * 30, str(1 << 63)])
+@pytest.mark.parametrize("name", ["version", "TokenBucketBytesPerSecond", "tokenBucketBytesBurst"])
+def test_numbers_beyond_64_bits(name: str, number: str) -> None:
+    """What no arithmetic can be done with is refused where it is read."""
+    with pytest.raises(DerpError, match="more than 64 bits"):
+        ServerInfo.parse_json(f'{{"{name}":{number}}}'.encode())
+
+
 @pytest.mark.parametrize("text", REJECTED, ids=lambda text: text[:24].decode("latin-1"))
 def test_rejected_client_info_json(text: bytes) -> None:
     """What the reference server rejects."""
