@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
+from typing import Any
+from unittest.mock import patch
 
 import trio
 from trio.testing import MockClock
@@ -12,6 +14,9 @@ from trio.testing import MockClock
 from netlab.presets import class_behavior
 from tests.system.world import simulate, topology
 from traversal import Address, DiscoPrivate, NodePrivate
+from traversal.io.udp import Batch
+from traversal.paths.candidates import MAX_CANDIDATES
+from traversal.reception import Reception
 
 PEERS = 1000
 ABSENT_PEERS = 200
@@ -124,3 +129,54 @@ async def test_hostile_datagrams_to_a_busy_node(autojump_clock: MockClock) -> No
         await trio.sleep(1)
         assert conversation.lost_seconds(end=trio.current_time() - 0.5) == 0
         assert len(conversation.left.statistics().peer.candidates) == known
+
+
+async def test_replayed_datagrams(autojump_clock: MockClock) -> None:
+    """Everything that a node ever got from its peer, again from 120 addresses: what it
+    keeps is bounded, the next search but one forgets it, and the link does not suffer."""
+    async with simulate(topology(None, None, None)) as world:
+        captured: list[bytes] = []
+        handle = Reception.handle_batch
+
+        def capture(reception: Reception, batch: Batch) -> None:
+            captured.extend(datagram for datagram, _ in batch)
+            handle(reception, batch)
+
+        with patch.object(Reception, "handle_batch", capture):
+            conversation = await world.converse()
+            await conversation.until_direct()
+            await trio.sleep(20)
+            recorded = [one for one in captured if not one.endswith(b"\xff")]
+            assert 10 < len(recorded) < 1000
+            wiring = conversation.left._session._wiring
+            machine: Any = conversation.left._session.machine
+
+            def count_kept() -> int:
+                tables = (wiring.by_address, wiring.by_disco, wiring.deadlines._heap)
+                pinger = machine._pinger
+                of_peer = (machine._book, machine._mapped, pinger._outstanding, pinger._queue)
+                return sum(map(len, (*tables, *of_peer)))
+
+            before, tasks = count_kept(), trio.lowlevel.current_statistics().tasks_living
+            path = conversation.left.path
+            conversation.changes.clear()
+            began = trio.current_time()
+            target = (world.lab.host("h0").addresses[0], conversation.right.path.address.port)
+            most = 0
+            for _ in range(120):
+                async with world.lab.host("h2"):
+                    with trio.socket.socket(type=trio.socket.SOCK_DGRAM) as sock:
+                        await sock.bind(("0.0.0.0", 0))
+                        for datagram in recorded:
+                            await sock.sendto(datagram, target)
+                await trio.sleep(0.02)
+                most = max(most, count_kept())
+            assert len(machine._book) <= MAX_CANDIDATES
+            assert most <= before + 5 * MAX_CANDIDATES
+            assert most > before + MAX_CANDIDATES
+            await trio.sleep(45 + 60)
+        assert conversation.lost_seconds(began) == 0, conversation.describe()
+        assert [change.reason for change in conversation.changes] == []
+        assert conversation.left.path.address == path.address
+        assert count_kept() <= before + 2
+        assert trio.lowlevel.current_statistics().tasks_living == tasks
