@@ -145,7 +145,7 @@ async def test_replayed_datagrams(autojump_clock: MockClock) -> None:
         with patch.object(Reception, "handle_batch", capture):
             conversation = await world.converse()
             await conversation.until_direct()
-            await trio.sleep(20)
+            await trio.sleep(6)
             recorded = [one for one in captured if not one.endswith(b"\xff")]
             assert 10 < len(recorded) < 1000
             wiring = conversation.left._session._wiring
