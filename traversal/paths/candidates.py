@@ -35,6 +35,9 @@ SEEN_LIFETIME_SECONDS: Final = 45.0
 MAX_LISTED: Final = 64
 MAX_CANDIDATES: Final = 100
 LATENCY_SAMPLES: Final = 3
+LATENCY_LIFETIME_SECONDS: Final = 15.0
+"""A path that was measured an hour ago, when the network was idle, is not compared by that with one
+that is measured all the time: traffic would go back and forth with every change of load."""
 PONG_RATE: Final = 20.0
 PONG_BURST: Final = 40.0
 """Pongs per source address: a stock node sends at most six Pings at once (path MTU), 20 a second
@@ -121,8 +124,10 @@ class Candidate:
         """The greatest of the last three round trips: what a time-out must allow for."""
         return max(self.latencies, default=DEFAULT_RTT_SECONDS)
 
-    def note_latency(self, seconds: float) -> None:
-        """A Pong came after so long."""
+    def note_latency(self, seconds: float, now: float) -> None:
+        """A Pong came after so long; call this before `answered_at` is set."""
+        if now - self.answered_at > LATENCY_LIFETIME_SECONDS:
+            self.latencies = ()
         self.latencies = (*self.latencies, seconds)[-LATENCY_SAMPLES:]
 
     def measured(self) -> Measured:

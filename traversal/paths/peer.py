@@ -299,7 +299,7 @@ class Peer:
         if ping.purpose is Purpose.USER:
             self._effects.append(PingAnswered(candidate.path, latency, seen_as))
         if not ping.padding_bytes:
-            candidate.note_latency(latency)
+            candidate.note_latency(latency, now)
         candidate.answered_at = now
         if not candidate.path.vni:
             is_proven = source == candidate.path.address
@@ -398,7 +398,7 @@ class Peer:
     def handle_found(self, address: Address, latency_seconds: float, now: float) -> None:
         """A search for ports proved a path: its Ping to `address` was answered after so long."""
         candidate, _ = self._book.see(address, now)
-        candidate.note_latency(latency_seconds)
+        candidate.note_latency(latency_seconds, now)
         candidate.answered_at = now
         self._effects += self._learned.learn(address, is_proven=True)
         self._book.prune(now, keep=candidate)
@@ -410,7 +410,7 @@ class Peer:
     ) -> None:
         """A handshake with a UDP peer relay is complete; `server` is the relay's own key."""
         candidate = Candidate(path)
-        candidate.note_latency(latency_seconds)
+        candidate.note_latency(latency_seconds, now)
         candidate.answered_at = now
         if self._choice.handle_relay_ready(candidate, server, now):
             self._flush(now, f"peer relay {path} is ready")

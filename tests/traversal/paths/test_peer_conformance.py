@@ -365,3 +365,28 @@ def test_t16_good_enough() -> None:
         others = [t for t, e in seen if isinstance(e, SendPing) and e.path == Path(Y)]
         assert bool(others) is is_examined
         assert not [e for _, e in seen if isinstance(e, PathChanged) and e.new.path is None]
+
+
+def test_old_latencies_do_not_make_it_flap() -> None:
+    """Two paths with one bottleneck: that the other one was fast a minute ago, when there was
+    nothing on it, is no reason to move; that it is faster now is one."""
+    peer = make_peer(X, Y)
+    answers = {X: 0.02, Y: 0.025}
+    seen = []
+
+    def talk(seconds: range) -> None:
+        for second in seconds:
+            send(peer, float(second))
+            peer.received += 1
+            seen.extend(run(peer, float(second), answers))
+
+    talk(range(50))
+    assert peer.route.path == Path(X)
+    seen.clear()
+    answers.update({X: 0.06, Y: 0.06})
+    talk(range(50, 260))
+    assert Y in {e.path.address for _, e in seen if isinstance(e, SendPing)}
+    assert [e.reason for _, e in seen if isinstance(e, PathChanged)] == []
+    answers[Y] = 0.03
+    talk(range(260, 330))
+    assert peer.route.path == Path(Y)
