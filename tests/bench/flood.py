@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from unittest.mock import patch
 
 import trio
@@ -44,6 +44,7 @@ from netlab.kernel.jail import call_in_jail
 from netlab.kernel.lab import KernelLab
 from netlab.model import Host, Nat, Server, Topology, Uplink
 from netlab.presets import class_behavior
+from tests.kept import count_kept
 from tests.system.kernel_world import start_relay
 from traversal import Link, Node, NodePrivate, NodePublic, PathKind, RelayMap, open_node
 from traversal.io.udp import Batch
@@ -58,9 +59,9 @@ ATTACKERS: Final = 200
 VARIETY: Final = 2000
 """Different datagrams of each kind."""
 MAX_GROWTH_KIB: Final = 4096
-MAX_ENTRIES: Final = 5 * MAX_CANDIDATES
-"""A replayed Ping of the peer makes its source a candidate, one of 100 at most, for 45 s. Each is
-in three tables and, pinged back, in two more for a while."""
+MAX_ENTRIES: Final = 10 * MAX_CANDIDATES
+"""A replayed Ping of the peer makes its source a candidate, one of 100 at most, for 45 s. Each has
+an entry in a few tables."""
 SETTLE_SECONDS: Final = 1.0
 
 TOPOLOGY: Final = Topology(
@@ -108,32 +109,6 @@ class Row:
             and self.grown_kib <= MAX_GROWTH_KIB
             and self.genuine_ratio > 0
         )
-
-
-def count_kept(node: Node) -> int:
-    """Entries of all tables that a datagram could make grow."""
-    wiring, ice = node._wiring, node._ice
-    tables: list[Any] = [
-        node._sessions,
-        node._links,
-        wiring.by_address,
-        wiring.by_disco,
-        wiring.deadlines._heap,
-        ice.by_address,
-        ice.by_ufrag,
-        ice.by_transaction,
-    ]
-    for session in node._sessions.values():
-        machine = session.machine
-        tables += [
-            machine._book,
-            machine._mapped,
-            machine._foreign,
-            machine._pinger._outstanding,
-            machine._pinger._judgements,
-            machine._pinger._queue,
-        ]
-    return sum(map(len, tables))
 
 
 # ---- the other processes

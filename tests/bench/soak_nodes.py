@@ -38,7 +38,7 @@ from netlab.gate import Gate
 from netlab.model import Firewall, Host, Nat, Server, Topology, Uplink
 from netlab.presets import class_behavior
 from relay.simulated import OTHER_STUN_PORT, STUN_PORT
-from tests.bench.flood import count_kept
+from tests.kept import count_kept
 from tests.system.world import WIRE, World, simulate
 from traversal import Link, Node, PathKind
 

