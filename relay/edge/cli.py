@@ -85,6 +85,8 @@ def list_tunnels(as_json: bool, directory: str) -> None:
     if as_json:
         click.echo(json.dumps(shown))
         return
+    if not tunnels:
+        click.echo(f"there are no tunnels in {directory}; make one with create-tunnel", err=True)
     for tunnel in tunnels:
         kind = "configured at the connector" if tunnel.configuration is None else "configured here"
         click.echo(f"{tunnel.id}  {tunnel.name}  {kind}")
@@ -92,16 +94,24 @@ def list_tunnels(as_json: bool, directory: str) -> None:
 
 @edge_command.command("token")
 @click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @_directory_option
-def token(name: str, directory: str) -> None:
+def token(name: str, as_json: bool, directory: str) -> None:
     """Print a tunnel's token again."""
-    from relay.edge.tunnel_files import read_tunnel, tunnels_directory
+    from relay.edge.tunnel_files import credentials_files, read_tunnel, tunnels_directory
 
+    path = tunnels_directory(directory) / f"{name}.json"
     try:
-        tunnel = read_tunnel(tunnels_directory(directory) / f"{name}.json")
+        known = credentials_files(directory)
+        if path not in known:
+            names = ", ".join(file.stem for file in known)
+            hint = f"there are {names}" if known else "make it with create-tunnel"
+            raise ConfigError(f"{path}: there is no tunnel of this name; {hint}")
+        tunnel = read_tunnel(path)
     except ConfigError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(tunnel.credentials.to_token())
+    text = tunnel.credentials.to_token()
+    click.echo(json.dumps({"name": name, "token": text}) if as_json else text)
 
 
 @edge_command.command("authority")

@@ -230,7 +230,7 @@ async def test_connections_die_and_no_request_fails(tmp_path: Path) -> None:
                 following = visitors.done + 8
                 await until(partial(visitors.has_done, following))
 
-        with trio.fail_after(60 + REQUESTS / 20):
+        with trio.fail_after(120 + REQUESTS / 5):
             async with trio.open_nursery() as inner:
                 inner.start_soon(cut)
                 await visitors.run()

@@ -105,6 +105,10 @@ async def test_quick(tmp_path: Path) -> None:
         ('edge = ["e"]\ncredentials = "none.json"', "create-tunnel"),
         ('credentials = "c.json"', "edge = ["),
         ('edge = ["e"]\ncredentials = "c.json"\nurl = "http://h"\nprotocol = "htp2"', "'http2'"),
+        ('edge = ["e"]\ncredentials = "c.json"\nurl = "h:80"', "write http://h:80"),
+        ('edge = ["e"]\ncredentials = "c.json"\nca = "none.pem"', "edge authority"),
+        ('edge = ["e"]\ncredentials = "c.json"\nca = "c.json"', "no certificate"),
+        ('edge = ["e"]\ntoken_file = "c.json"', "this is a credentials file"),
     ],
 )
 def test_check_names_the_fix(tmp_path: Path, text: str, part: str) -> None:

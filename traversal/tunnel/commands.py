@@ -129,16 +129,19 @@ def quick(
 ) -> None:
     """Publish a local service under a random name, as long as this runs."""
     from traversal.tunnel.quick import QuickTunnelError, ask_for_quick_tunnel
+    from traversal.tunnel.services import parse_service
     from traversal.tunnel.settings import SettingsError, read_settings
+    from traversal.wire.tunnel.errors import TunnelError
 
     edges = list(connect) or [urlsplit(base).hostname or ""]
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
     try:
+        parse_service(url)  # before the edge makes a tunnel for it
         made = ask_for_quick_tunnel(base, web_ca)
         settings = read_settings(
             table | {"connections": 1}, Path.cwd(), credentials=made.credentials
         )
-    except (QuickTunnelError, SettingsError) as error:
+    except (QuickTunnelError, SettingsError, TunnelError) as error:
         _fail(str(error))
     address = f"{urlsplit(base).scheme}://{made.hostname}"
     click.echo(json.dumps({"url": address}) if as_json else address)

@@ -113,7 +113,9 @@ async def _dial(
         )
     except DialError as error:
         is_unroutable = any(text in error.reason for text in _NO_ROUTE)
-        raise DialFailedError(f"{address}: {error}", is_unroutable=is_unroutable) from None
+        # What the certificate is for is no place, and would be taken for one.
+        reason = str(error).removeprefix(f"{target}: ")
+        raise DialFailedError(f"{address}: {reason}", is_unroutable=is_unroutable) from None
     except (ProxyError, OSError) as error:
         raise DialFailedError(f"{address}: {error}") from None
     http2 = Http2Connection(stream, client_side=False, limits=LIMITS)

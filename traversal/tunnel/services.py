@@ -95,6 +95,8 @@ def parse_service(text: str) -> Service:
     if scheme not in _HTTP_SCHEMES and scheme not in _TCP_SCHEMES:
         known = [f"{name}://" for name in (*_HTTP_SCHEMES, *_TCP_SCHEMES)]
         guess = nearest(f"{scheme}://" if "://" in text else text, (*known, "unix:/", *_WORDS))
+        if rest.isdigit():  # a host and its port
+            guess = f"; write http://{text}"
         raise TunnelError(f"service: {text!r} is no service{guess}")
     host, port = _place(scheme, rest)
     if scheme in _TCP_SCHEMES:

@@ -25,6 +25,7 @@ Without `url` and `ingress` the edge says what is served. Paths are relative to 
 
 from __future__ import annotations
 
+import ssl
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,10 @@ def load_settings(path: Path) -> TunnelSettings:
     except OSError as error:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: {error}") from None
+        hint = ""
+        if path.suffix in (".yml", ".yaml"):
+            hint = "; write it in TOML, cloudflared's YAML is not read, though its rules are alike"
+        raise SettingsError(f"{path}: {error}{hint}") from None
     try:
         return read_settings(table, path.parent)
     except SettingsError as error:
@@ -106,8 +110,7 @@ def read_settings(
         given = check_keys("the file", table, _KEYS)
         return TunnelSettings(
             places=_places(given),
-            credentials=credentials
-            or (parse_token(token) if token else _credentials(given, directory)),
+            credentials=credentials or (_token(token) if token else _credentials(given, directory)),
             configuration=_configuration(given),
             ca_file=_ca_file(given, directory),
             transports=_protocol(given.get("protocol", "auto")),
@@ -129,24 +132,45 @@ def _places(given: dict[str, Any]) -> EdgePlaces:
     if not isinstance(domain, str):
         raise TunnelError("edge_domain: must be a text")
     if bool(listed) == bool(domain):
-        raise TunnelError('say where the edge is: edge = ["HOST:PORT"], or edge_domain = "DOMAIN"')
+        raise TunnelError(
+            'say where the edge is: --edge HOST:PORT, or in the file edge = ["HOST:PORT"] or '
+            'edge_domain = "DOMAIN", one of them'
+        )
     return EdgePlaces(tuple(map(parse_edge, listed)), domain)
 
 
 def _credentials(given: dict[str, Any], directory: Path) -> Credentials:
     names = [name for name in ("credentials", "token_file") if given.get(name)]
     if len(names) != 1:
-        raise TunnelError('write credentials = "FILE" or token_file = "FILE", one of them')
-    text = _read(given, names[0], directory)
+        raise TunnelError(
+            "say which tunnel it is: --credentials-file FILE, --token-file FILE, TUNNEL_TOKEN, "
+            'or in the file credentials = "FILE" or token_file = "FILE", one of them'
+        )
+    name = names[0]
+    text = _read(given, name, directory, "create-tunnel NAME").strip()
+    # Each is taken for the other now and then.
+    is_file = text.startswith("{")
+    if is_file and name == "token_file":
+        raise TunnelError(
+            f"token_file: {given[name]}: this is a credentials file: write "
+            'credentials = "FILE" or --credentials-file FILE'
+        )
     try:
-        if names[0] == "token_file":
-            return parse_token(text.strip())
-        return parse_credentials_file(text)
+        return parse_credentials_file(text) if name == "credentials" else parse_token(text)
     except TunnelError as error:
-        raise TunnelError(f"{names[0]}: {given[names[0]]}: {error}") from None
+        reason = str(error).removeprefix("credentials: ")
+        raise TunnelError(f"{name}: {given[name]}: {reason}") from None
 
 
-def _read(given: dict[str, Any], name: str, directory: Path) -> str:
+def _token(text: str) -> Credentials:
+    try:
+        return parse_token(text)
+    except TunnelError as error:
+        reason = str(error).removeprefix("credentials: ")
+        raise TunnelError(f"TUNNEL_TOKEN: {reason}") from None
+
+
+def _read(given: dict[str, Any], name: str, directory: Path, command: str) -> str:
     place = given[name]
     if not isinstance(place, str):
         raise TunnelError(f"{name}: must be a path")
@@ -156,7 +180,7 @@ def _read(given: dict[str, Any], name: str, directory: Path) -> str:
     except OSError as error:
         raise TunnelError(
             f"{name}: {path}: {error.strerror}. The edge's operator makes it with "
-            '"underpass-relay edge create-tunnel NAME".'
+            f'"underpass-relay edge {command}".'
         ) from None
     except UnicodeDecodeError:
         raise TunnelError(f"{name}: {path}: is no text") from None
@@ -177,8 +201,16 @@ def _configuration(given: dict[str, Any]) -> Configuration:
 def _ca_file(given: dict[str, Any], directory: Path) -> str | None:
     if not given.get("ca"):
         return None
-    _read(given, "ca", directory)
-    return str(directory / given["ca"])
+    _read(given, "ca", directory, "authority")
+    path = str(directory / given["ca"])
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError:
+        raise TunnelError(
+            f"ca: {path}: holds no certificate. The edge's operator prints it with "
+            '"underpass-relay edge authority".'
+        ) from None
+    return path
 
 
 def _protocol(name: object) -> tuple[Transport, ...]:

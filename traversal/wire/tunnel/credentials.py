@@ -89,7 +89,10 @@ def parse_token(text: str) -> Credentials:
     try:
         token = msgspec.json.decode(base64.b64decode(text, validate=True), type=_Token)
     except (msgspec.DecodeError, UnicodeError, RecursionError, binascii.Error, ValueError):
-        raise TunnelError("credentials: this is no tunnel token") from None
+        raise TunnelError(
+            "credentials: this is no tunnel token, or not all of it; the edge's operator prints it "
+            'with "underpass-relay edge token NAME"'
+        ) from None
     return _credentials(token.t, token.a, token.s, token.e)
 
 
