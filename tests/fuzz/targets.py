@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from netlab.scenario_file import parse_scenario
+from netlab.toml_reading import ScenarioError
+from relay.edge.client_hello import ClientHelloError, parse_client_hello
 from relay.edge.control import ControlServer
 from relay.edge.destinations import DestinationError, DestinationPolicy
 from relay.edge.hygiene import (
@@ -21,6 +24,7 @@ from relay.proxy_protocol import ProxyProtocolError, parse_proxy_header
 from tests.fuzz.edge import drive_connector, request_frame
 from tests.fuzz.listener import serve_frames, serve_requests
 from tests.fuzz.machine import drive_peer
+from tests.fuzz.states import drive_peer_relay, drive_port_mapper, drive_switch, drive_visitor
 from traversal.io.http2_engine import Http2Engine, Http2Error, Http2Limits
 from traversal.io.quic_engine import parse_initial
 from traversal.keys import Box, DiscoPrivate, KeyFormatError, NodePrivate
@@ -253,6 +257,32 @@ TARGETS: dict[str, Target] = {
     "stun": Target(_stun, (), (bytes.fromhex("000100002112a442") + bytes(12),)),
     "nat-pmp": Target(nat_pmp.parse_response, (nat_pmp.NatPmpError,), (b"\0\x80" + bytes(10),)),
     "peer": Target(drive_peer),
+    "peer-relay": Target(drive_peer_relay, (), (bytes(8) + bytes([0, 1, 1, 4]) + bytes(40),)),
+    "port-mapper": Target(
+        drive_port_mapper, (), (bytes([0, 0, 1, 6, 9, 1, 1, 1, 12]) + bytes(20),)
+    ),
+    "forwarding": Target(drive_switch, (), (bytes([0, 1, 0, 0, 2, 1, 6, 0, 2, 1, 3]) + bytes(9),)),
+    "visitor": Target(
+        drive_visitor,
+        (),
+        (
+            b"GET / HTTP/1.1\r\nHost: a\r\n\r\nGET /2 HTTP/1.1\r\nHost: a\r\n\r\n",
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n",
+            b"PUT / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nab",
+        ),
+    ),
+    "client-hello": Target(
+        parse_client_hello,
+        (ClientHelloError,),
+        (
+            bytes.fromhex("160301002d0100002903030000")
+            + bytes(31)
+            + bytes.fromhex("0002130101000000"),
+        ),
+    ),
+    "scenario": Target(
+        _text(parse_scenario), (ScenarioError,), (b'[[hosts]]\nname = "a"\n[[nats]]\nname = "n"\n',)
+    ),
     "pcp": Target(pcp.parse_response, (pcp.PcpError,), (b"\2\x81" + bytes(58),)),
     "upnp": Target(_upnp, (), (b"HTTP/1.1 200 OK\r\nLOCATION: http://192.0.2.1/\r\n\r\n", b"<a/>")),
     "ice": Target(_text(parse_description), (IceDescriptionError,), (b"a=ice-ufrag:x\r\n",)),
