@@ -178,6 +178,8 @@ async def open_node(
                 await nursery.start(node._run, port)
             try:
                 yield node
+                # A program that says its last word and ends wants it to arrive.
+                await node._relays.flush()
             finally:
                 node._close()
                 nursery.cancel_scope.cancel()

@@ -376,3 +376,14 @@ async def direct_pair(a: Node, b: Node) -> tuple[Link, Link]:
         await link.receive_many()
         await other.receive_many()
     return link, other
+
+
+async def test_the_last_word_arrives(relay_map: RelayMap) -> None:
+    """What is sent by a relay right before the block ends still leaves."""
+    async with node_on(relay_map) as b:
+        async with node_on(relay_map) as a:
+            link = await a.connect(b.public_key, relay=900)
+            await link.send(b"goodbye")
+        with trio.fail_after(5):
+            other = await b.accept()
+            assert await other.receive() == b"goodbye"

@@ -18,6 +18,8 @@ from traversal.io.relay_client import RelayClient, RelayHandler, RelayOptions, R
 from traversal.keys import NodePrivate
 from traversal.relay_map import RelayMap
 
+FLUSH_TURNS: Final = 16
+"""More than a writer needs to wake up, take its lock, encrypt and send."""
 IDLE_SECONDS: Final = 60.0
 SWEEP_SECONDS: Final = 15.0
 
@@ -71,6 +73,12 @@ class Relays:
         """How many packets wait for a region's connection, 0 while there is none."""
         entry = self._clients.get(region)
         return entry[0].backlog if entry is not None and entry[0].is_connected else 0
+
+    async def flush(self) -> None:
+        """Give what was queued just now the turns it needs to leave, where that can be at once."""
+        if self._clients:
+            for _ in range(FLUSH_TURNS):
+                await trio.lowlevel.checkpoint()
 
     def heard_at(self) -> dict[int, float]:
         """When something came last from each region (monotonic seconds)."""
