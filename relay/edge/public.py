@@ -111,7 +111,7 @@ class PublicEdge:
         self._changed = trio.lowlevel.ParkingLot()
         self._listeners: list[tuple[socket.socket, _Handler]] = []
         self.udp: tuple[tuple[str, int], ...] = ()
-        self._udp: list[tuple[socket.socket, UdpPort]] = []
+        self._udp: list[UdpPort] = []
         try:
             self.https = self._listen(public.https, self._handle_tls)
             self.http = self._listen(public.http, self._handle_plain)
@@ -136,8 +136,8 @@ class PublicEdge:
         """Close the listening sockets; harmless when repeated."""
         for listener, _ in self._listeners:
             listener.close()
-        for sock, _ in self._udp:
-            sock.close()
+        for port in self._udp:
+            port.close()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `stop_accepting` ends the accepting but not this."""
@@ -145,7 +145,7 @@ class PublicEdge:
             nursery.start_soon(self.certificates.run)
             nursery.start_soon(self._watch_routes)
             nursery.start_soon(self._forget_unused)
-            for _, port in self._udp:
+            for port in self._udp:
                 nursery.start_soon(port.run)
             nursery.start_soon(self._accept, nursery)
             task_status.started()
@@ -214,7 +214,7 @@ class PublicEdge:
             self._registry,
             lambda: self.meter.traffic(route.tunnel, trio.current_time()),
         )
-        self._udp.append((sock, port))
+        self._udp.append(port)
         self.udp += (sock.getsockname()[:2],)
 
     async def _forget_unused(self) -> None:

@@ -1,7 +1,9 @@
 """Published UDP ports: each visitor's address and port is a flow through the tunnel.
 
 Nothing proves a datagram's sender. So flows are few, per source too, short-lived, and an origin's
-answers are dropped beyond `AMPLIFICATION` times what the visitor sent until it has sent twice.
+answers are dropped beyond `AMPLIFICATION` times what the visitor sent until it has sent twice. When
+there are as many flows as there may be, a new one takes the place of the oldest whose visitor never
+spoke again after an answer: forged senders displace each other, not those in a conversation.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ AMPLIFICATION: Final = 3
 Address = tuple[str, int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Visitor:
     address: Address
     queue: trio.MemorySendChannel[bytes]
@@ -39,6 +41,7 @@ class _Visitor:
     """Its deadline is when the flow has been idle for too long."""
     datagrams: int = 0
     credit: int = 0
+    is_answered: bool = False
 
 
 class UdpPort:
@@ -58,9 +61,24 @@ class UdpPort:
         self._traffic = traffic
         self._visitors: dict[Address, _Visitor] = {}
         self._sources: Counter[str] = Counter()
+        self._silent: dict[_Visitor, None] = {}
+        """Those who have not spoken again after an answer, the oldest first."""
+        self._running = trio.CancelScope()
+
+    def close(self) -> None:
+        """End `run` and every flow, and close the socket."""
+        self._running.cancel()
+        self._sock.close()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled or closed."""
+        with self._running:
+            try:
+                await self._receive()
+            except* trio.ClosedResourceError:
+                pass  # by `close`
+
+    async def _receive(self) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 try:
@@ -73,6 +91,8 @@ class UdpPort:
                     continue
                 visitor.scope.deadline = trio.current_time() + IDLE_SECONDS
                 visitor.datagrams += 1
+                if visitor.is_answered:
+                    self._silent.pop(visitor, None)
                 visitor.credit += AMPLIFICATION * len(data)
                 try:
                     visitor.queue.send_nowait(data)
@@ -81,13 +101,17 @@ class UdpPort:
 
     def _admit(self, address: Address, nursery: trio.Nursery) -> _Visitor | None:
         origin = source_of(address[0])
-        if len(self._visitors) >= FLOWS or self._sources[origin] >= FLOWS_PER_SOURCE:
-            if not self._sources[origin]:
-                del self._sources[origin]
+        is_full = len(self._visitors) >= FLOWS
+        if (is_full and not self._silent) or self._sources.get(origin, 0) >= FLOWS_PER_SOURCE:
             return None
+        if is_full:
+            displaced = next(iter(self._silent))
+            del self._silent[displaced]
+            displaced.scope.cancel()
         self._sources[origin] += 1
         send, receive = trio.open_memory_channel[bytes](QUEUE)
         visitor = self._visitors[address] = _Visitor(address, send)
+        self._silent[visitor] = None
         nursery.start_soon(self._serve, visitor, origin, receive)
         return visitor
 
@@ -105,6 +129,7 @@ class UdpPort:
         finally:
             traffic.udp_active -= 1
             del self._visitors[visitor.address]
+            self._silent.pop(visitor, None)
             self._sources[origin] -= 1
             if not self._sources[origin]:
                 del self._sources[origin]
@@ -153,4 +178,5 @@ class UdpPort:
                 continue
             visitor.credit -= len(data)
             await self._sock.sendto(data, visitor.address)
+            visitor.is_answered = True
             traffic.bytes_out += len(data)

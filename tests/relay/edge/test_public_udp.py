@@ -78,6 +78,45 @@ async def test_one_source_has_so_many_flows() -> None:
             sock.close()
 
 
+async def test_forged_senders_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all flows taken by senders that never speak again, a new visitor gets one, and a visitor
+    in a conversation keeps its own."""
+    monkeypatch.setattr(public_udp, "FLOWS", 8)
+    async with open_arena() as arena, port(arena) as (_, address):
+        arena.connect()
+        with visitor() as old, visitor() as new, trio.fail_after(5):
+            for _ in range(2):
+                await old.sendto(b"talk", address)
+                assert (await old.recvfrom(100))[0] == b"talk"
+            forged = [visitor() for _ in range(30)]
+            for sock in forged:
+                await sock.sendto(b"x", address)
+                await trio.testing.wait_all_tasks_blocked()
+            traffic = arena.meter.tunnels[TUNNEL.id]
+            assert traffic.udp_active <= 8
+            await new.sendto(b"hello", address)
+            assert (await new.recvfrom(100))[0] == b"hello"
+            assert traffic.udp_total == 32
+            await old.sendto(b"still here", address)
+            assert (await old.recvfrom(100))[0] == b"still here"
+            assert traffic.udp_total == 32
+            for sock in forged:
+                sock.close()
+
+
+async def test_closing_ends_everything() -> None:
+    """The port stops at once, with what is under way."""
+    async with open_arena() as arena, port(arena) as (udp, address):
+        connection = arena.connect()
+        with visitor() as sock, trio.fail_after(5):
+            await sock.sendto(b"x", address)
+            await sock.recvfrom(100)
+            udp.close()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert connection.flows[0].is_closed
+        assert not udp._visitors
+
+
 async def test_a_silent_flow_ends(autojump_clock: MockClock) -> None:
     """After the idle time its memory is given back and the connector's flow closed."""
     async with open_arena() as arena, port(arena) as (_, address):
