@@ -19,6 +19,7 @@ from relay.config import Config
 from relay.map_entry import build_map
 from relay.server import serve
 from traversal import NodePrivate, NodePublic, RelayMap, open_node
+from traversal.agent.tables import parse_file
 
 pytestmark = pytest.mark.jail
 """They use the network as any node does: in a jail there is only loopback."""
@@ -168,6 +169,14 @@ def agent_module() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/nodes.md"])
+def test_agent_files(file: str) -> None:
+    """Every key of the agent's file that a document names is one."""
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
+    (text,) = (block for block in blocks if 'key = "node.key"' in block)
+    assert parse_file(text).peers[0].name == "attic"
 
 
 def test_agent_is_typed() -> None:

@@ -53,7 +53,7 @@ def netcheck_screen(found: dict[str, Any], columns: int) -> str:
 def status_screen(found: dict[str, Any], columns: int) -> str:
     """The answer of `underpass status`."""
     lines = [
-        *_field("Node", found["key"], columns),
+        found["key"],
         *_field("Home", f"region {found['home_region'] or 'none'}", columns),
         *_field("NAT", found["nat"]["text"], columns),
         *_list("Advertised", found["addresses"] or ["nothing"]),
@@ -70,7 +70,11 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
         return "\n".join(printable(line) for line in lines)
     heading = ("PEER", "PATH", "LATENCY", "LOSS", "MTU", "BY WAY OF")
     rows = [heading, *map(_peer, peers)]
-    lines += ["", *_table(rows, right=(2, 3, 4))]
+    lines.append("")
+    for row, way in zip(_table([row[:-1] for row in rows], right=(2, 3, 4)), rows, strict=True):
+        # A long IPv6 address goes below.
+        fits = len(row) + 2 + len(way[-1]) <= columns
+        lines += [f"{row}  {way[-1]}"] if fits else [row.rstrip(), f"  {way[-1]}"]
     for peer in peers:
         lines += ["", *_hang(peer["text"], "", "  ", columns)]
     return "\n".join(printable(line) for line in lines)
@@ -96,11 +100,11 @@ def ping_screen(found: dict[str, Any], columns: int) -> str:
 
 
 def _peer(peer: dict[str, Any]) -> tuple[str, ...]:
-    path = peer["path"]
+    path, name = peer["path"], peer["name"]
     is_relay = path["kind"] == "relay"
     way = path["address"] or (f"region {path['region']}" if is_relay and path["region"] else "")
     return (
-        textwrap.shorten(peer["name"], MAX_NAME_COLUMNS, placeholder="...") or "...",
+        name if len(name) <= MAX_NAME_COLUMNS else name[: MAX_NAME_COLUMNS - 3] + "...",
         path["kind"] if peer["state"] != "idle" else "idle",
         _milliseconds(path["latency_seconds"], ""),
         f"{path['loss_ratio']:.0%}" if path["latency_seconds"] is not None else "",
@@ -152,12 +156,12 @@ def _hang(text: str, first: str, later: str, columns: int) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[str]:
-    """Aligned columns; those of numbers to the right, and the last one as it comes."""
+    """Aligned columns; those of numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
             cell.rjust(width) if number in right else cell.ljust(width)
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        )
         for row in rows
     ]
