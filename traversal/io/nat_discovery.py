@@ -50,15 +50,14 @@ class NatDiscovery:
 
     def handle_stun(self, datagram: bytes) -> bool:
         """Whether a datagram was the answer to a request of ours. Anything may be in it."""
+        if datagram[8:20] not in self._waiting:
+            return False  # before it is parsed: anybody can send these
         try:
             response = parse_binding_response(datagram)
         except StunError:
             return False
-        waiting = self._waiting.get(response.transaction_id)
-        if waiting is None:
-            return False
         self._answers[response.transaction_id] = response
-        waiting.set()
+        self._waiting[response.transaction_id].set()
         return True
 
     async def run(self, server: Address, local: Address | None) -> NatBehavior | None:

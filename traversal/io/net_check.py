@@ -75,6 +75,8 @@ class NetCheck:
 
     def handle_stun(self, datagram: bytes, source: Source, now: float) -> None:
         """A STUN message came in on a peers' socket. Anything may be in it."""
+        if datagram[8:20] not in self._sent and datagram[8:20] != self._knock_id:
+            return  # before it is parsed: anybody can send these
         try:
             response = parse_binding_response(datagram)
         except StunError:
