@@ -21,6 +21,7 @@ import trio
 from relay.edge.connection import ConnectionFailedError, TunnelConnection
 from relay.edge.peer_channel import PeerChannels
 from relay.edge.registry import Registry, Tunnel
+from relay.limits import ConnectionCounter
 from relay.refusals import Refusals
 from traversal.wire.tunnel.registration import (
     DUPLICATE_CONNECTION,
@@ -31,6 +32,10 @@ from traversal.wire.tunnel.registration import (
 
 CONNECTIONS: Final = 20_000
 """Registered ones, all tunnels together; one that is idle costs some 100 KiB."""
+UNREGISTERED: Final = 2_000
+UNREGISTERED_PER_SOURCE: Final = 100
+"""Connections that have not registered yet, for which a connector takes a second and a stranger
+may take ten; each costs as much as a registered one."""
 PUSH_SECONDS: Final = 10.0
 PUSH_AGAIN_SECONDS: Final = 30.0
 
@@ -76,6 +81,7 @@ class Registrar:
         drain_seconds: how long a connection that leaves may take to finish what is under way.
         peers: serves connections that carry peers' packets.
         is_draining: the edge is about to stop; nobody new is taken.
+        unregistered: counts connections on their way to a registration.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Registrar:
         self.drain_seconds = drain_seconds
         self.peers = peers
         self.is_draining = False
+        self.unregistered = ConnectionCounter(UNREGISTERED, UNREGISTERED_PER_SOURCE)
         self.accepted = 0
         self._new_id = new_id
 

@@ -85,6 +85,10 @@ class _Session:
     async def run(self) -> None:
         connection: TunnelConnection | None = None
         problem = ""
+        unregistered = self._registrar.unregistered
+        if unregistered.refusal(self._source) is not None:
+            self._refuse(EdgeStage.LIMITS, "too many connections have not registered yet")
+            return
         try:
             with trio.CancelScope(deadline=self._server.next_deadline() or math.inf) as waiting:
                 control = await self._transport.open_control()
@@ -95,6 +99,8 @@ class _Session:
                 problem = f"no registration within {REGISTRATION_SECONDS:.0f} s"
         except TRANSPORT_ERRORS as error:
             problem = str(error)
+        finally:
+            unregistered.remove(self._source)
         if problem:
             self._refuse(EdgeStage.PROTOCOL, problem)
         if connection is not None:

@@ -44,6 +44,7 @@ from traversal.wire.tunnel.headers import (
 )
 from traversal.wire.tunnel.registration import (
     DUPLICATE_CONNECTION,
+    ConnectionDetails,
     ConnectionRefusal,
     RegistrationMethod,
 )
@@ -438,6 +439,21 @@ async def test_registration_while_draining(autojump_clock: MockClock) -> None:
             DUPLICATE_CONNECTION, should_retry=True
         )
         await expect_closed(connector)
+
+
+async def test_strangers_leave_room(autojump_clock: MockClock) -> None:
+    """Connections that don't register are few per source; who registers counts no more."""
+    registrar = make_registrar()
+    registrar.unregistered.limit_per_source = 1
+    async with dialled(registrar) as silent:
+        with pytest.RaisesGroup(Http2Error):
+            async with dialled(registrar):
+                pass
+        assert registrar.refusals.counts[EdgeStage.LIMITS] == 1
+        assert isinstance(await silent.register(), ConnectionDetails)
+        async with dialled(registrar) as other:
+            assert isinstance(await other.register(), ConnectionDetails)
+    assert registrar.unregistered.total == 0
 
 
 async def test_slow_control_stream(autojump_clock: MockClock) -> None:
