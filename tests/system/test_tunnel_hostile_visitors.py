@@ -18,7 +18,7 @@ from tests.system.tunnel_visitors import TruncatedError
 from traversal.io.stream import StreamEndedError
 from traversal.tunnel.transport_choice import Transport
 
-SECONDS = 30
+SECONDS = 60
 HOST = b"Host: raw.example.com\r\n"
 POST = b"POST / HTTP/1.1\r\n" + HOST
 GET = b"GET / HTTP/1.1\r\n" + HOST

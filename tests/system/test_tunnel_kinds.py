@@ -20,7 +20,7 @@ from tests.system.tunnel_visitors import TruncatedError, Visitor
 from tests.system.tunnel_world import until
 from traversal.tunnel.transport_choice import Transport
 
-SECONDS = 30
+SECONDS = 60
 BULK_BYTES = int(os.environ.get("UNDERPASS_TUNNEL_BYTES", "8000000"))
 """Of large bodies; more takes longer, in one process."""
 

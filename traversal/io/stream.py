@@ -6,6 +6,7 @@ be handed on as they are when the handshake is done.
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 from typing import Final
@@ -99,6 +100,14 @@ class HandshakeStream:
             if count:
                 return bytes(self._buffer[:count])
             self._tls.receive_data(await self._receive_raw())
+
+    def is_readable(self) -> bool:
+        """Whether `receive` would return at once, with bytes or the end."""
+        if self._ahead:
+            return True
+        poll = select.poll()
+        poll.register(self._sock.fileno(), select.POLLIN)
+        return any(not event & select.POLLNVAL for _, event in poll.poll(0))
 
     def put_back(self, data: bytes) -> None:
         """The next `receive` (or TLS handshake) starts with these bytes."""

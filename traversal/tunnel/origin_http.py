@@ -6,6 +6,8 @@ before it has read the request; then the connection is not used again.
 
 from __future__ import annotations
 
+import math
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -22,6 +24,10 @@ from traversal.tunnel.relaying import relay_bytes
 READ_BYTES: Final = 65536
 MAX_HEAD_BYTES: Final = 128 << 10
 """Of an origin's response."""
+MAX_KEEP_ALIVE: Final = 32767
+"""Seconds; the most that Linux takes."""
+SWEEP_SECONDS: Final = 10.0
+"""Between two looks for connections that have waited long enough."""
 IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """RFC 9110 9.2.2: a request of these may be repeated when a pooled connection turns out dead."""
 
@@ -70,37 +76,48 @@ class OriginAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class OriginTimes:
-    """In seconds: to connect, for the TLS handshake, and how long a connection may lie idle."""
+class OriginLimits:
+    """How long and how many.
+
+    Attributes:
+        connect, tls: seconds for the connection, and for the TLS handshake.
+        idle: seconds that a connection may wait for its next request.
+        kept: connections to one origin that may wait.
+        tcp_keep_alive: seconds after which the kernel asks a silent origin whether it is there; 0
+            for never.
+    """
 
     connect: float = 30.0
     tls: float = 10.0
     idle: float = 90.0
+    kept: int = 100
+    tcp_keep_alive: float = 30.0
 
 
-async def connect_origin(address: OriginAddress, times: OriginTimes) -> HandshakeStream:
+async def connect_origin(address: OriginAddress, limits: OriginLimits) -> HandshakeStream:
     """A connection with TLS done, if it is wanted. Raises OriginError."""
     try:
-        with trio.fail_after(times.connect):
+        with trio.fail_after(limits.connect):
             if address.path:
                 sock = (await trio.open_unix_socket(address.path)).socket
             else:
                 sock = (await trio.open_tcp_stream(address.host, address.port)).socket
+                _keep_alive(sock, limits.tcp_keep_alive)
     except trio.TooSlowError:
-        raise OriginError(f"{address}: no connection within {times.connect:g} s") from None
+        raise OriginError(f"{address}: no connection within {limits.connect:g} s") from None
     except OSError as error:
         raise OriginError(f"{address}: {_reason(error)}") from None
     stream = HandshakeStream(sock, read_bytes=READ_BYTES)
     if address.make_context is None:
         return stream
     try:
-        with trio.fail_after(times.tls):
+        with trio.fail_after(limits.tls):
             await stream.start_tls(
                 address.make_context(), server_side=False, server_hostname=address.server_name
             )
     except trio.TooSlowError:
         stream.close()
-        raise OriginError(f"{address}: no TLS within {times.tls:g} s") from None
+        raise OriginError(f"{address}: no TLS within {limits.tls:g} s") from None
     except StreamEndedError as error:
         stream.close()
         raise OriginError(f"{address}: {error}") from None
@@ -110,41 +127,60 @@ async def connect_origin(address: OriginAddress, times: OriginTimes) -> Handshak
     return stream
 
 
+def _keep_alive(sock: trio.socket.SocketType, seconds: float) -> None:
+    if seconds > 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            sock.setsockopt(socket.IPPROTO_TCP, option, min(max(1, round(seconds)), MAX_KEEP_ALIVE))
+
+
 class OriginPool:
     """Connections to origins that wait for their next request."""
 
-    def __init__(self, size: int = 100) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._idle: dict[OriginAddress, deque[tuple[HandshakeStream, float]]] = {}
-        self._count = 0
+        """With the time until which each may wait; the freshest is the last."""
+        self._sweep_at = 0.0
 
-    def take(self, address: OriginAddress, idle_seconds: float) -> HandshakeStream | None:
-        """A connection that has not waited longer than `idle_seconds`, the freshest first."""
+    def __len__(self) -> int:
+        return sum(map(len, self._idle.values()))
+
+    def take(self, address: OriginAddress) -> HandshakeStream | None:
+        """A connection that the origin has not closed meanwhile, the freshest first."""
         waiting = self._idle.get(address)
-        now = trio.current_time()
         while waiting:
-            stream, since = waiting.pop()
-            self._count -= 1
-            if now - since < idle_seconds:
+            stream, until = waiting.pop()
+            # Whatever comes without a request is the end, or nothing that one could use.
+            if trio.current_time() < until and not stream.is_readable():
                 return stream
             stream.close()
         return None
 
-    def put(self, address: OriginAddress, stream: HandshakeStream) -> None:
-        """Keep a connection, or close it if there are enough."""
-        if self._count >= self._size:
-            stream.close()
-            return
-        self._idle.setdefault(address, deque()).append((stream, trio.current_time()))
-        self._count += 1
+    def put(self, address: OriginAddress, stream: HandshakeStream, limits: OriginLimits) -> None:
+        """Keep a connection; the one that has waited longest goes where there are too many."""
+        now = trio.current_time()
+        if now >= self._sweep_at:
+            self._sweep(now)
+        waiting = self._idle.setdefault(address, deque())
+        waiting.append((stream, now + limits.idle))
+        while len(waiting) > limits.kept:
+            waiting.popleft()[0].close()
 
     def close(self) -> None:
         """Close all."""
-        for waiting in self._idle.values():
-            for stream, _ in waiting:
-                stream.close()
-        self._idle.clear()
-        self._count = 0
+        self._sweep(math.inf)
+
+    def _sweep(self, now: float) -> None:
+        self._sweep_at = now + SWEEP_SECONDS
+        for address, waiting in list(self._idle.items()):
+            for stream, until in waiting:
+                if until <= now:
+                    stream.close()
+            kept = deque((stream, until) for stream, until in waiting if until > now)
+            if kept:
+                self._idle[address] = kept
+            else:
+                del self._idle[address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +199,7 @@ async def serve_http(
     incoming: Incoming,
     request: OriginRequest,
     address: OriginAddress,
-    times: OriginTimes,
+    limits: OriginLimits,
     pool: OriginPool,
 ) -> None:
     """Carry a request to the origin and its response back.
@@ -171,7 +207,7 @@ async def serve_http(
     Raises OriginError while nothing was answered yet, ExchangeEndedError when the origin breaks off
     afterwards or the edge gives up.
     """
-    stream = pool.take(address, times.idle)
+    stream = pool.take(address)
     if stream is not None:
         attempt = _Attempt(incoming, request, stream)
         try:
@@ -186,15 +222,21 @@ async def serve_http(
             stream.close()
             raise
         else:
-            _put_back(pool, address, stream, is_reusable=reusable)
+            if reusable:
+                pool.put(address, stream, limits)
+            else:
+                stream.close()
             return
-    stream = await connect_origin(address, times)
+    stream = await connect_origin(address, limits)
     try:
         reusable = await _Attempt(incoming, request, stream).run()
     except BaseException:
         stream.close()
         raise
-    _put_back(pool, address, stream, is_reusable=reusable)
+    if reusable:
+        pool.put(address, stream, limits)
+    else:
+        stream.close()
 
 
 async def serve_http_on(
@@ -204,23 +246,14 @@ async def serve_http_on(
     await _Attempt(incoming, request, stream).run()
 
 
-def _put_back(
-    pool: OriginPool, address: OriginAddress, stream: HandshakeStream, *, is_reusable: bool
-) -> None:
-    if is_reusable:
-        pool.put(address, stream)
-    else:
-        stream.close()
-
-
 async def serve_websocket(
-    incoming: Incoming, request: OriginRequest, address: OriginAddress, times: OriginTimes
+    incoming: Incoming, request: OriginRequest, address: OriginAddress, limits: OriginLimits
 ) -> None:
     """Carry a websocket's handshake to the origin, then its bytes both ways, unread.
 
     Raises as `serve_http`.
     """
-    stream = await connect_origin(address, times)
+    stream = await connect_origin(address, limits)
     try:
         extra = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
         if not any(name == b"sec-websocket-version" for name, _ in request.headers):
@@ -273,7 +306,9 @@ class _Attempt:
             raise ExchangeEndedError(f"the origin broke off: {failure}")
         if failure is not None:
             raise failure
-        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        # What follows a response without a request would be read as the answer to the next one.
+        is_over = self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        return is_over and not self._h11.trailing_data[0]
 
     def _head(self) -> h11.Request:
         request, incoming = self._request, self._incoming.head

@@ -18,8 +18,8 @@ from traversal.tunnel.exchange import ExchangeEndedError, Incoming
 from traversal.tunnel.origin_http import (
     OriginAddress,
     OriginError,
+    OriginLimits,
     OriginRequest,
-    OriginTimes,
     connect_origin,
     serve_http_on,
 )
@@ -32,14 +32,14 @@ _NOT_IN_HTTP2: Final = frozenset(
 
 
 async def serve_http2(
-    incoming: Incoming, request: OriginRequest, address: OriginAddress, times: OriginTimes
+    incoming: Incoming, request: OriginRequest, address: OriginAddress, limits: OriginLimits
 ) -> None:
     """Carry a request to the origin and its response back, by HTTP/1.1 if the origin does not
     choose HTTP/2 in its TLS handshake.
 
     Raises OriginError, and ExchangeEndedError when the edge gave up.
     """
-    stream = await connect_origin(address, times)
+    stream = await connect_origin(address, limits)
     try:
         if stream.selected_protocol == "h2":
             await _serve(incoming, request, stream)

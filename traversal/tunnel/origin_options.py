@@ -1,9 +1,8 @@
 """How a connector talks to an origin: `originRequest` with its defaults (edge tunnel
 specification 12.2). Pure.
 
-`tcpKeepAlive`, `keepAliveConnections` (a hundred connections wait for requests, all origins
-together), `noHappyEyeballs`, `proxyAddress`, `proxyPort` and `access` with `required` false are
-taken and have no effect.
+`noHappyEyeballs`, `proxyAddress`, `proxyPort` and `access` with `required` false are taken and have
+no effect.
 """
 
 from __future__ import annotations
@@ -36,6 +35,8 @@ class OriginOptions:
     """One rule's options; durations in seconds.
 
     Attributes:
+        keep_alive_connections: that may wait for requests, to one origin.
+        tcp_keep_alive: between the kernel's questions to a silent origin; 0 for none.
         host_header: what the origin gets as Host; the visitor's goes to X-Forwarded-Host.
         server_name: for SNI and the certificate; empty for the origin's host.
         is_sni_of_request: SNI is the host that the visitor asked for.
@@ -51,6 +52,8 @@ class OriginOptions:
     connect_timeout: float = 30.0
     tls_timeout: float = 10.0
     keep_alive_timeout: float = 90.0
+    keep_alive_connections: int = 100
+    tcp_keep_alive: float = 30.0
     host_header: str = ""
     server_name: str = ""
     is_sni_of_request: bool = False
@@ -80,6 +83,8 @@ class OriginOptions:
             "connect_timeout": document.connect_timeout,
             "tls_timeout": document.tls_timeout,
             "keep_alive_timeout": document.keep_alive_timeout,
+            "keep_alive_connections": document.keep_alive_connections,
+            "tcp_keep_alive": document.tcp_keep_alive,
             "host_header": document.http_host_header,
             "server_name": document.origin_server_name,
             "is_sni_of_request": document.match_sni_to_host,

@@ -17,9 +17,9 @@ from traversal.tunnel.ingress import Ingress, Rule, normalized_host
 from traversal.tunnel.origin_http import (
     OriginAddress,
     OriginError,
+    OriginLimits,
     OriginPool,
     OriginRequest,
-    OriginTimes,
     serve_http,
     serve_websocket,
 )
@@ -146,12 +146,16 @@ class OriginService:
                 raise OriginError(f"{head.authority}: this connector takes no private connections")
             self._tcp_sessions += 1
             seconds = self.configuration.warp_routing.connect_timeout or WARP_CONNECT_SECONDS
-            await serve_tcp(incoming, _place(head.authority, 0), OriginTimes(connect=seconds))
+            await serve_tcp(incoming, _place(head.authority, 0), OriginLimits(connect=seconds))
             return
         rule = self._ingress.match(head.authority, head.path)
         options = rule.options
-        times = OriginTimes(
-            options.connect_timeout, options.tls_timeout, options.keep_alive_timeout
+        limits = OriginLimits(
+            options.connect_timeout,
+            options.tls_timeout,
+            options.keep_alive_timeout,
+            options.keep_alive_connections,
+            options.tcp_keep_alive,
         )
         match rule.service:
             case StatusService(status):
@@ -164,24 +168,24 @@ class OriginService:
                 await incoming.send_end()
             case TcpService(host, port):
                 self._tcp_sessions += 1
-                await serve_tcp(incoming, OriginAddress(host, port), times)
+                await serve_tcp(incoming, OriginAddress(host, port), limits)
             case SocksService():
                 self._tcp_sessions += 1
-                await serve_socks(incoming, options.allows, times)
+                await serve_socks(incoming, options.allows, limits)
             case BastionService():
                 self._tcp_sessions += 1
                 wanted = next((v for n, v in head.headers if n == _JUMP), b"").decode("latin-1")
                 place = _place(wanted.partition("://")[2] or wanted, 22)
-                await serve_bastion(incoming, place.host, place.port, options.allows, times)
+                await serve_bastion(incoming, place.host, place.port, options.allows, limits)
             case HttpService() as service:
                 address = self._address(service, rule, head.authority)
                 request = _request(incoming, service, options)
                 if head.kind == "websocket":
-                    await serve_websocket(incoming, request, address, times)
+                    await serve_websocket(incoming, request, address, limits)
                 elif options.is_http2 and service.is_tls:
-                    await serve_http2(incoming, request, address, times)
+                    await serve_http2(incoming, request, address, limits)
                 else:
-                    await serve_http(incoming, request, address, times, self._pool)
+                    await serve_http(incoming, request, address, limits, self._pool)
 
     def _address(self, service: HttpService, rule: Rule, authority: str) -> OriginAddress:
         options = rule.options

@@ -15,7 +15,7 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError, generate_
 
 from traversal.io.stream import HandshakeStream, StreamEndedError
 from traversal.tunnel.exchange import ExchangeEndedError, Incoming
-from traversal.tunnel.origin_http import OriginAddress, OriginError, OriginTimes, connect_origin
+from traversal.tunnel.origin_http import OriginAddress, OriginError, OriginLimits, connect_origin
 from traversal.tunnel.relaying import ByteExchange, relay_bytes
 from traversal.wire.socks import (
     SocksError,
@@ -37,19 +37,19 @@ Allows = Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address, int], bool]
 """Whether a visitor may connect to an address and port."""
 
 
-async def serve_tcp(incoming: Incoming, address: OriginAddress, times: OriginTimes) -> None:
+async def serve_tcp(incoming: Incoming, address: OriginAddress, limits: OriginLimits) -> None:
     """A private-network connection, or a visitor's websocket whose messages are the bytes.
 
     Raises OriginError while nothing was answered yet, ExchangeEndedError when the edge gave up.
     """
-    stream = await connect_origin(address, times)
+    stream = await connect_origin(address, limits)
     try:
         await relay_bytes(await _accept(incoming), stream)
     finally:
         stream.close()
 
 
-async def serve_socks(incoming: Incoming, allows: Allows, times: OriginTimes) -> None:
+async def serve_socks(incoming: Incoming, allows: Allows, limits: OriginLimits) -> None:
     """A visitor's websocket in which SOCKS 5 is spoken. Raises ExchangeEndedError."""
     exchange = await _accept(incoming)
     reader = _Reader(exchange)
@@ -65,7 +65,7 @@ async def serve_socks(incoming: Incoming, allows: Allows, times: OriginTimes) ->
         await exchange.send(encode_reply(error.status))
         await exchange.send_end()
         return
-    stream, status = await _dial(request, allows, times)
+    stream, status = await _dial(request, allows, limits)
     await exchange.send(encode_reply(status))
     if stream is None:
         await exchange.send_end()
@@ -81,13 +81,13 @@ async def serve_socks(incoming: Incoming, allows: Allows, times: OriginTimes) ->
 
 
 async def serve_bastion(
-    incoming: Incoming, host: str, port: int, allows: Allows, times: OriginTimes
+    incoming: Incoming, host: str, port: int, allows: Allows, limits: OriginLimits
 ) -> None:
     """A visitor's websocket whose messages are the bytes of a TCP connection to where it says.
 
     Raises OriginError while nothing was answered yet, ExchangeEndedError when the edge gave up.
     """
-    stream, status = await _dial(SocksRequest(host, port), allows, times)
+    stream, status = await _dial(SocksRequest(host, port), allows, limits)
     if stream is None:
         if status is SocksStatus.NOT_ALLOWED:
             raise OriginError(f"{host}:{port}: the rule's ipRules do not allow it")
@@ -99,7 +99,7 @@ async def serve_bastion(
 
 
 async def _dial(
-    request: SocksRequest, allows: Allows, times: OriginTimes
+    request: SocksRequest, allows: Allows, limits: OriginLimits
 ) -> tuple[HandshakeStream | None, SocksStatus]:
     try:
         found = await trio.socket.getaddrinfo(
@@ -116,7 +116,7 @@ async def _dial(
         return None, SocksStatus.NOT_ALLOWED
     for host in allowed:
         try:
-            stream = await connect_origin(OriginAddress(host, request.port), times)
+            stream = await connect_origin(OriginAddress(host, request.port), limits)
         except OriginError:
             continue
         return stream, SocksStatus.SUCCEEDED

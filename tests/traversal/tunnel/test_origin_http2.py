@@ -16,10 +16,10 @@ from traversal.io.http2 import Http2Connection
 from traversal.io.http2_engine import Http2Error
 from traversal.io.http2_stream import Http2Stream, header
 from traversal.io.stream import HandshakeStream
-from traversal.tunnel.origin_http import OriginAddress, OriginError, OriginRequest, OriginTimes
+from traversal.tunnel.origin_http import OriginAddress, OriginError, OriginLimits, OriginRequest
 from traversal.tunnel.origin_http2 import serve_http2
 
-TIMES = OriginTimes(connect=5, tls=5)
+TIMES = OriginLimits(connect=5, tls=5)
 
 
 @asynccontextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,15 +18,16 @@ from traversal.tunnel.exchange import ExchangeEndedError, Headers, Incoming, Inc
 from traversal.tunnel.origin_http import (
     OriginAddress,
     OriginError,
+    OriginLimits,
     OriginPool,
     OriginRequest,
-    OriginTimes,
+    connect_origin,
     serve_http,
     serve_websocket,
 )
 from traversal.tunnel.origin_tcp import serve_socks, serve_tcp
 
-TIMES = OriginTimes(connect=2, tls=2, idle=10)
+TIMES = OriginLimits(connect=2, tls=2, idle=10)
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 Handler = Callable[[trio.SocketStream], Awaitable[None]]
 
@@ -160,6 +162,68 @@ async def test_get_and_reuse() -> None:
     assert heads[0][0].lower().count(b"host: app.example.com") == 1
 
 
+async def test_connections_that_wait() -> None:
+    """A connection that the origin has closed, or on which it says more than it was asked, is not
+    used again, whatever the method; only so many wait, and only for so long."""
+    connections = 0
+    closed = trio.Event()
+
+    async def handler(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        while head := await read_head(stream):
+            answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx"
+            if head.startswith(b"POST /more"):
+                answer += b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
+            await stream.send_all(answer)
+            if head.startswith(b"POST /last"):
+                break
+        await stream.aclose()
+        closed.set()
+
+    async with origin(handler) as address:
+        pool = OriginPool()
+
+        async def post(path: str, limits: OriginLimits = TIMES) -> None:
+            visitor = Visitor(method="POST", path=path)
+            await serve_http(visitor, request("POST", path), address, limits, pool)
+            assert (visitor.status, bytes(visitor.answer)) == (200, b"x")
+
+        for path in ("/last", "/more", "/", "/"):
+            await post(path)
+            if path == "/last":
+                await closed.wait()
+        assert (connections, len(pool)) == (3, 1)
+        await post("/", OriginLimits(kept=0))
+        assert (connections, len(pool)) == (3, 0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(post, "/", OriginLimits(kept=2))
+        assert len(pool) == 2
+        await post("/", OriginLimits(idle=0))
+        await post("/")  # does not take the one that may not wait at all
+        assert len(pool) == 1
+        pool.close()
+        assert len(pool) == 0
+
+
+async def test_keep_alive_of_tcp() -> None:
+    """The kernel asks silent origins whether they are there, as often as it is told."""
+    async with origin(read_head) as address:
+        for seconds, expected in ((30.0, (1, 30)), (0.2, (1, 1)), (1e9, (1, 32767))):
+            stream = await connect_origin(address, OriginLimits(tcp_keep_alive=seconds))
+            sock, _ = stream.detach()
+            with sock:
+                assert expected == (
+                    sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                )
+        stream = await connect_origin(address, OriginLimits(tcp_keep_alive=0))
+        sock, _ = stream.detach()
+        with sock:
+            assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 async def test_bodies_stream_both_ways() -> None:
     """An origin that echoes as it reads gets each piece before the next is sent, chunked, with
     trailers in both directions."""
@@ -205,7 +269,7 @@ async def test_early_answer() -> None:
             asked = request("POST", headers=visitor.head.headers)
             await serve_http(visitor, asked, address, TIMES, pool)
     assert visitor.status == 413
-    assert pool.take(address, 10) is None
+    assert pool.take(address) is None
 
 
 @pytest.mark.parametrize(
