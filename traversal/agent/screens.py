@@ -47,7 +47,7 @@ def netcheck_screen(found: dict[str, Any], columns: int) -> str:
         for region in found["regions"]
     ]
     lines += _list("Relays", _table(relays, right=(0, 1)) or ["none in the map"])
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def status_screen(found: dict[str, Any], columns: int) -> str:
@@ -67,7 +67,7 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
     peers = found["peers"]
     if not peers:
         lines += _field("Peers", "none in the agent's file", columns)
-        return "\n".join(printable(line) for line in lines)
+        return "\n".join(printable(line.rstrip()) for line in lines)
     heading = ("PEER", "PATH", "LATENCY", "LOSS", "MTU", "BY WAY OF")
     rows = [heading, *map(_peer, peers)]
     lines.append("")
@@ -77,7 +77,7 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
         lines += [f"{row}  {way[-1]}"] if fits else [row.rstrip(), f"  {way[-1]}"]
     for peer in peers:
         lines += ["", *_hang(peer["text"], "", "  ", columns)]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def ping_line(ping: dict[str, Any]) -> str:
@@ -96,7 +96,7 @@ def ping_screen(found: dict[str, Any], columns: int) -> str:
         "",
         *_hang(found["text"], "", "", columns),
     ]
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def _peer(peer: dict[str, Any]) -> tuple[str, ...]:
