@@ -318,6 +318,7 @@ class _KernelSocket:
         self._buffer = buffer
         self._view = memoryview(self._buffer)
         self._has_gso = True
+        self._waiting = trio.Lock()
         sock.setblocking(False)
         for forced, plain in (
             (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
@@ -369,7 +370,10 @@ class _KernelSocket:
             try:
                 self.send_run(datagrams[start:end], address)
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
+                # Trio lets one task wait for a socket at a time, and a listener's connections share
+                # theirs.
+                async with self._waiting:
+                    await trio.lowlevel.wait_writable(self._sock)
                 continue
             except OSError:
                 pass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from traversal.io.udp import Batch, UdpError, UdpSockets
+from traversal.io.udp import Batch, Source, UdpError, UdpSocket, UdpSockets, bind_socket
 
 HOSTS: Any = {4: "127.0.0.1"}
 
@@ -103,3 +103,30 @@ async def test_errors_are_numbers() -> None:
     assert sockets.send(b"x", ("192.0.2.1", 9)) in (errno.EINVAL, errno.ENETUNREACH)
     assert sockets.statistics().send_errors == 3
     sockets.close()
+
+
+async def test_tasks_that_wait_for_room_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tasks find the send buffer of one socket full at the same time; all send in the
+    end."""
+    sock, target = [await bind_socket(4, "127.0.0.1", 0) for _ in range(2)]
+    send_run = type(sock).send_run
+    refusals = 4
+
+    def refuse_some(sock: UdpSocket, run: Sequence[bytes], address: Source) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise BlockingIOError
+        send_run(sock, run, address)
+
+    monkeypatch.setattr(type(sock), "send_run", refuse_some)
+    async with trio.open_nursery() as nursery:
+        for data in (b"one", b"two", b"three"):
+            nursery.start_soon(sock.send_patiently, [data], ("127.0.0.1", target.port))
+    got: set[bytes] = set()
+    with trio.fail_after(5):
+        while len(got) < 3:
+            got |= {data for data, _ in await target.receive()}
+    assert got == {b"one", b"two", b"three"}
+    sock.close()
+    target.close()
