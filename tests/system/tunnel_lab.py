@@ -187,7 +187,8 @@ async def _answer(
 
 
 async def _echo(connection: h11.Connection, stream: trio.SocketStream) -> None:
-    headers = [("upgrade", "websocket"), ("connection", "upgrade")]
+    # No visitor here checks it, but edges look whether it is there.
+    headers = [("upgrade", "websocket"), ("connection", "upgrade"), ("sec-websocket-accept", "x")]
     switch = h11.InformationalResponse(status_code=101, headers=headers)
     await stream.send_all(connection.send(switch) or b"")
     while data := await stream.receive_some(65536):
