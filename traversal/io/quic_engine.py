@@ -37,6 +37,7 @@ MIN_INITIAL_BYTES: Final = 1200
 MAX_CONNECTION_ID_BYTES: Final = 20
 MAX_STREAMS: Final = 100
 RETRY_TOKEN_SECONDS: Final = 10.0
+_NO_ROOM: Final = "packet builder capacity exhausted"
 
 _T = TypeVar("_T")
 _VERSION_1: Final = 1
@@ -216,7 +217,10 @@ class QuicEngine(_Connection):
                     taken.append((last[:2], datagrams))
                 datagrams.append(transmit[0])
         except (RuntimeError, ValueError) as error:
-            raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, None, str(error)) from None
+            # So the core says, too, that it may send no more to an address that is not validated
+            # (RFC 9000 8.1): a long certificate goes on when the client has sent again.
+            if self._handshake_complete or str(error) != _NO_ROOM:
+                raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, None, str(error)) from None
         return taken
 
     def _call_core(self, operation: Callable[..., _T], *args: Any) -> _T:

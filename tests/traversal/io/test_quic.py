@@ -484,3 +484,34 @@ async def test_one_source_leaves_room_for_others(
             await exchange(near, await listener.accept(), 1000)
         nursery.cancel_scope.cancel()
     assert not listener._handshakes
+
+
+async def test_long_certificates(tmp_path: Path) -> None:
+    """A certificate that is longer than what may be sent before the client's address is validated
+    (three times what the client has sent) takes a round trip more, and no more than that is sent to
+    a client that does not go on."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert(NAME, *(f"name-{n}.long.example" for n in range(300)))
+    authority.cert_pem.write_to_path(str(tmp_path / "root"))
+    server = QuicConfiguration(is_client=False, alpn_protocols=["test"])
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    server.load_cert_chain(chain, certificate.private_key_pem.bytes())
+    client = QuicConfiguration(
+        alpn_protocols=["test"], server_name=NAME, cafile=str(tmp_path / "root")
+    )
+    async with joined((server, client)) as (near, far, _):
+        await exchange(near, far, 1000)
+    near = QuicEngine(client)
+    near.connect(("192.0.2.1", 1), 0.0)
+    flight = [d for _, some in near.take_datagrams(0.0, 64) for d in some]
+    initial = parse_initial(flight[0])
+    assert initial is not None
+    far = QuicEngine(server, initial)
+    for datagram in flight:
+        far.receive_datagram(datagram, ("192.0.2.2", 2), 0.0)
+    sent, now = 0, 0.0
+    while now < 5:
+        sent += sum(len(d) for _, some in far.take_datagrams(now, 64) for d in some)
+        now = min(far.get_timer() or 5.0, 5.0)
+        far.handle_timer(now)
+    assert 2 * sum(map(len, flight)) < sent <= 3 * sum(map(len, flight))
