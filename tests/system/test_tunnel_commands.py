@@ -146,3 +146,12 @@ async def test_agent_serves_a_tunnel(tmp_path: Path) -> None:
             await until(lambda: bool(list(edge.edge.registry.connections())))
             assert await fetch(edge.visitors, "/agent") == (200, b"/agent")
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("edge", ["nonsense", "http://[bad", "ftp://x"])
+def test_quick_names_the_fix(edge: str) -> None:
+    """What is no edge's address is said to be none."""
+    arguments = ["tunnel", "quick", "--url", "http://127.0.0.1:1", "--edge", edge]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "write https://DOMAIN" in result.output

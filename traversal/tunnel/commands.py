@@ -133,7 +133,10 @@ def quick(
     from traversal.tunnel.settings import SettingsError, read_settings
     from traversal.wire.tunnel.errors import TunnelError
 
-    edges = list(connect) or [urlsplit(base).hostname or ""]
+    try:
+        edges = list(connect) or [urlsplit(base).hostname or ""]
+    except ValueError as error:
+        _fail(f"{base}: {error}; write https://DOMAIN, the edge's domain of quick tunnels")
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
     try:
         parse_service(url)  # before the edge makes a tunnel for it
