@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--origin", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # Every process holds a socket for each websocket, the connector two.
+    # Every process holds a socket for each websocket.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if options.origin:
