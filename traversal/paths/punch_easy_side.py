@@ -13,6 +13,7 @@ from traversal.keys import Entropy
 from traversal.paths.port_guess import guesses, size_of
 from traversal.paths.punch_outbox import BURST, Outbox
 from traversal.paths.punch_search import Search
+from traversal.paths.punch_strategy import is_far_source
 from traversal.wire.address import Address
 from traversal.wire.punching import PunchMessage, PunchMethod
 
@@ -41,8 +42,9 @@ class EasySide(Search):
 
     def handle_message(self, message: PunchMessage, now: float) -> None:
         """Probe as the plan says; a second one replaces the first."""
-        if message.source is None or not message.ranges:
+        if not is_far_source(message.source) or not message.ranges:
             return
+        assert message.source is not None
         self.method = message.method
         self.socket_count = 0
         self.outbox.clear()

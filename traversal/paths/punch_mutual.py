@@ -24,6 +24,7 @@ from traversal.paths.port_guess import MAX_SOCKETS
 from traversal.paths.punch_effects import OpenSockets
 from traversal.paths.punch_outbox import Outbox
 from traversal.paths.punch_search import Search, Tell
+from traversal.paths.punch_strategy import is_far_source
 from traversal.wire.address import Address
 from traversal.wire.punching import PunchKind, PunchMessage, PunchMethod
 
@@ -94,7 +95,7 @@ class MutualSide(Search):
 
     def handle_message(self, message: PunchMessage, now: float) -> None:
         """The other side's last port."""
-        if message.address is None or not message.step or self.is_confirming:
+        if not is_far_source(message.address) or not message.step or self.is_confirming:
             return
         self._peer_plan = message
         if self.is_leader:

@@ -96,9 +96,19 @@ class Choice:
 def public_ipv4(addresses: Iterable[Address]) -> Address | None:
     """The first address that a far NAT can be reached at; hard NATs are a matter of IPv4."""
     for address in addresses:
-        if not address.is_ipv6 and address.port and not is_local_scope(address.ip):
+        ip = address.ip
+        is_nobody = ip.is_multicast or ip.is_reserved or ip.packed[0] == 0
+        if not address.is_ipv6 and address.port and not is_local_scope(ip) and not is_nobody:
             return address
     return None
+
+
+def is_far_source(source: Address | None) -> bool:
+    """Whether a plan may name it as where the peer's datagrams come from; the port is of no matter.
+
+    Never private addresses: a peer must not aim our probes at what only we can reach.
+    """
+    return source is not None and public_ipv4((Address(source.host, 1),)) is not None
 
 
 def looks_easy(addresses: Iterable[Address]) -> bool:

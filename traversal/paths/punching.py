@@ -47,6 +47,7 @@ from traversal.paths.punch_strategy import (
     PeerSide,
     PunchPolicy,
     choose,
+    is_far_source,
     public_ipv4,
 )
 from traversal.wire.address import Address
@@ -302,9 +303,7 @@ class Puncher:
             if choice.strategy is not Strategy.MUTUAL:
                 return None
             return self._start(self._mutual(message.attempt, now, is_leader=False), choice.reason)
-        source = message.source
-        # Never private addresses: a peer must not aim our probes at what only we can reach.
-        is_far = source is not None and public_ipv4((Address(source.host, 1),)) is not None
+        is_far = is_far_source(message.source)
         if self._channel.own.nat.is_hard or not message.ranges or not is_far:
             return None
         return self._start(self._easy(now), "the peer's NAT is hard and ours easy: we probe")

@@ -415,6 +415,17 @@ class TestUntrustedPlans:
         arena.run(5.0)
         assert arena.a.count(SendProbe) == 0
 
+    @pytest.mark.parametrize("host", ["10.0.0.1", "127.0.0.1", "224.0.0.1", "255.255.255.255"])
+    def test_target_that_becomes_private(self, host) -> None:
+        """A later plan of the same attempt can't aim where the first one could not."""
+        arena = Arena(EASY, RANDOM)
+        self.plan(arena, serial=1)
+        arena.run(0.5)
+        self.plan(arena, serial=2, source=Address(host, 0))
+        arena.run(5.0)
+        hosts = {probe.address.host for _, probe in arena.a.effects if isinstance(probe, SendProbe)}
+        assert hosts == {"203.0.113.2"}
+
     def test_plans_in_a_row(self) -> None:
         """However many plans come, one budget is spent in half a minute."""
         arena = Arena(EASY, RANDOM)
