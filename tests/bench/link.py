@@ -11,8 +11,7 @@ travel, in one run, by
 
 At most 128 datagrams are on their way, as many as an ordinary socket buffer holds, so nothing is
 lost and the load bounds itself. Rates are of datagrams that arrived. CPU per datagram is of all
-processes that take part, both ends together, the generator included. `idle` is what 1000 silent
-peers cost.
+processes that take part, both ends together, the generator included.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -43,14 +41,13 @@ from netlab.presets import class_behavior
 from tests import wireguard
 from tests.system.kernel_world import start_relay
 from tests.wireguard import Key, Tunnel, open_tunnel
-from traversal import DiscoPrivate, Link, Node, NodePrivate, PathKind, RelayMap, open_node
+from traversal import Link, Node, NodePrivate, PathKind, RelayMap, open_node
 from traversal.io.udp import Batch, UdpSockets
 
 WINDOW = 128
 BURST = 64
 GIVE_UP_SECONDS = 0.2
 """A datagram that has not come by then never will."""
-IDLE_PEERS = 1000
 NUMBER_BYTES = 8
 LIMIT_SECONDS = 300
 
@@ -235,25 +232,6 @@ async def join(a: Node, b: Node) -> tuple[Link, Link]:
     return link, other
 
 
-def _resident_pages() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1])
-
-
-async def idle_share(node: Node, seconds: float) -> tuple[float, float]:
-    """CPU share and MiB of memory that 1000 silent peers cost."""
-    before = _resident_pages()
-    for _ in range(IDLE_PEERS):
-        await node.connect(
-            NodePrivate.generate(os.urandom).public(),
-            relay=node.home_region,
-            disco_key=DiscoPrivate.generate(os.urandom).public(),
-        )
-    grown = _resident_pages() - before
-    cpu = time.process_time()
-    await trio.sleep(seconds)
-    return (time.process_time() - cpu) / seconds, grown * resource.getpagesize() / (1 << 20)
-
-
 # ---- WireGuard
 
 
@@ -358,16 +336,12 @@ async def run(seconds: float, sizes: Sequence[int]) -> dict[str, object]:
             link, other = await join(*nodes)
             for way in link_ways(link, other):
                 rows += [await measure(way, size, seconds) for size in sizes]
-            share, mebibytes = await idle_share(nodes[0], 5 * seconds)
             nursery.cancel_scope.cancel()
         if not problem:
             rows += await measure_wireguard(lab, relay_map, sizes, seconds)
     return {
         "rows": [asdict(row) for row in rows],
         "no_wireguard_because": problem or None,
-        "idle_peers": IDLE_PEERS,
-        "idle_cpu_share": share,
-        "idle_mebibytes": mebibytes,
     }
 
 
@@ -393,10 +367,6 @@ def main() -> None:
         )
     if result["no_wireguard_because"]:
         print(f"no wireguard-go: {result['no_wireguard_because']}")
-    print(
-        f"{IDLE_PEERS} idle peers: {result['idle_cpu_share']:.2%} of a core, "
-        f"{result['idle_mebibytes']:.1f} MiB"
-    )
 
 
 if __name__ == "__main__":
