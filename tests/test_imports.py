@@ -13,6 +13,8 @@ import pytest
 from click import Context
 
 import traversal
+from netlab.cli import COMMANDS
+from netlab.commands import commands
 from relay.cli import ELSEWHERE
 from relay.cli import main as relay_command
 
@@ -35,6 +37,7 @@ def imported_by(statement: str) -> set[str]:
         ("from traversal.cli import main; main(['keygen'], standalone_mode=False)", {"nacl"}),
         ("import relay.cli", set()),
         ("from relay.cli import main; main(['--help'], standalone_mode=False)", set()),
+        ("from netlab.cli import main; main(['--help'], standalone_mode=False)", set()),
     ],
 )
 def test_imports_nothing_slow(statement: str, needed: set[str]) -> None:
@@ -57,6 +60,16 @@ def test_every_public_name_is_there() -> None:
     assert set(traversal.__all__) <= set(dir(traversal))
     with pytest.raises(AttributeError, match="has no attribute 'open_nodes'"):
         _ = traversal.open_nodes
+
+
+def test_list_of_the_labs_commands_is_true() -> None:
+    """It has all of them, with the words that they have themselves."""
+    context = Context(commands)
+    assert list(COMMANDS) == commands.list_commands(context)
+    for name, text in COMMANDS.items():
+        command = commands.get_command(context, name)
+        assert command is not None
+        assert command.get_short_help_str(limit=80) == text
 
 
 def test_list_of_commands_is_true() -> None:

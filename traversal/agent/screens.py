@@ -81,9 +81,10 @@ def status_screen(found: dict[str, Any], columns: int) -> str:
 
 
 def ping_line(ping: dict[str, Any]) -> str:
-    """One ping's answer."""
+    """One ping's answer. Programs read this line, too (those of `underpass-lab matrix`)."""
     way = f" by {ping['way']}" if ping["way"] else ""
-    return f"{_milliseconds(ping['latency_seconds'], 'no answer')}{way}, path {_path(ping['path'])}"
+    took = _milliseconds(ping["latency_seconds"], "no answer")
+    return f"{took}{way} (path: {ping['path']['kind']})"
 
 
 def ping_screen(found: dict[str, Any], columns: int) -> str:
@@ -117,12 +118,6 @@ def _relay(relay: dict[str, Any]) -> str:
     state = "connected" if relay["is_connected"] else relay["last_error"] or "connecting"
     health = f"; it says: {relay['health']}" if relay["health"] else ""
     return f"{relay['region']} {state}{health}"
-
-
-def _path(path: dict[str, Any]) -> str:
-    if path["address"]:
-        return f"{path['kind']} {path['address']}"
-    return f"{path['kind']} {path['region']}" if path["region"] else str(path["kind"])
 
 
 def _milliseconds(seconds: float | None, nothing: str) -> str:

@@ -97,10 +97,10 @@ def test_hostile_texts() -> None:
 def test_ping() -> None:
     """A line for each ping, then both NATs and why."""
     assert ping_line({"latency_seconds": None, "way": None, "path": RELAY}) == (
-        "no answer, path relay 900"
+        "no answer (path: relay)"
     )
     answered = ping_line({"latency_seconds": 0.01, "way": "relay 900", "path": DIRECT})
-    assert answered == f"10.0 ms by relay 900, path direct {DIRECT['address']}"
+    assert answered == "10.0 ms by relay 900 (path: direct)"
     verdict = {"own_nat": NAT, "peer_nat": {"text": "no NAT"}}
     lines = lines_of(ping_screen({"verdict": verdict, "text": TEXT}, columns=80))
     assert any(line.startswith("This node   a hard NAT") for line in lines)
