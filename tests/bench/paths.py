@@ -257,7 +257,8 @@ def summarize(
         for what, value in measured.items():
             values.setdefault((what, pair if what == "direct" else ""), []).append(value)
     direct = [one for (what, _), tries in values.items() if what == "direct" for one in tries]
-    values = {("direct", "all pairs"): direct, **values}
+    if direct:
+        values = {("direct", "all pairs"): direct, **values}
     for (what, pair), tries in values.items():
         times = sorted(one for one in tries if one is not None) or [float("nan")]
         yield Row(
