@@ -49,8 +49,6 @@ async def check_stays_on_the_relay(world: World, seconds: float) -> Conversation
     await trio.sleep(seconds)
     assert conversation.kinds == RELAY
     assert conversation.lost_seconds() == 0, conversation.describe()
-    for link in conversation.links:
-        assert link.path.latency_seconds is not None, "the relay is measured, too"
     return conversation
 
 
