@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from netlab.behavior import Filtering, Mapping, NatBehavior
+from netlab.behavior import Filtering, Mapping
 from netlab.stun import Request, Response, StunError, parse
 
 Address = tuple[str, int]
@@ -62,11 +62,6 @@ def expected_outcome(left: str, right: str) -> Outcome:
         ValueError: a name is not in `CLASSES`.
     """
     return Outcome(_MATRIX[CLASSES.index(left)][CLASSES.index(right)])
-
-
-def expected_between(left: NatBehavior, right: NatBehavior) -> Outcome:
-    """Return the outcome for two NATs that are each alone on their path."""
-    return expected_outcome(left.class_name, right.class_name)
 
 
 async def punch(

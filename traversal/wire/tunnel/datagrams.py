@@ -46,13 +46,6 @@ _REGISTER: Final = struct.Struct(">BBHH16s")
 _ANSWER: Final = struct.Struct(">BB16sH")
 
 
-class _Suffix(IntEnum):
-    UDP = 0
-    ICMP = 1
-    ICMP_TRACED = 2
-    SPANS = 3
-
-
 class _Prefix(IntEnum):
     REGISTER = 0
     PAYLOAD = 1
