@@ -47,6 +47,9 @@ CONNECTOR_WAIT_SECONDS: Final = 20.0
 the edge (specification 11)."""
 OUTAGE_SECONDS: Final = 60.0
 """A tunnel that had no connector for so long has none; its visitors learn so at once."""
+STREAM_WAIT_SECONDS: Final = 20.0
+"""How long a request waits for one of a connection's streams, when its connector has as many open
+as it takes: over HTTP/2 a cloudflared may allow 250."""
 STALL_SECONDS: Final = 120.0
 """A visitor that takes nothing for so long is cut off; nginx gives 60."""
 WEBSOCKET_LINGER_SECONDS: Final = 10.0
@@ -62,6 +65,15 @@ class GatewayError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+@contextmanager
+def in_time_for_a_stream() -> Iterator[None]:
+    """Raises GatewayError where opening a stream takes longer than `STREAM_WAIT_SECONDS`."""
+    with trio.move_on_after(STREAM_WAIT_SECONDS) as waiting:
+        yield
+    if waiting.cancelled_caught:
+        raise GatewayError(503, "the connector has as many requests under way as it takes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +249,9 @@ class Proxy:
             if request.head.kind == "http":
                 nursery.start_soon(_leave_when_gone, request.visit, scope)
             try:
-                async with await connection.request(request.head) as exchange:
+                with in_time_for_a_stream():
+                    exchange = await connection.request(request.head)
+                async with exchange:
                     if request.head.kind == "http":
                         if request.head.has_body:
                             nursery.start_soon(self._upload, request, exchange, scope)
@@ -247,7 +261,7 @@ class Proxy:
                 is_done = True
             except VisitorGoneError:
                 pass
-            except ConnectionFailedError as error:
+            except (ConnectionFailedError, GatewayError) as error:
                 problem = error
             except ResponseRefusedError as error:
                 problem = GatewayError(502, f"the origin's response is malformed: {error}")

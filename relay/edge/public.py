@@ -25,7 +25,7 @@ from relay.edge.connection import ConnectionFailedError, Exchange
 from relay.edge.destinations import Destination, DestinationPolicy
 from relay.edge.hygiene import HygienePolicy, Visitor
 from relay.edge.limits import Meter, RequestLimits, TooMuchError, TunnelTraffic, charge
-from relay.edge.proxy import Finder, GatewayError, Proxy
+from relay.edge.proxy import Finder, GatewayError, Proxy, in_time_for_a_stream
 from relay.edge.public_certificates import PublicCertificates
 from relay.edge.public_udp import UdpPort
 from relay.edge.quick import QuickTunnels
@@ -371,7 +371,8 @@ class PublicEdge:
         connection = await self._finder.find(tunnel)
         for attempt in range(2):
             try:
-                exchange = await connection.connect_tcp(str(destination), source)
+                with in_time_for_a_stream():
+                    exchange = await connection.connect_tcp(str(destination), source)
                 try:
                     response = await exchange.response()
                 except BaseException:

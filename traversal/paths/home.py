@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 HISTORY_SECONDS: Final = 305.0
+HISTORY_REPORTS: Final = 16
+"""As many as that time holds at the usual pace; a network that flaps makes more."""
 ABSOLUTE_LEAD_NANOSECONDS: Final = 10_000_000
 HEARD_SECONDS: Final = 8.0
 KEEP_WITHOUT_DATA_SECONDS: Final = 120.0
@@ -37,7 +39,7 @@ class HomeChooser:
         self.home = 0
         self._policy = policy or HomePolicy()
         self._scores = scores or {}
-        self._history: deque[tuple[float, Mapping[int, float]]] = deque()
+        self._history: deque[tuple[float, Mapping[int, float]]] = deque(maxlen=HISTORY_REPORTS)
         self._avoided_until: dict[int, float] = {}
 
     def set_scores(self, scores: Mapping[int, float]) -> None:

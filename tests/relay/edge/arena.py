@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -192,6 +193,8 @@ class FakeConnection(TunnelConnection):
         self.origin = origin
         self.exchanges: list[OriginExchange] = []
         self.flows: list[EchoFlow] = []
+        self.streams = math.inf
+        """How many it takes at a time; others wait."""
         self._nursery = nursery
 
     @property
@@ -199,6 +202,8 @@ class FakeConnection(TunnelConnection):
         return not self.is_leaving
 
     async def request(self, head: RequestHead) -> Exchange:
+        while self.active >= self.streams:
+            await self._idle.park()
         return self._open(head)
 
     async def connect_tcp(self, destination: str, source: str) -> Exchange:

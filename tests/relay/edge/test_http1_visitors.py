@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from relay.edge.limits import RequestLimits
-from relay.edge.proxy import WEBSOCKET_LINGER_SECONDS
+from relay.edge.proxy import STREAM_WAIT_SECONDS, WEBSOCKET_LINGER_SECONDS
 from relay.edge.visit_http1 import (
     BODY_SECONDS,
     HEAD_SECONDS,
@@ -20,7 +20,15 @@ from relay.edge.visit_http1 import (
     serve_http1,
 )
 from relay.edge.visitor_stages import VisitorStage
-from tests.relay.edge.arena import TUNNEL, Arena, Http1Client, OriginExchange, open_arena
+from tests.relay.edge.arena import (
+    TUNNEL,
+    Answer,
+    Arena,
+    Http1Client,
+    OriginExchange,
+    echo,
+    open_arena,
+)
 
 
 async def quietly(*arguments: object) -> None:
@@ -414,6 +422,37 @@ async def test_requests_wait_for_a_connector_after_an_outage(autojump_clock: Moc
         assert answer.status == 503
         assert answer.header(b"retry-after")
         assert trio.current_time() == started
+
+
+async def test_requests_wait_for_a_stream_but_not_for_ever(autojump_clock: MockClock) -> None:
+    """A connector that has all its streams in use gets the next request when one ends, or never:
+    then the visitor is told."""
+    async with open_arena() as arena:
+        released = trio.Event()
+
+        async def slow(exchange: OriginExchange) -> None:
+            await released.wait()
+            await echo(exchange)
+
+        connection = arena.connect(slow)
+        connection.streams = 1
+        answers: list[Answer] = []
+
+        async def ask() -> None:
+            answers.append(await client_of(arena).ask())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.sleep(1)
+            nursery.start_soon(ask)
+            await trio.sleep(STREAM_WAIT_SECONDS + 1)
+            assert [answer.status for answer in answers] == [503]
+            assert b"as many requests under way" in answers[0].body
+            nursery.start_soon(ask)
+            await trio.sleep(1)
+            released.set()
+        assert [answer.status for answer in answers] == [503, 200, 200]
+        assert arena.meter.active == 0
 
 
 async def test_nothing_published_here() -> None:
