@@ -177,9 +177,13 @@ class _Connection:
             await self._linger()
 
     async def _linger(self) -> None:
-        """Let the visitor read the response before the connection is closed."""
+        """Let the visitor read the response, and its end, before the connection is closed."""
         ignored = 0
         with trio.move_on_after(LINGER_SECONDS):
+            try:
+                await self._stream.send_eof()
+            except StreamEndedError as error:
+                raise VisitorGoneError(str(error)) from None
             while ignored < LINGER_BYTES and (data := await self.receive_raw()):
                 ignored += len(data)
 

@@ -48,6 +48,7 @@ class Liveness:
         self._sent_at = -math.inf
         self._quiet_since = -math.inf
         self._burst_allowed_at = -math.inf
+        self._burst_began_at = -math.inf
         self._burst_left = 0
         self._burst_next_at = math.inf
         self._verdict_at = math.inf
@@ -65,8 +66,11 @@ class Liveness:
     def handle_answer(self, pinged_at: float = math.inf) -> None:
         """All is well: a Pong came for the Ping of `pinged_at`, or we begin anew.
 
-        What was sent after that Ping is still unanswered, which counts when the way is long.
+        What was sent after that Ping is still unanswered, which counts when the way is long: a Pong
+        for an older Ping than the burst's ends the burst, but the next one need not wait.
         """
+        if self.is_confirming and pinged_at < self._burst_began_at:
+            self._burst_allowed_at = -math.inf
         self._silent_since = math.inf
         self._unanswered_since = pinged_at
         self._burst_left = 0
@@ -100,6 +104,7 @@ class Liveness:
         """Find out, unless a burst is under way or one was answered a moment ago."""
         if self.is_confirming or now < self._burst_allowed_at:
             return
+        self._burst_began_at = now
         self._burst_allowed_at = now + MIN_BURST_INTERVAL_SECONDS
         is_long = rtt_seconds > LONG_RTT_SECONDS
         self._first_gap_seconds = _GAP_SECONDS if is_long else max(1.1 * rtt_seconds, 0.05)

@@ -452,6 +452,7 @@ async def test_requests_wait_for_a_stream_but_not_for_ever(autojump_clock: MockC
             await trio.sleep(1)
             released.set()
         assert [answer.status for answer in answers] == [503, 200, 200]
+        await trio.testing.wait_all_tasks_blocked()
         assert arena.meter.active == 0
 
 

@@ -322,7 +322,7 @@ async def test_server_that_is_always_about_to_restart(
                 seen = relay.connects
                 await client.wait_connected()
                 await relay.say_restarting(0)
-            await trio.sleep(0.01)
+            await trio.sleep(0.5)
 
     nursery.start_soon(send_away)
     await trio.sleep(60)
