@@ -55,7 +55,8 @@ class LinkPath:
     Attributes:
         address: of the peer, or of the peer relay; None by a relay or by the edge.
         region: whose relay carries datagrams when none other does; 0 when none is known.
-        latency_seconds: round trip; None when it was not measured.
+        latency_seconds: round trip; None when it was not measured. By the relay it is measured
+            every 5 s, when there has been no better path for 5 s.
         loss_ratio: of the last heartbeats, 0 to 1.
         mtu_bytes: the largest datagram proven to pass; None when that was not searched.
     """
@@ -151,14 +152,16 @@ class Link:
         has_address = kind in (PathKind.DIRECT, PathKind.PEER_RELAY)
         best = None if kind is PathKind.RELAY else machine.statistics().best
         mtu_bytes = machine.max_payload_bytes
-        if not has_address:
-            is_relay = kind is PathKind.RELAY
-            mtu_bytes = MAX_PACKET_LENGTH if is_relay else self._outlet.edge_payload_bytes
+        latency_seconds = best.latency_seconds or None if best is not None else None
+        if kind is PathKind.RELAY:
+            mtu_bytes, latency_seconds = MAX_PACKET_LENGTH, machine.relay_latency_seconds
+        elif kind is PathKind.EDGE:
+            mtu_bytes = self._outlet.edge_payload_bytes
         return LinkPath(
             kind=kind,
             address=route.path.address if has_address and route.path is not None else None,
             region=self._outlet.relay_region,
-            latency_seconds=best.latency_seconds or None if best is not None else None,
+            latency_seconds=latency_seconds,
             loss_ratio=best.loss_ratio if best is not None else 0.0,
             mtu_bytes=mtu_bytes,
         )

@@ -275,7 +275,7 @@ async def test_relay_with_tls(autojump_clock: MockClock) -> None:
         options={"relay_options": RelayOptions(make_context=make_context)},
         make_relay=functools.partial(SimRelay, context=server),
     ) as world:
-        conversation = await check_stays_on_the_relay(world, 5)
+        conversation = await check_stays_on_the_relay(world, 12)
         assert conversation.left.path.region == 900
 
 

@@ -98,6 +98,8 @@ class Peer:
         self._choice = PathChoice(ceiling_bytes, is_edge_first=edge_policy is EdgePolicy.FIRST)
         self.has_relay = True
         """Whether the relay can carry traffic to the peer, as far as is known."""
+        self.relay_latency_seconds: float | None = None
+        """The last round trip by the relay; None before the peer answered there."""
         self._book = CandidateBook()
         self._pinger = Pinger(entropy)
         self._caller = Caller()
@@ -326,6 +328,7 @@ class Peer:
             return False
         self._pinger.take(transaction_id)
         self._relay_pongs += 1
+        self.relay_latency_seconds = now - ping.sent_at
         if ping.purpose is Purpose.USER:
             self._effects.append(PingAnswered(None, now - ping.sent_at, seen_as))
         self._edge.relay_proven_at = now
@@ -382,6 +385,7 @@ class Peer:
         self._pinger.forget_all()
         self._second_looks.forget()
         self._choice.forget()
+        self.relay_latency_seconds = None
         self._recovery_at = math.inf
         self._caller.handle_rebind(now)
         self._schedule.restart(now)
@@ -546,7 +550,10 @@ class Peer:
     def _ask_relay(self, now: float) -> None:
         """The edge is in use, or the peer would use it: does the relay work both ways?"""
         if self._edge.take_relay_ping(now):
-            self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.RECOVERY, now)))
+            self._ping_relay(now)
+
+    def _ping_relay(self, now: float) -> None:
+        self._effects.append(SendRelayPing(self._pinger.register(None, Purpose.RECOVERY, now)))
 
     @property
     def _is_settled(self) -> bool:
@@ -567,8 +574,10 @@ class Peer:
             self._pinger.enqueue(candidate)
         if self._wants_edge(now):
             self._pinger.enqueue(self._edge.candidate)
-        if self._wants_edge(now):
             self._ask_relay(now)
+        elif self.has_relay and self._schedule.is_wide(now):
+            # The relay will be in use for a while: how long does it take?
+            self._ping_relay(now)
         self._caller.want(now)
         is_trusted = self._choice.is_trusted(now)
         pause = PEER_RELAY_UPGRADE_SECONDS if is_trusted else PEER_RELAY_MIN_SECONDS

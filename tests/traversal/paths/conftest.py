@@ -159,6 +159,9 @@ class StockPeer:
         self.effects.append(AddressLearned(path.address))
         self.effects.append(SendPong(path, transaction_id, path.address))
 
+    def handle_relay_ping(self, transaction_id, region):
+        self.effects.append(SendPong(None, transaction_id, Address("127.3.3.40", region)))
+
     def handle_pong(self, transaction_id, source, seen_as, now):
         self.now = now
         if transaction_id not in self.outstanding:

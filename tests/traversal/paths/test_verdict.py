@@ -83,14 +83,17 @@ def test_unknown_peer(world) -> None:
 
 
 def test_silent_peer_is_not_off_line(world) -> None:
-    """A peer that only listens is suspected until it answers a Ping by the relay."""
+    """A peer that only listens is suspected until it answers a Ping by the relay, which is sent
+    with searches that go on for 5 s."""
     w = world().join("easy", "hard")
-    w.talk(w.a, every=0.1, until=5.0)
-    w.run(5.0)
+    w.is_relay_up = False
+    w.talk(w.a, every=0.1, until=12.0)
+    w.run(4.0)
     assert Finding.NO_CALL in judge("bob", w.a.peer.statistics(), EASY, HARD, "x", w.now).findings
-    w.a.peer.ping_all(w.now)
-    w.a.flush()
-    w.run(6.0)
+    assert w.a.peer.relay_latency_seconds is None
+    w.is_relay_up = True
+    w.run(11.0)
+    assert w.a.peer.relay_latency_seconds == pytest.approx(0.06)
     verdict = judge("bob", w.a.peer.statistics(), EASY, HARD, "x", w.now)
     assert Finding.NO_CALL not in verdict.findings
     assert Remedy.CHECK_PEER not in verdict.remedies
