@@ -41,6 +41,8 @@ beyond it the oldest is dropped."""
 SPOOLED_BYTES: Final = 1 << 30
 FEW_DATAGRAMS: Final = 128
 CLOSE_SECONDS: Final = 1.0
+MAX_SKIPPED: Final = 1024
+"""Streams of the other side that are remembered as not yet seen, when later ones come first."""
 
 
 class QuicConnection:
@@ -92,6 +94,9 @@ class QuicConnection:
         self._has_received = False
         self._foreign = 0 if engine.configuration.is_client is False else 1
         """The two low bits of the other side's bidirectional streams (RFC 9000 2.1)."""
+        self._next_foreign = self._foreign
+        self._skipped: dict[int, None] = {}
+        """Streams before the next one of which nothing has come yet."""
         self._note_id: Callable[[bytes, QuicConnection], None] | None = None
         self._forget_id: Callable[[bytes], None] | None = None
         self._wake = trio.Event()
@@ -364,13 +369,13 @@ class QuicConnection:
                     self._datagram_readers.unpark_all()
                 case events.StreamReset():
                     self._aborted.discard(event.stream_id)
-                    if (stream := self._streams.get(event.stream_id)) is not None:
+                    if (stream := self._stream(event.stream_id)) is not None:
                         code = event.error_code
                         stream._fail_receiving(
                             QuicError(f"QUIC: the other side reset the stream (code {code})", code)
                         )
                 case events.StopSendingReceived():
-                    if (stream := self._streams.get(event.stream_id)) is not None:
+                    if (stream := self._stream(event.stream_id)) is not None:
                         code = event.error_code
                         stream._fail_sending(
                             QuicError(f"QUIC: the other side stopped reading (code {code})", code)
@@ -387,6 +392,33 @@ class QuicConnection:
                     text = event.reason_phrase or "the connection ended"
                     self._end(QuicError(f"QUIC: {text}", event.error_code))
 
+    def _stream(self, stream_id: int) -> QuicStream | None:
+        """The stream that the other side ended one direction of. It may begin with that: a visitor
+        left before anything was sent. Then our direction has to be ended, too."""
+        stream = self._streams.get(stream_id)
+        if stream is None and stream_id & 3 == self._foreign and self._is_new(stream_id):
+            stream = self._add(stream_id)
+        return stream
+
+    def _is_new(self, stream_id: int) -> bool:
+        """Whether this is the first that comes of the other side's stream."""
+        if stream_id < self._next_foreign:
+            is_new = stream_id in self._skipped
+            self._skipped.pop(stream_id, None)
+            return is_new
+        first = max(self._next_foreign, stream_id - 4 * MAX_SKIPPED)
+        self._skipped.update(dict.fromkeys(range(first, stream_id, 4)))
+        while len(self._skipped) > MAX_SKIPPED:
+            del self._skipped[next(iter(self._skipped))]
+        self._next_foreign = stream_id + 4
+        return True
+
+    def _add(self, stream_id: int) -> QuicStream:
+        stream = self._streams[stream_id] = QuicStream(self, stream_id)
+        self._opened.append(stream)
+        self._acceptors.unpark()
+        return stream
+
     def _handle_data(self, event: events.StreamDataReceived) -> None:
         stream_id = event.stream_id
         stream = self._streams.get(stream_id)
@@ -397,10 +429,8 @@ class QuicConnection:
                 return
             if stream_id & 3 != self._foreign:
                 return  # one of ours that is over, or unidirectional: nobody uses those
-            stream = QuicStream(self, stream_id)
-            self._streams[stream_id] = stream
-            self._opened.append(stream)
-            self._acceptors.unpark()
+            self._is_new(stream_id)
+            stream = self._add(stream_id)
         try:
             self._spooled += len(event.data)
             stream._handle_data(event.data, is_end=event.end_stream)

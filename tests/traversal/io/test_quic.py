@@ -309,6 +309,26 @@ async def test_reset_and_stop(
         assert caught.value.code == 9
 
 
+async def test_streams_that_begin_with_their_end(
+    configurations: tuple[QuicConfiguration, QuicConfiguration],
+) -> None:
+    """A stream that is reset before any byte of it was sent is accepted and ended on both sides:
+    else it would count for ever among those that the other side may have open."""
+    async with joined(configurations, max_streams=8) as (near, far, _):
+        with trio.fail_after(10):
+            for _ in range(50):
+                opened = await far.open_stream()
+                await opened.send(b"never sent")
+                opened.reset(5)
+                accepted = await near.accept_stream()
+                with pytest.raises(QuicError):
+                    await accepted.receive()
+                accepted.abort()
+                with pytest.raises(QuicError):
+                    await opened.receive()
+            await exchange(near, far, 1000)
+
+
 async def test_datagrams(configurations: tuple[QuicConfiguration, QuicConfiguration]) -> None:
     """DATAGRAM frames pass both ways."""
     async with joined(configurations) as (near, far, _):
