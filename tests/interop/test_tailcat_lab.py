@@ -455,7 +455,11 @@ def test_soak(tmp_path: Path) -> None:
                 assert relayed == []
                 # A WireGuard that nobody answers says hello every 5 s.
                 assert link.statistics().received - arrived >= 60 * SOAK_MINUTES / 5 * 0.8
-                assert "now using" not in stock.text()[said:]
+                # The stock node goes by single samples, so between IPv4 and IPv6 on one wire it may
+                # move, rarely.
+                moves = stock.text()[said:].count("now using")
+                print(f"LAB the stock node moved {moves} times")
+                assert moves <= SOAK_MINUTES / 10
                 assert len(link.statistics().peer.candidates) <= candidates
                 assert len(node._wiring.by_address) <= 8
                 assert grown < 4096
