@@ -222,6 +222,8 @@ class Peer:
         if choice.liveness.poll_verdict(now) and choice.best is not None:
             choice.doubt(now)
             reason = f"{choice.best.path} went silent"
+            if self.is_active:
+                self._look_elsewhere(now)
         if self._is_settled and not choice.is_trusted(now):
             if self.is_active:
                 reason = reason or f"{self.route.path} did not answer for 6.5 s"
@@ -585,6 +587,13 @@ class Peer:
         if self.has_peer_relays and self._is_searching and is_due:
             self._peer_relay_wanted_at = now
             self._effects.append(DiscoverPeerRelay())
+
+    def _look_elsewhere(self, now: float) -> None:
+        """The path went silent: search at once, and do not spare those that answered just now."""
+        for candidate in self._book:
+            if candidate.answered_at >= candidate.pinged_at:
+                candidate.pinged_at = -math.inf
+        self._search(now, is_forced=True)
 
     def _drop_removed_best(self, now: float, reason: str) -> str:
         best = self._choice.best

@@ -17,6 +17,7 @@ from traversal.paths.effects import (
     PathChanged,
     PathState,
     PingAnswered,
+    Route,
     SendCallMeMaybe,
     SendPing,
     SendPong,
@@ -660,3 +661,47 @@ def test_any_order_of_calls_is_survived(steps):
                 assert effect.addresses
         assert peer.route.relay or peer.route.path is not None
         peer.statistics()
+
+
+def test_a_silent_path_is_left_for_one_that_answered_just_now() -> None:
+    """The peer moved: it pinged from its new address, which answers, but no better than the old one
+    did. When the old one goes silent, the new one is asked at once, not with the next search."""
+    peer = make_peer(X)
+    answered = {X, Y}
+    now, number = 0.0, 0
+    peer.handle_send(now)
+
+    def run(until: float) -> list[tuple[float, Address]]:
+        """Send and receive 50 datagrams a second; answer Pings after 20 ms."""
+        nonlocal now, number
+        asked = []
+        pongs: list[tuple[float, bytes, Address]] = []
+        while now < until:
+            for effect in peer.poll_effects():
+                if isinstance(effect, SendPing):
+                    asked.append((now, effect.path.address))
+                    if effect.path.address in answered and not effect.padding_bytes:
+                        pongs.append((now + 0.02, effect.transaction_id, effect.path.address))
+            now += 0.02
+            for due in [pong for pong in pongs if pong[0] <= now]:
+                pongs.remove(due)
+                peer.handle_pong(due[1], due[2], OWN[0], now)
+            peer.sent += 1
+            peer.received += X in answered
+            if peer.route.wake:
+                peer.handle_send(now)
+            peer.on_time(now)
+        return asked
+
+    run(59.0)
+    assert peer.route == Route(Path(X), relay=False, wake=False)
+    run(61.0)  # a search for something better, by chance just now
+    answered.remove(X)
+    peer.handle_ping(b"0" * 12, Path(Y), now)
+    died = now
+    asked = run(died + 2)
+    assert peer.route.path == Path(Y)
+    assert not peer.route.relay
+    first, second = [at - died for at, address in asked if address == Y][:2]
+    assert first < 0.1
+    assert second < 1
