@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import operator
 import socket as stdlib
+import struct
 from collections import deque
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, Final
 
 import trio
 
@@ -17,6 +18,8 @@ from netlab.simulated.connection import Connection, State
 from netlab.simulated.host import WILDCARD, SimulatedHost, fail
 from netlab.simulated.packet import Packet
 from netlab.simulated.sockets import SimulatedSocket
+
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 
 class TcpSocket(SimulatedSocket):
@@ -74,7 +77,10 @@ class TcpSocket(SimulatedSocket):
             for connection in self._accepted:
                 connection.abort()
         if self._connection is not None:
-            self._connection.close()
+            if self._options.get((stdlib.SOL_SOCKET, stdlib.SO_LINGER)) == NO_LINGER:
+                self._connection.abort()
+            else:
+                self._connection.close()
 
     # --- listening -----------------------------------------------------------------------
 

@@ -240,6 +240,9 @@ class _Memory:
     async def send_all(self, data: bytes) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def send_eof(self) -> None:
+        await trio.lowlevel.checkpoint()
+
 
 async def _echo(visit: Visit) -> None:
     """What a proxy does with a visit, in short."""

@@ -49,7 +49,6 @@ async def check_stays_on_the_relay(world: World, seconds: float) -> Conversation
     await trio.sleep(seconds)
     assert conversation.kinds == RELAY
     assert conversation.lost_seconds() == 0, conversation.describe()
-    assert all(link.path.latency_seconds for link in conversation.links)
     return conversation
 
 

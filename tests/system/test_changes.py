@@ -79,6 +79,26 @@ async def test_outage(outage_seconds: int, autojump_clock: MockClock) -> None:
         assert conversation.lost_seconds(healed + 3) == 0, conversation.describe()
 
 
+async def test_given_up_connections_send_no_more(autojump_clock: MockClock) -> None:
+    """What a relay connection had not delivered when it was given up is not delivered a minute
+    later, when the network is back."""
+    hard = class_behavior("APDM+APDF")
+    async with simulate(topology(hard, hard)) as world:
+        conversation = await world.converse()
+        await trio.sleep(10)
+        world.lab.host("h0").cut()
+        await trio.sleep(20)
+        world.lab.host("h0").heal()
+        healed = trio.current_time()
+        await trio.sleep(90)
+        flows = conversation.flows
+        ages = [
+            at - flow.sent[n] for flow in flows for n, at in flow.arrived.items() if at > healed
+        ]
+        print(f"LAB oldest datagram {max(ages):.2f} s")
+        assert max(ages) < 5
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_roaming(seed: int, autojump_clock: MockClock) -> None:
     """As `check_roaming` says, at two points of the heartbeat's cycle."""

@@ -277,6 +277,7 @@ async def test_relay_with_tls(autojump_clock: MockClock) -> None:
     ) as world:
         conversation = await check_stays_on_the_relay(world, 12)
         assert conversation.left.path.region == 900
+        assert all(link.path.latency_seconds for link in conversation.links)
 
 
 @pytest.mark.parametrize("peer", ["EIM+APDF", "EIM+ADF"])

@@ -483,6 +483,10 @@ class _Connection:
                         failure = failure or error
                         nursery.cancel_scope.cancel()
             finally:
+                if self._scope.cancel_called and trio.current_time() < self._closes_at:
+                    # Silent, or its network has gone. Packets that reach the server when that comes
+                    # back would be stale, and make it send ours there for a moment.
+                    self.dialed.stream.abort()
                 self.dialed.close()
         if failure is not None:
             raise failure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import ssl
+import struct
 from typing import Final
 
 import trio
@@ -16,6 +17,8 @@ import trio
 from traversal.io.tls import TlsClosedError, TlsEngine, TlsError
 
 READ_BYTES: Final = 16384
+NO_LINGER: Final = struct.pack("ii", 1, 0)
+"""Closing then resets the connection."""
 
 
 class StreamEndedError(Exception):
@@ -165,6 +168,13 @@ class HandshakeStream:
                     sock.send(tls.data_to_send())
                 except OSError:
                     pass
+
+    def abort(self) -> None:
+        """Close a connection that has gone silent: what the other side did not acknowledge is
+        thrown away, where `close` would have the kernel send it again for minutes."""
+        if self._sock.fileno() >= 0:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+        self.close()
 
     async def _receive_raw(self) -> bytes:
         size = len(self._buffer)
