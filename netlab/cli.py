@@ -5,6 +5,7 @@ Those import half of the lab, which takes half a second: a help text must not co
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Final
 
 import click
@@ -38,6 +39,15 @@ class _Group(click.Group):
         from netlab.commands import commands
 
         return commands.get_command(ctx, cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = get_close_matches(args[0], COMMANDS, n=1)
+        if near and args[0] not in near:
+            # click itself knows only of commands that are loaded.
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

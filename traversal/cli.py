@@ -78,13 +78,15 @@ def keygen(output: Path | None, as_json: bool) -> None:
 def netcheck(map_source: str | None, config_path: Path, as_json: bool) -> None:
     """Say what this network is like.
 
-    NAT, public addresses, port mapping, and the relays with their latencies.
+    NAT, public addresses, port mapping, and the relays with their latencies. The exit status is 1
+    when no relay answers.
     """
     from traversal.agent import commands
     from traversal.agent.screens import netcheck_screen
 
     found = _run(partial(commands.netcheck, map_source, config_path))
     click.echo(json.dumps(found, indent=2) if as_json else netcheck_screen(found, _columns()))
+    sys.exit(found["nat"]["is_offline"])
 
 
 @main.command()

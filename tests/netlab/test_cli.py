@@ -318,3 +318,8 @@ def test_verify_and_matrix_agree_with_the_simulation(tmp_path: Path) -> None:
         for output in (done.stdout, simulated.stdout)
     ]
     assert both[0] == both[1]
+
+
+def test_a_misspelt_command_is_recognised() -> None:
+    """Though commands are loaded late."""
+    assert "Did you mean 'verify'?" in call("verfy").output

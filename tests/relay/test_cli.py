@@ -129,3 +129,9 @@ class TestConfiguration:
         result = run("serve", "--dev", "--dev-map", path)
         assert result.exit_code == 1
         assert f"{path}: can't be written" in result.output
+
+
+@pytest.mark.parametrize(("given", "meant"), [("prob", "probe"), ("serv", "serve")])
+def test_a_misspelt_command_is_recognised(given: str, meant: str) -> None:
+    """Though some commands are loaded late."""
+    assert f"Did you mean {meant!r}?" in run(given).output

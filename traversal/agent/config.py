@@ -80,6 +80,7 @@ from traversal.keys import KeyFormatError, NodePrivate, NodePublic
 from traversal.paths.edge import EdgePolicy
 from traversal.paths.home import HomePolicy
 from traversal.relay_map import RelayMap, RelayMapError
+from traversal.secret_files import read_secret
 from traversal.tunnel.settings import SettingsError, TunnelSettings, read_settings
 from traversal.wire.address import Address
 from traversal.wire.tunnel.credentials import Credentials, parse_credentials_file
@@ -223,7 +224,7 @@ def _check_interfaces(path: Path, table: InterfacesTable) -> InterfaceFilter:
 def load_key(path: Path) -> NodePrivate:
     """Read a key file. Raises ConfigError."""
     try:
-        return NodePrivate.parse(path.read_text().strip())
+        return NodePrivate.parse(read_secret(path).strip())
     except FileNotFoundError:
         raise ConfigError(
             f'{path}: No such file. Make a key with "underpass keygen -o {path}".'
@@ -303,7 +304,7 @@ def _check_interface(path: Path, table: WireGuardTable, mark: int) -> WireGuardI
         raise ConfigError(f"{where}.interface: {table.interface!r} is no name of an interface")
     key_file = path.parent / table.key
     try:
-        key = key_file.read_text().strip()
+        key = read_secret(key_file).strip()
         addresses = tuple(ipaddress.ip_interface(text) for text in table.addresses)
     except OSError as error:
         raise ConfigError(

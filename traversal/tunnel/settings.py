@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from traversal.secret_files import read_secret
 from traversal.tunnel.checking import check_keys, nearest, whole_seconds
 from traversal.tunnel.configuration_file import CONFIGURATION_KEYS, read_configuration
 from traversal.tunnel.discovery import EdgePlaces, parse_edge
@@ -176,7 +177,7 @@ def _read(given: dict[str, Any], name: str, directory: Path, command: str) -> st
         raise TunnelError(f"{name}: must be a path")
     path = directory / place
     try:
-        return path.read_text()
+        return read_secret(path)
     except OSError as error:
         raise TunnelError(
             f"{name}: {path}: {error.strerror}. The edge's operator makes it with "

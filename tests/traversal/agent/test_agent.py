@@ -17,7 +17,7 @@ import trio
 from click.testing import CliRunner
 
 from traversal import Address, NodePrivate, RelayMap, RelayOptions
-from traversal.agent.config import AgentConfig, ConfigError, load_config
+from traversal.agent.config import AgentConfig, ConfigError, load_config, load_key
 from traversal.agent.service import (
     Agent,
     ControlError,
@@ -329,6 +329,31 @@ class TestCommands:
         assert result.exit_code == 2
         assert complaint in result.output
         assert "Traceback" not in result.output
+
+    @pytest.mark.parametrize("mode", [0o600, 0o644, 0o640])
+    def test_secrets_that_others_can_read(
+        self, mode: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """They are used, and there is a warning that names the remedy."""
+        path = tmp_path / "node.key"
+        path.write_text(NodePrivate.generate(os.urandom).reveal())
+        path.chmod(mode)
+        load_key(path)
+        assert (f"chmod 600 {path}" in caplog.text) == (mode != 0o600)
+
+    @pytest.mark.parametrize("is_offline", [True, False])
+    def test_netcheck_tells_scripts(
+        self, is_offline: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where no relay answers, the exit status says so."""
+
+        async def netcheck(map_source: str | None, config_path: Path) -> dict[str, Any]:
+            return {"nat": {"is_offline": is_offline}}
+
+        monkeypatch.setattr("traversal.agent.commands.netcheck", netcheck)
+        result = CliRunner().invoke(main, ["netcheck", "--json"])
+        assert result.exit_code == is_offline
+        assert json.loads(result.output)["nat"]["is_offline"] is is_offline
 
 
 @pytest.mark.parametrize("question", [b"[" * 4095, b"null", b'{"command":[]}', b"\xff", b"\0"])
