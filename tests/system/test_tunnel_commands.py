@@ -17,7 +17,7 @@ import trio
 from click.testing import CliRunner
 
 from relay.config import Config
-from relay.edge.certificates import authority_path
+from relay.edge.certificates import authority_path, authority_pem
 from relay.edge.tunnel_files import create_tunnel
 from tests.system.test_tunnel import fetch, origin
 from tests.system.tunnel_world import RunningEdge, edge_config, run_edge, until
@@ -25,6 +25,7 @@ from traversal import NodePrivate, RelayMap
 from traversal.agent.config import ConfigError, load_config
 from traversal.agent.service import run_agent
 from traversal.cli import main
+from traversal.tunnel.settings import load_settings
 
 COMMAND = [sys.executable, "-m", "traversal.cli", "tunnel"]
 
@@ -123,6 +124,20 @@ def test_check_names_the_fix(tmp_path: Path, text: str, part: str) -> None:
     file.write_text('edge = ["e"]\ncredentials = "c.json"\nurl = "http://h"')
     result = CliRunner().invoke(main, ["tunnel", "check", "-c", str(file)])
     assert (result.exit_code, "* * -> http://h" in result.output) == (0, True)
+
+
+def test_only_secrets_should_be_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Credentials that others can read are warned of, the authority's certificate is for all."""
+    token = create_tunnel(str(tmp_path), "web", os.urandom).credentials.to_token()
+    (tmp_path / "ca.pem").write_bytes(authority_pem(tmp_path))
+    (tmp_path / "web.token").write_text(token)
+    for name in ("ca.pem", "web.token"):
+        (tmp_path / name).chmod(0o644)
+    file = tmp_path / "tunnel.toml"
+    file.write_text('edge = ["e"]\ntoken_file = "web.token"\nca = "ca.pem"')
+    load_settings(file)
+    assert "web.token: other users can read" in caplog.text
+    assert "ca.pem" not in caplog.text
 
 
 async def test_agent_serves_a_tunnel(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import ssl
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -148,7 +149,7 @@ def _credentials(given: dict[str, Any], directory: Path) -> Credentials:
             'or in the file credentials = "FILE" or token_file = "FILE", one of them'
         )
     name = names[0]
-    text = _read(given, name, directory, "create-tunnel NAME").strip()
+    text = _read(given, name, directory, "create-tunnel NAME", read_secret).strip()
     # Each is taken for the other now and then.
     is_file = text.startswith("{")
     if is_file and name == "token_file":
@@ -171,13 +172,19 @@ def _token(text: str) -> Credentials:
         raise TunnelError(f"TUNNEL_TOKEN: {reason}") from None
 
 
-def _read(given: dict[str, Any], name: str, directory: Path, command: str) -> str:
+def _read(
+    given: dict[str, Any],
+    name: str,
+    directory: Path,
+    command: str,
+    read: Callable[[Path], str] = Path.read_text,
+) -> str:
     place = given[name]
     if not isinstance(place, str):
         raise TunnelError(f"{name}: must be a path")
     path = directory / place
     try:
-        return read_secret(path)
+        return read(path)
     except OSError as error:
         raise TunnelError(
             f"{name}: {path}: {error.strerror}. The edge's operator makes it with "
