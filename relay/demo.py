@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -58,6 +60,8 @@ def demo_command(seconds: float, as_json: bool) -> None:
     by its pin. Each packet goes to the relay, to the other client, back to the relay, and home.
     """
     summary = trio.run(_run, seconds, not as_json)
+    if summary is None:
+        raise click.Abort
     if as_json:
         click.echo(json.dumps(asdict(summary), indent=2))
         return
@@ -71,36 +75,43 @@ def demo_command(seconds: float, as_json: bool) -> None:
     )
 
 
-async def _run(seconds: float, show: bool) -> Summary:
+async def _run(seconds: float, show: bool) -> Summary | None:
+    """Run the demo; None if a signal ended it."""
     from relay.config import Config
+    from relay.map_entry import build_map
     from relay.server import Bound, serve
 
     config = Config.dev()
+    is_complete = False
     async with trio.open_nursery() as nursery:
         bound: Bound = await nursery.start(serve, config, lambda: config)
-        from relay.map_entry import build_map
-
-        relay_map = build_map(
-            config,
-            derp_port=bound.derp[0][1],
-            stun_port=bound.stun[0][1],
-            can_port_80=False,
-            pin=bound.pin,
-        )
-        target = Target.of_node(next(iter(relay_map.nodes())))
-        status_page = f"http://{bound.admin[0][0]}:{bound.admin[0][1]}/"
-        keys = [NodePrivate.generate(os.urandom) for _ in range(2)]
-        caller, answerer = [await dial(target, key) for key in keys]
-        tally = _Tally()
-        started = trio.current_time()
-        with trio.move_on_after(seconds):
-            async with trio.open_nursery() as clients:
-                clients.start_soon(_echo, answerer)
-                clients.start_soon(_call, caller, keys[1].public(), tally)
-                if show:
-                    await _show(tally, status_page, bound.pin, seconds, started)
-        elapsed = trio.current_time() - started
-        nursery.cancel_scope.cancel()
+        # The relay itself would take a signal as one to drain, with the clients still at work.
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            nursery.start_soon(_cancel_when_told, signals, nursery.cancel_scope)
+            relay_map = build_map(
+                config,
+                derp_port=bound.derp[0][1],
+                stun_port=bound.stun[0][1],
+                can_port_80=False,
+                pin=bound.pin,
+            )
+            target = Target.of_node(next(iter(relay_map.nodes())))
+            status_page = f"http://{bound.admin[0][0]}:{bound.admin[0][1]}/"
+            keys = [NodePrivate.generate(os.urandom) for _ in range(2)]
+            caller, answerer = [await dial(target, key) for key in keys]
+            tally = _Tally()
+            started = trio.current_time()
+            with trio.move_on_after(seconds):
+                async with trio.open_nursery() as clients:
+                    clients.start_soon(_echo, answerer)
+                    clients.start_soon(_call, caller, keys[1].public(), tally)
+                    if show:
+                        await _show(tally, status_page, bound.pin, seconds, started)
+            elapsed = trio.current_time() - started
+            is_complete = True
+            nursery.cancel_scope.cancel()
+    if not is_complete:
+        return None
     times = sorted(tally.round_trips) or [0.0]
     return Summary(
         seconds=elapsed,
@@ -113,6 +124,11 @@ async def _run(seconds: float, show: bool) -> Summary:
         fast_start=caller.fast_start,
         status_page=status_page,
     )
+
+
+async def _cancel_when_told(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
 
 
 async def _call(client: Dialed, peer: NodePublic, tally: _Tally) -> None:

@@ -86,7 +86,13 @@ def netcheck(map_source: str | None, config_path: Path, as_json: bool) -> None:
 
     found = _run(partial(commands.netcheck, map_source, config_path))
     click.echo(json.dumps(found, indent=2) if as_json else netcheck_screen(found, _columns()))
-    sys.exit(found["nat"]["is_offline"])
+    if found["nat"]["is_offline"]:
+        click.echo(
+            "underpass: no relay answers; see whether this machine is online, whether a firewall "
+            "keeps it from the relays, and whether the relay map is right",
+            err=True,
+        )
+        sys.exit(1)
 
 
 @main.command()

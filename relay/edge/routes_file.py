@@ -131,7 +131,9 @@ class _Reader:
 
     def _tunnel(self, name: str) -> UUID:
         if name not in self._tunnels:
-            raise ValueError(f'there is no tunnel "{name}"')
+            raise ValueError(
+                f'there is no tunnel "{name}"; make it with "underpass-relay edge create-tunnel"'
+            )
         return self._tunnels[name]
 
 

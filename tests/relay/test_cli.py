@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +139,22 @@ class TestConfiguration:
 def test_a_misspelt_command_is_recognised(given: str, meant: str) -> None:
     """Though some commands are loaded late."""
     assert f"Did you mean {meant!r}?" in run(given).output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_ends_when_told(number: signal.Signals) -> None:
+    """In the middle, at once and without a traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relay.cli", "demo", "--seconds", "600"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "FORCE_COLOR": "1"},  # so that rich shows figures before the end
+    )
+    with process:
+        assert process.stdout is not None
+        while b"packets relayed" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.split() == [b"Aborted!"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trustme
 from click.testing import CliRunner
 
 from relay.config import Config
@@ -25,6 +27,7 @@ from traversal import NodePrivate, RelayMap
 from traversal.agent.config import ConfigError, load_config
 from traversal.agent.service import run_agent
 from traversal.cli import main
+from traversal.tunnel.quick import QuickTunnelError, ask_for_quick_tunnel
 from traversal.tunnel.settings import load_settings
 
 COMMAND = [sys.executable, "-m", "traversal.cli", "tunnel"]
@@ -110,6 +113,9 @@ async def test_quick(tmp_path: Path) -> None:
         ('edge = ["e"]\ncredentials = "c.json"\nca = "none.pem"', "edge authority"),
         ('edge = ["e"]\ncredentials = "c.json"\nca = "c.json"', "no certificate"),
         ('edge = ["e"]\ntoken_file = "c.json"', "this is a credentials file"),
+        ('edge = ["e"]\ncredentials = "c.json"\nhealth = "20241"', "must read IP:PORT"),
+        ('edge = ["e"]\ncredentials = "c.json"\nhealth = "::1"', "must read IP:PORT"),
+        ('edge = ["e"]\ncredentials = "c.json"\nhealth = 20241', "must read IP:PORT"),
     ],
 )
 def test_check_names_the_fix(tmp_path: Path, text: str, part: str) -> None:
@@ -161,6 +167,31 @@ async def test_agent_serves_a_tunnel(tmp_path: Path) -> None:
             await until(lambda: bool(list(edge.edge.registry.connections())))
             assert await fetch(edge.visitors, "/agent") == (200, b"/agent")
             nursery.cancel_scope.cancel()
+
+
+async def test_quick_does_not_know_the_certificate() -> None:
+    """The option that names another authority is told; so is what to see to where nobody is."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def ask(port: int) -> str:
+        base = f"https://127.0.0.1:{port}"
+        with pytest.raises(QuickTunnelError) as caught:
+            await trio.to_thread.run_sync(ask_for_quick_tunnel, base, None)
+        return str(caught.value)
+
+    async def refuse(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.do_handshake()
+
+    async with trio.open_nursery() as nursery:
+        serve = partial(trio.serve_ssl_over_tcp, refuse, 0, context, host="127.0.0.1")
+        listeners = await nursery.start(serve)
+        port = listeners[0].transport_listener.socket.getsockname()[1]
+        assert "--web-ca FILE" in await ask(port)
+        nursery.cancel_scope.cancel()
+    assert "refused; see whether the address is right" in await ask(port)
 
 
 @pytest.mark.parametrize("edge", ["nonsense", "http://[bad", "ftp://x"])

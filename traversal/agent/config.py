@@ -264,7 +264,10 @@ def _read_map(source: str) -> bytes:
     except urllib.error.URLError as error:
         reason = error.reason
         text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-        raise ConfigError(f"{source}: {text}") from None
+        raise ConfigError(
+            f"{source}: {text}; see whether the address is right and its server runs, or use a "
+            "file as relay map"
+        ) from None
     except (http.client.HTTPException, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from None
     if len(data) > MAX_MAP_BYTES:
@@ -346,10 +349,10 @@ def _check_edge(path: Path, table: EdgeTable) -> EdgeConfig:
         raise ConfigError(f"{path}, edge.addresses: name at least one HOST:PORT")
     file = path.parent / table.credentials
     try:
-        credentials = parse_credentials_file(file.read_bytes())
+        credentials = parse_credentials_file(read_secret(file))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except TunnelError as error:
+    except (TunnelError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: {error}") from None
     ca_file = str(path.parent / table.ca) if table.ca else None
     return EdgeConfig(tuple(addresses), credentials, ca_file, table.policy)

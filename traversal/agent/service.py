@@ -219,7 +219,9 @@ def _listen(path: Path) -> trio.socket.SocketType:
         inner.listen(16)
     except OSError as error:
         inner.close()
-        raise ConfigError(f"{path}: {error.strerror or error}") from None
+        raise ConfigError(
+            f"{path}: {error.strerror or error}; set control to a path where this user may write"
+        ) from None
     except BaseException:
         inner.close()
         raise

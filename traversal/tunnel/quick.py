@@ -59,7 +59,7 @@ def ask_for_quick_tunnel(base: str, ca_file: str | None) -> QuickTunnel:
         reason = error.read(500).decode("utf-8", "replace").strip()
         raise QuickTunnelError(f"{url}: {error.code}: {reason or error.reason}") from None
     except urllib.error.URLError as error:
-        raise QuickTunnelError(f"{url}: {error.reason}") from None
+        raise QuickTunnelError(f"{url}: {_reason(error.reason)}") from None
     except (OSError, ValueError) as error:
         raise QuickTunnelError(f"{url}: {error}") from None
     try:
@@ -68,3 +68,14 @@ def ask_for_quick_tunnel(base: str, ca_file: str | None) -> QuickTunnel:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, binascii.Error):
         raise QuickTunnelError(f"{url}: what answers there offers no quick tunnels") from None
     return QuickTunnel(result.hostname, Credentials(result.id, result.account_tag, secret))
+
+
+def _reason(reason: str | BaseException) -> str:
+    """Why nothing answered, and what to do about it."""
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate can't be verified: {reason.verify_message}; --web-ca FILE names "
+            "another authority than the system's"
+        )
+    text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
+    return f"{text}; see whether the address is right and the edge runs"

@@ -84,4 +84,7 @@ async def _listen(
     try:
         await nursery.start(serve_health, settings.health, connector, service)
     except OSError as error:
-        raise ConnectorError(f"health: {host}:{port}: {error.strerror or error}") from None
+        raise ConnectorError(
+            f"health: {host}:{port}: {error.strerror or error}; choose an address of this machine "
+            "and a port that no other program holds"
+        ) from None

@@ -28,6 +28,7 @@ from __future__ import annotations
 import ssl
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -236,6 +237,10 @@ def _connections(number: object) -> int:
 def _health(text: object) -> tuple[str, int] | None:
     if not text:
         return None
-    if not isinstance(text, str):
-        raise TunnelError('health: write "IP:PORT"')
-    return parse_place(text)
+    place = ("", 0)
+    if isinstance(text, str):
+        with suppress(TunnelError):
+            place = parse_place(text)
+    if not place[1]:
+        raise TunnelError(f'health: {text!r} must read IP:PORT, like "127.0.0.1:20241"')
+    return place

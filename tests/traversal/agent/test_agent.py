@@ -318,6 +318,7 @@ class TestCommands:
             (["netcheck", "-c", "none.toml"], "no relay map"),
             (["netcheck", "--map", "none.json"], "none.json: No such file"),
             (["netcheck", "--map", "ftp://x"], "file or an https URL"),
+            (["netcheck", "--map", "http://127.0.0.1:1"], "refused; see whether the address"),
             (["status", "-c", "none.toml"], "none.toml: No such file"),
             (["up", "-c", "none.toml"], "none.toml: No such file"),
             (["ping", "nodekey:1", "-c", "none.toml"], "'nodekey:1' is no node key"),
@@ -345,7 +346,7 @@ class TestCommands:
     def test_netcheck_tells_scripts(
         self, is_offline: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where no relay answers, the exit status says so."""
+        """Where no relay answers, the exit status and one line say so, beside the JSON."""
 
         async def netcheck(map_source: str | None, config_path: Path) -> dict[str, Any]:
             return {"nat": {"is_offline": is_offline}}
@@ -353,7 +354,8 @@ class TestCommands:
         monkeypatch.setattr("traversal.agent.commands.netcheck", netcheck)
         result = CliRunner().invoke(main, ["netcheck", "--json"])
         assert result.exit_code == is_offline
-        assert json.loads(result.output)["nat"]["is_offline"] is is_offline
+        assert json.loads(result.stdout)["nat"]["is_offline"] is is_offline
+        assert ("no relay answers; see whether" in result.stderr) is is_offline
 
 
 @pytest.mark.parametrize("question", [b"[" * 4095, b"null", b'{"command":[]}', b"\xff", b"\0"])
