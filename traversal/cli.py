@@ -38,7 +38,10 @@ _map = click.option("--map", "map_source", metavar="FILE|URL", help="The relay m
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="underpass", prog_name="underpass")
 def main() -> None:
-    """Reach peers directly wherever a direct path exists, by a relay otherwise."""
+    """Reach peers directly wherever a direct path exists, by a relay otherwise.
+
+    Exit statuses: 0 if all is well; 1 for what failed; 2 for a wrong command line or file.
+    """
 
 
 @main.command()
@@ -187,7 +190,7 @@ def _run(main_function: Callable[[], Awaitable[_T]]) -> _T:
     try:
         return run(main_function)
     except CommandError as error:
-        _fail(str(error))
+        _fail(str(error), is_usage=error.is_usage)
 
 
 def _finite(value: float) -> float:
@@ -200,9 +203,9 @@ def _columns() -> int:
     return shutil.get_terminal_size().columns
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, *, is_usage: bool = False) -> NoReturn:
     click.echo(f"underpass: {text}", err=True)
-    sys.exit(2)
+    sys.exit(2 if is_usage else 1)
 
 
 main.add_command(tunnel)

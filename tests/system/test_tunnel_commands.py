@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -201,3 +202,17 @@ def test_quick_names_the_fix(edge: str) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 2
     assert "write https://DOMAIN" in result.output
+
+
+def test_what_fails_is_status_1(tmp_path: Path) -> None:
+    """A health port that is taken, an edge that is not there: the command line is right."""
+    credentials = create_tunnel(str(tmp_path), "web", os.urandom).credentials
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        health = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["tunnel", "run", "--edge", "127.0.0.1:1", "--url", "http://127.0.0.1:1"]
+        result = CliRunner(env={"TUNNEL_TOKEN": credentials.to_token()}).invoke(
+            main, [*arguments, "--health", health]
+        )
+        assert (result.exit_code, f"{health}: Address already in use" in result.output) == (1, True)
+    quick = ["tunnel", "quick", "--url", "http://127.0.0.1:1", "--edge", "https://127.0.0.1:1"]
+    assert CliRunner().invoke(main, quick).exit_code == 1

@@ -13,7 +13,13 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from traversal.agent.config import AgentConfig, ConfigError, load_config, load_map
+from traversal.agent.config import (
+    AgentConfig,
+    ConfigError,
+    UnavailableError,
+    load_config,
+    load_map,
+)
 from traversal.agent.service import Agent, ControlError, NoAgentError, ask, ping_once, run_agent
 from traversal.agent.status import link_status, nat_status, report_status
 from traversal.agent.wireguard import WireGuardError
@@ -32,7 +38,15 @@ PING_PAUSE_SECONDS: Final = 1.0
 
 
 class CommandError(Exception):
-    """A command can't do what was asked; the text says why and what to do."""
+    """A command can't do what was asked; the text says why and what to do.
+
+    Attributes:
+        is_usage: whether the command line, or a file that it names, is wrong.
+    """
+
+    def __init__(self, text: str, *, is_usage: bool) -> None:
+        super().__init__(text)
+        self.is_usage = is_usage
 
 
 _FAILURES: Final = (
@@ -59,8 +73,16 @@ def run(main: Callable[[], Awaitable[_T]]) -> _T:
             if isinstance(cause, KeyboardInterrupt | BrokenPipeError):
                 raise cause from None
             if isinstance(cause, _FAILURES):
-                raise CommandError(str(cause)) from None
+                raise CommandError(str(cause), is_usage=_is_usage(cause)) from None
         raise
+
+
+def _is_usage(cause: BaseException) -> bool:
+    if isinstance(cause, CommandError):
+        return cause.is_usage
+    return isinstance(cause, ConfigError | KeyFormatError) and not isinstance(
+        cause, UnavailableError
+    )
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -128,7 +150,9 @@ async def ping(
 
         await ping_often(ask_once)
         if not found:
-            raise CommandError(f"{control}: the agent did not answer within {timeout_seconds:g} s")
+            raise CommandError(
+                f"{control}: the agent did not answer within {timeout_seconds:g} s", is_usage=False
+            )
         return found
 
     async def by_own_node() -> dict[str, Any]:
@@ -136,7 +160,7 @@ async def ping(
         try:
             peer_key = entry.key if entry is not None else NodePublic.parse(peer)
         except KeyFormatError as error:
-            raise CommandError(_no_peer(peer, config, config_path, error)) from None
+            raise CommandError(_no_peer(peer, config, config_path, error), is_usage=True) from None
         key = config.private_key if config is not None else NodePrivate.generate(os.urandom)
         may_search = config is None or config.may_search_ports
         if entry is not None:
@@ -220,7 +244,9 @@ def _maybe_config(path: Path) -> AgentConfig | None:
 async def _find_map(source: str | None, config: AgentConfig | None, config_path: Path) -> RelayMap:
     if source is None:
         if config is None:
-            raise CommandError(f"no relay map: give --map FILE, or write {config_path}")
+            raise CommandError(
+                f"no relay map: give --map FILE, or write {config_path}", is_usage=True
+            )
         source = config.relay_map
     return await _load_map(source)
 

@@ -95,6 +95,11 @@ class ConfigError(Exception):
     """The agent's file, or one that it names, can't be used; the text says where and why."""
 
 
+class UnavailableError(ConfigError):
+    """What the agent's file says is well formed, but not to be had now: a server that does not
+    answer, a socket that another agent holds."""
+
+
 class PeerConfig(msgspec.Struct, frozen=True):
     """A peer, checked."""
 
@@ -260,15 +265,19 @@ def _read_map(source: str) -> bytes:
         with urllib.request.urlopen(source, timeout=MAP_SECONDS) as answer:
             data: bytes = answer.read(MAX_MAP_BYTES + 1)
     except urllib.error.HTTPError as error:
-        raise ConfigError(f"{source}: the server answers {error.code} {error.reason}") from None
+        raise UnavailableError(
+            f"{source}: the server answers {error.code} {error.reason}"
+        ) from None
     except urllib.error.URLError as error:
         reason = error.reason
         text = reason.strerror if isinstance(reason, OSError) and reason.strerror else str(reason)
-        raise ConfigError(
+        raise UnavailableError(
             f"{source}: {text}; see whether the address is right and its server runs, or use a "
             "file as relay map"
         ) from None
-    except (http.client.HTTPException, ValueError) as error:
+    except http.client.HTTPException as error:
+        raise UnavailableError(f"{source}: {error}") from None
+    except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
     if len(data) > MAX_MAP_BYTES:
         raise ConfigError(f"{source}: a relay map has at most {MAX_MAP_BYTES} bytes")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import trio
 
-from traversal.agent.config import AgentConfig, ConfigError, EdgeConfig
+from traversal.agent.config import AgentConfig, ConfigError, EdgeConfig, UnavailableError
 from traversal.agent.peers import Peers
 from traversal.agent.state import remembered
 from traversal.agent.status import link_status, node_status, path_status
@@ -219,7 +219,7 @@ def _listen(path: Path) -> trio.socket.SocketType:
         inner.listen(16)
     except OSError as error:
         inner.close()
-        raise ConfigError(
+        raise UnavailableError(
             f"{path}: {error.strerror or error}; set control to a path where this user may write"
         ) from None
     except BaseException:
@@ -233,7 +233,7 @@ def _unlink_if_dead(path: Path) -> None:
         probe.setblocking(False)  # an agent that hangs accepts nobody
         fault = probe.connect_ex(str(path))
     if fault in (0, errno.EAGAIN):
-        raise ConfigError(f"{path}: another agent answers there; stop it first")
+        raise UnavailableError(f"{path}: another agent answers there; stop it first")
     if fault not in (errno.ECONNREFUSED, errno.ENOENT):
         raise ConfigError(f"{path}: {os.strerror(fault)}; set control to a path of our own")
     path.unlink(missing_ok=True)

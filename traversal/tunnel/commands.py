@@ -137,6 +137,7 @@ def quick(
         edges = list(connect) or [urlsplit(base).hostname or ""]
     except ValueError as error:
         _fail(f"{base}: {error}; write https://DOMAIN, the edge's domain of quick tunnels")
+    is_url = base.startswith(("https://", "http://"))
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
     try:
         parse_service(url)  # before the edge makes a tunnel for it
@@ -144,8 +145,10 @@ def quick(
         settings = read_settings(
             table | {"connections": 1}, Path.cwd(), credentials=made.credentials
         )
-    except (QuickTunnelError, SettingsError, TunnelError) as error:
+    except (SettingsError, TunnelError) as error:
         _fail(str(error))
+    except QuickTunnelError as error:
+        _fail(str(error), is_usage=not is_url)
     address = f"{urlsplit(base).scheme}://{made.hostname}"
     click.echo(json.dumps({"url": address}) if as_json else address)
     _serve(settings, log_level)
@@ -186,7 +189,7 @@ def _serve(settings: TunnelSettings, log_level: str) -> None:
     try:
         trio.run(_run_until_told, settings)
     except* ConnectorError as group:
-        _fail(str(group.exceptions[0]))
+        _fail(str(group.exceptions[0]), is_usage=False)
 
 
 async def _run_until_told(settings: TunnelSettings) -> None:
@@ -218,6 +221,6 @@ async def _run_until_told(settings: TunnelSettings) -> None:
         click.echo(f"tunnel {settings.credentials.tunnel_id} is up", err=True)
 
 
-def _fail(text: str) -> NoReturn:
+def _fail(text: str, *, is_usage: bool = True) -> NoReturn:
     click.echo(f"underpass: {text}", err=True)
-    sys.exit(2)
+    sys.exit(2 if is_usage else 1)

@@ -307,7 +307,7 @@ class TestCommands:
         assert str(NodePrivate.parse(path.read_text().strip()).public()) == made.output.strip()
         assert path.stat().st_mode & 0o777 == 0o600
         again = runner.invoke(main, ["keygen", "-o", str(path)])
-        assert again.exit_code == 2
+        assert again.exit_code == 1
         assert "never overwritten" in again.output
         printed = json.loads(runner.invoke(main, ["keygen", "--json"]).output)
         assert str(NodePrivate.parse(printed["private"]).public()) == printed["public"]
@@ -318,7 +318,6 @@ class TestCommands:
             (["netcheck", "-c", "none.toml"], "no relay map"),
             (["netcheck", "--map", "none.json"], "none.json: No such file"),
             (["netcheck", "--map", "ftp://x"], "file or an https URL"),
-            (["netcheck", "--map", "http://127.0.0.1:1"], "refused; see whether the address"),
             (["status", "-c", "none.toml"], "none.toml: No such file"),
             (["up", "-c", "none.toml"], "none.toml: No such file"),
             (["ping", "nodekey:1", "-c", "none.toml"], "'nodekey:1' is no node key"),
@@ -330,6 +329,20 @@ class TestCommands:
         assert result.exit_code == 2
         assert complaint in result.output
         assert "Traceback" not in result.output
+
+    def test_failures(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where nothing is wrong with what was typed, the status is 1."""
+        monkeypatch.chdir(tmp_path)
+        write_config(tmp_path, 'control = "none/a.sock"')
+        (tmp_path / "relays.json").write_text('{"Regions": {}}')
+        for arguments, complaint in (
+            (["netcheck", "--map", "http://127.0.0.1:1"], "refused; see whether the address"),
+            (["status"], 'is "underpass up" running?'),
+            (["up"], "none/a.sock: No such file or directory; set control to a path"),
+            (["keygen", "-o", "none/node.key"], "none/node.key: No such file"),
+        ):
+            result = CliRunner().invoke(main, arguments)
+            assert (result.exit_code, complaint in result.output) == (1, True), result.output
 
     @pytest.mark.parametrize("mode", [0o600, 0o644, 0o640])
     def test_secrets_that_others_can_read(
