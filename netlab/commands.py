@@ -371,8 +371,9 @@ def explain(a: str, b: str, directory: Path | None, as_json: bool) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file to write.  [default: report.html beside the run]",
 )
+@json_option
 @explain_errors
-def report(directory: Path | None, output: Path | None) -> None:
+def report(directory: Path | None, output: Path | None, as_json: bool) -> None:
     """Write the HTML page of a saved run again.
 
     DIRECTORY is what `underpass-lab run` wrote; without it the latest run is taken.
@@ -380,7 +381,10 @@ def report(directory: Path | None, output: Path | None) -> None:
     from netlab.report import write_report
 
     path = write_report(_saved(directory), output)
-    console.print(str(path))
+    if as_json:
+        print_json({"file": str(path)})
+    else:
+        console.print(str(path))
 
 
 @commands.command(short_help="Write a run's packets for Wireshark, with drop reasons.")
@@ -393,8 +397,9 @@ def report(directory: Path | None, output: Path | None) -> None:
     show_default=True,
     help="The file to write.",
 )
+@json_option
 @explain_errors
-def capture(directory: Path | None, output: Path) -> None:
+def capture(directory: Path | None, output: Path, as_json: bool) -> None:
     """Write a saved run's packets as pcapng, with the reason of each drop as a comment.
 
     DIRECTORY is what `underpass-lab run` wrote; without it the latest run is taken.
@@ -407,7 +412,10 @@ def capture(directory: Path | None, output: Path) -> None:
             count = write_timeline(saved.events, file, saved.summary.unix_time)
     except OSError as error:
         refuse(f"cannot write {output}: {error.strerror}")
-    console.print(f"{output}: {count} packets")
+    if as_json:
+        print_json({"file": str(output), "packets": count})
+    else:
+        console.print(f"{output}: {count} packets")
 
 
 @commands.command(
@@ -450,8 +458,9 @@ def shell(scenario: str, host: str, command: tuple[str, ...]) -> None:
     help="Where timeline, capture and report go.",
 )
 @backend_option
+@json_option
 @explain_errors
-def demo(output: Path, wish: Wish) -> None:
+def demo(output: Path, wish: Wish, as_json: bool) -> None:
     """Watch Underpass nodes find each other: relay, direct, a router's power cut, recovery.
 
     A relay and three nodes run behind two easy NATs and a hard one: as processes in network
@@ -470,6 +479,11 @@ def demo(output: Path, wish: Wish) -> None:
     async def go(view: DemoView) -> Any:
         return await run_scenario(scenario, back_end, watch=view.watch)
 
+    if as_json:
+        saved = _run_once(scenario, text, back_end, output, DEFAULT_SNAP_BYTES, None)
+        write_report(saved)
+        print_json(saved.summary)
+        sys.exit(AS_EXPECTED if saved.summary.succeeded else UNEXPECTED)
     with DemoView(scenario.topology, back_end) as view:
         # A person watches: real time on either back end.
         result = trio.run(go, view)

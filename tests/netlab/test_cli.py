@@ -120,6 +120,18 @@ def test_explain_and_capture_read_a_run(run_directory: Path, tmp_path: Path) -> 
     assert target.read_bytes()[:4] == b"\x0a\x0d\x0d\x0a"
 
 
+def test_what_was_written_is_told_to_programs(run_directory: Path, tmp_path: Path) -> None:
+    """File names and figures, as JSON and nothing else."""
+    page, packets = str(tmp_path / "r.html"), str(tmp_path / "c.pcapng")
+    told = call("report", str(run_directory), "-o", page, "--json")
+    assert json.loads(told.stdout) == {"file": page}
+    told = json.loads(call("capture", str(run_directory), "-o", packets, "--json").stdout)
+    assert (told["file"], told["packets"] > 0) == (packets, True)
+    told = call("demo", *SIMULATED, "-o", str(tmp_path / "demo"), "--json")
+    assert (told.exit_code, json.loads(told.stdout)["succeeded"]) == (0, True)
+    assert (tmp_path / "demo" / "report.html").exists()
+
+
 def test_a_failed_expectation_is_status_1(tmp_path: Path) -> None:
     """And its reason is printed."""
     scenario = tmp_path / "s.toml"
