@@ -396,12 +396,12 @@ class QuicConnection:
         """The stream that the other side ended one direction of. It may begin with that: a visitor
         left before anything was sent. Then our direction has to be ended, too."""
         stream = self._streams.get(stream_id)
-        if stream is None and stream_id & 3 == self._foreign and self._is_new(stream_id):
+        if stream is None and stream_id & 3 == self._foreign and self._note_first(stream_id):
             stream = self._add(stream_id)
         return stream
 
-    def _is_new(self, stream_id: int) -> bool:
-        """Whether this is the first that comes of the other side's stream."""
+    def _note_first(self, stream_id: int) -> bool:
+        """Something came of the other side's stream: whether it is the first of it."""
         if stream_id < self._next_foreign:
             is_new = stream_id in self._skipped
             self._skipped.pop(stream_id, None)
@@ -429,7 +429,7 @@ class QuicConnection:
                 return
             if stream_id & 3 != self._foreign:
                 return  # one of ours that is over, or unidirectional: nobody uses those
-            self._is_new(stream_id)
+            self._note_first(stream_id)
             stream = self._add(stream_id)
         try:
             self._spooled += len(event.data)
