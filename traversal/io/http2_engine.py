@@ -6,6 +6,8 @@
   another length than announced is the stream's fault and not the connection's (RFC 9113 8.1.1).
 * Headers without Huffman's code: hpack takes quadratic time to write it, seconds for a header of
   60 kB in which nothing else is served, to save a fifth of their size.
+* Headers that h2 refuses to send leave no trace: neither in the compression's table, which all
+  streams share, nor as a stream that counts as open.
 * A budget for frames that cost us more than the sender (RFC 9113 10.5): pings and settings that
   want an answer, streams that are opened and reset at once, empty frames.
 
@@ -114,7 +116,16 @@ class Http2Engine(H2Connection):
         limit = self.remote_settings.max_header_list_size
         if limit is not None and header_list_size(headers) > limit:
             raise ProtocolError(f"the headers are larger than the other side takes ({limit} bytes)")
-        super().send_headers(stream_id, headers, end_stream=end_stream)
+        if not all(name for name, _ in headers):
+            raise ProtocolError("a header has no name")  # h2 would raise IndexError
+        is_new = stream_id not in self.streams
+        try:
+            super().send_headers(stream_id, headers, end_stream=end_stream)
+        except H2Error:
+            if is_new:
+                # The other side never hears of it, so it would count as open for ever.
+                self.streams.pop(stream_id, None)
+            raise
 
     def receive(self, data: bytes, now: float) -> list[Event]:
         """Bytes from the network. Raises Http2Error; then `data_to_send` says so to the other
@@ -193,7 +204,10 @@ class Http2Engine(H2Connection):
 
 class _PlainEncoder(Encoder):
     def encode(self, headers: Iterable[tuple[bytes, bytes]], huffman: bool = False) -> bytes:  # type: ignore[override]  # what h2 calls it with
-        return super().encode(headers, huffman=huffman)
+        # h2 checks the headers while they are read. All of them first: what is refused halfway must
+        # not be in our table, which the other side would not have, and would read the headers of
+        # all later streams wrong.
+        return super().encode(list(headers), huffman=huffman)
 
 
 def header_list_size(headers: Iterable[tuple[bytes, bytes]]) -> int:

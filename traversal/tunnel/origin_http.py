@@ -372,7 +372,7 @@ class _Attempt:
             elif isinstance(event, h11.Data):
                 await self._incoming.send(bytes(event.data))
             elif isinstance(event, h11.EndOfMessage):
-                await self._incoming.send_end(tuple(event.headers))
+                await self._incoming.send_end(tuple(_end_to_end(event.headers)))
                 return
 
     async def _next_event(self) -> h11.Event:

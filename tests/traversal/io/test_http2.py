@@ -167,6 +167,33 @@ async def test_headers_that_are_too_large_for_the_other_side() -> None:
         assert (client.failure, server.failure) == (None, None)
 
 
+@pytest.mark.parametrize("bad", [(b"te", b"gzip"), (b"", b"x")], ids=["te", "nameless"])
+async def test_headers_that_are_refused_concern_their_stream_alone(
+    bad: tuple[bytes, bytes],
+) -> None:
+    """Headers, responses and trailers that can't be sent leave the other streams' headers as they
+    are, and take none of the streams that the other side allows."""
+    limits = Http2Limits(streams=3)
+    async with joined(limits) as (client, server):
+        with trio.fail_after(5):
+            for number in range(10):
+                with pytest.raises(Http2Error, match=r"TE header|no name"):
+                    await client.open([*REQUEST, (b"x-lost", b"%d" % number), bad])
+                own = [*REQUEST, (b"x-own", b"%d" % number)]
+                async with await client.open(own, end_stream=True) as asked:
+                    async with await server.accept() as got:
+                        assert got.request_headers == own
+                        lost = [(b"x-lost", b"%d" % number), bad]
+                        await got.respond([*OK, (b"x-own", b"%d" % number)])
+                        with pytest.raises(Http2StreamError):
+                            await got.send_end(lost)
+                    assert await asked.response() == [*OK, (b"x-own", b"%d" % number)]
+                    with pytest.raises(Http2StreamError):
+                        await asked.receive()
+            assert client.failure is server.failure is None
+            assert client.stream_count == server.stream_count == 0
+
+
 async def test_body_of_another_length() -> None:
     """A body that is not as long as announced ends its stream and no other (RFC 9113 8.1.1)."""
     async with joined(Http2Limits(connection_window=65536)) as (client, server):
