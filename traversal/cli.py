@@ -14,10 +14,11 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 
+from traversal.exit_statuses import FAILED, WRONG_USE, fail
 from traversal.tunnel.commands import tunnel
 
 _T = TypeVar("_T")
@@ -59,9 +60,9 @@ def keygen(output: Path | None, as_json: bool) -> None:
         try:
             fd = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
-            _fail(f"{output} exists; a key is never overwritten")
+            fail(f"{output} exists; a key is never overwritten", FAILED)
         except OSError as error:
-            _fail(f"{output}: {error.strerror}")
+            fail(f"{output}: {error.strerror}", FAILED)
         with os.fdopen(fd, "w") as file:
             file.write(key.reveal() + "\n")
     values = {"public": str(key.public())}
@@ -90,12 +91,11 @@ def netcheck(map_source: str | None, config_path: Path, as_json: bool) -> None:
     found = _run(partial(commands.netcheck, map_source, config_path))
     click.echo(json.dumps(found, indent=2) if as_json else netcheck_screen(found, _columns()))
     if found["nat"]["is_offline"]:
-        click.echo(
-            "underpass: no relay answers; see whether this machine is online, whether a firewall "
-            "keeps it from the relays, and whether the relay map is right",
-            err=True,
+        fail(
+            "no relay answers; see whether this machine is online, whether a firewall keeps it "
+            "from the relays, and whether the relay map is right",
+            FAILED,
         )
-        sys.exit(1)
 
 
 @main.command()
@@ -190,7 +190,7 @@ def _run(main_function: Callable[[], Awaitable[_T]]) -> _T:
     try:
         return run(main_function)
     except CommandError as error:
-        _fail(str(error), is_usage=error.is_usage)
+        fail(str(error), WRONG_USE if error.is_usage else FAILED)
 
 
 def _finite(value: float) -> float:
@@ -201,11 +201,6 @@ def _finite(value: float) -> float:
 
 def _columns() -> int:
     return shutil.get_terminal_size().columns
-
-
-def _fail(text: str, *, is_usage: bool = False) -> NoReturn:
-    click.echo(f"underpass: {text}", err=True)
-    sys.exit(2 if is_usage else 1)
 
 
 main.add_command(tunnel)

@@ -487,7 +487,8 @@ class _Connection:
                     # Silent, or its network has gone. Packets that reach the server when that comes
                     # back would be stale, and make it send ours there for a moment.
                     self.dialed.stream.abort()
-                self.dialed.close()
+                else:
+                    self.dialed.close()
         if failure is not None:
             raise failure
         if self._scope.cancelled_caught:

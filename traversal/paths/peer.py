@@ -4,7 +4,7 @@ Path selection specification 2 to 9 is the base, so that a stock node on the oth
 expects. Deliberate differences, each harmless to it:
 
 * a dead path is found by silence and a burst of Pings within a second (`liveness`), not by the end
-  of trust after 6.5 s; the rule of 6.5 s stays as the last word;
+  of trust after 6.5 s, and others are looked for then; the rule of 6.5 s stays as the last word;
 * a valid Ping from an address that never answered us is answered by a Ping of our own (P7);
 * a CallMeMaybe is sent even when we know no address of the peer (P6);
 * an empty CallMeMaybe makes us ping, not forget: a later version of the message reads as empty;
@@ -577,8 +577,8 @@ class Peer:
         if self._wants_edge(now):
             self._pinger.enqueue(self._edge.candidate)
             self._ask_relay(now)
-        elif self.has_relay and self._schedule.is_wide(now):
-            # The relay will be in use for a while: how long does it take?
+        elif self.route.relay and self.has_relay and self._schedule.is_wide(now):
+            # The relay is in use, and will be for a while: how long does it take?
             self._ping_relay(now)
         self._caller.want(now)
         is_trusted = self._choice.is_trusted(now)

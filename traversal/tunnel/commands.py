@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import signal
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 import click
 
+from traversal.exit_statuses import FAILED, WRONG_USE, fail
 from traversal.printable import LineFormatter
 from traversal.tunnel.transport_choice import PROTOCOLS
 
@@ -136,8 +136,9 @@ def quick(
     try:
         edges = list(connect) or [urlsplit(base).hostname or ""]
     except ValueError as error:
-        _fail(f"{base}: {error}; write https://DOMAIN, the edge's domain of quick tunnels")
-    is_url = base.startswith(("https://", "http://"))
+        fail(
+            f"{base}: {error}; write https://DOMAIN, the edge's domain of quick tunnels", WRONG_USE
+        )
     table = {key: value for key, value in options.items() if value} | {"url": url, "edge": edges}
     try:
         parse_service(url)  # before the edge makes a tunnel for it
@@ -146,9 +147,10 @@ def quick(
             table | {"connections": 1}, Path.cwd(), credentials=made.credentials
         )
     except (SettingsError, TunnelError) as error:
-        _fail(str(error))
+        fail(str(error), WRONG_USE)
     except QuickTunnelError as error:
-        _fail(str(error), is_usage=not is_url)
+        is_url = base.startswith(("https://", "http://"))
+        fail(str(error), FAILED if is_url else WRONG_USE)
     address = f"{urlsplit(base).scheme}://{made.hostname}"
     click.echo(json.dumps({"url": address}) if as_json else address)
     _serve(settings, log_level)
@@ -166,14 +168,17 @@ def _settings(config_path: Path | None, options: dict[str, Any]) -> TunnelSettin
     try:
         if config_path is not None:
             if table:
-                _fail("--config does not go together with other options; write them in the file")
+                fail(
+                    "--config does not go together with other options; write them in the file",
+                    WRONG_USE,
+                )
             return load_settings(config_path)
         token = None
         if "credentials" not in table and "token_file" not in table:
             token = os.environ.get("TUNNEL_TOKEN")
         return read_settings(table, Path.cwd(), token=token)
     except SettingsError as error:
-        _fail(str(error))
+        fail(str(error), WRONG_USE)
 
 
 def _serve(settings: TunnelSettings, log_level: str) -> None:
@@ -189,7 +194,7 @@ def _serve(settings: TunnelSettings, log_level: str) -> None:
     try:
         trio.run(_run_until_told, settings)
     except* ConnectorError as group:
-        _fail(str(group.exceptions[0]), is_usage=False)
+        fail(str(group.exceptions[0]), FAILED)
 
 
 async def _run_until_told(settings: TunnelSettings) -> None:
@@ -219,8 +224,3 @@ async def _run_until_told(settings: TunnelSettings) -> None:
         await nursery.start(listen)
         connectors.append(await nursery.start(serve))
         click.echo(f"tunnel {settings.credentials.tunnel_id} is up", err=True)
-
-
-def _fail(text: str, *, is_usage: bool = True) -> NoReturn:
-    click.echo(f"underpass: {text}", err=True)
-    sys.exit(2 if is_usage else 1)

@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 import trio
 import trustme
+from qh3.quic.configuration import QuicConfiguration
 from trio.testing import MockClock
 
 from relay.edge.connection import ConnectionFailedError, RequestHead, ResponseHead
@@ -110,16 +111,21 @@ class Connector:
         return version, ""
 
 
+def make_edge_configuration(directory: Path) -> QuicConfiguration:
+    """With a certificate whose authority is in the file `ca`."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert(SERVER_NAME)
+    authority.cert_pem.write_to_path(str(directory / "ca"))
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    return edge_configuration(chain, certificate.private_key_pem.bytes())
+
+
 @asynccontextmanager
 async def running(
     tmp_path: Path, registrar: Registrar, **settings: object
 ) -> AsyncIterator[Connector]:
     """An edge that listens on loopback, and a connector that is not connected yet."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert(SERVER_NAME)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca"))
-    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
-    configuration = edge_configuration(chain, certificate.private_key_pem.bytes())
+    configuration = make_edge_configuration(tmp_path)
     listener = QuicListener(await bind_socket(4, "127.0.0.1", 0), configuration, entropy=os.urandom)
     async with trio.open_nursery() as nursery:
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import trio
-import trustme
 from trio.testing import MockClock
 
 from netlab.model import Host, Link, Server, Topology, Uplink
@@ -15,10 +14,9 @@ from netlab.simulated.internet import SimulatedInternet
 from relay.edge.connection import RequestHead
 from relay.edge.quic_session import serve_quic
 from tests.relay.edge.fake_connector import TUNNEL_ID, make_registrar
-from tests.relay.edge.test_quic import Connector, read_all
+from tests.relay.edge.test_quic import Connector, make_edge_configuration, read_all
 from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import QuicListener
-from traversal.io.quic_settings import SERVER_NAME, edge_configuration
 from traversal.io.udp import bind_socket
 
 BAD = Link(
@@ -36,11 +34,7 @@ async def test_loss_and_a_small_mtu(tmp_path: Path, autojump_clock: MockClock) -
     """With 2 % loss each way, reordering, duplicates, and an MTU of 1280 of which no router tells,
     every request of a hundred is answered in full, and the longest datagrams of UDP flows reach the
     connector."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert(SERVER_NAME)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca"))
-    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
-    configuration = edge_configuration(chain, certificate.private_key_pem.bytes())
+    configuration = make_edge_configuration(tmp_path)
     registrar = make_registrar()
     topology = Topology(
         hosts=(Host(name="near", uplinks=(Uplink(network="internet", link=BAD),)),),

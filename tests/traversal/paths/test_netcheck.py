@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kept import count_kept
 from traversal.paths.home import HomeChooser, HomePolicy
 from traversal.paths.probe_plan import LastReport, Probe, make_initial_plan, make_plan
 from traversal.paths.report import (
@@ -177,6 +178,14 @@ class TestHome:
     def test_scores(self, scores, latencies, expected):
         """Scores multiply latency; those of 0 and below are ignored."""
         assert HomeChooser(scores=scores).handle_report(latencies, {}, 0.0, 1.0) == expected
+
+    def test_a_network_that_flaps_costs_no_memory(self):
+        """However many reports it makes within the five minutes."""
+        chooser, most = HomeChooser(), 0
+        for number in range(1000):
+            chooser.handle_report({1: 2, 2: 3}, {}, number / 10, number / 10 + 0.05)
+            most = max(most, count_kept(chooser))
+        assert most < 100
 
     @pytest.mark.parametrize(("age", "expected"), [(7.9, 1), (8.1, 2)])
     def test_relay_traffic_keeps_the_home(self, age, expected):

@@ -15,17 +15,16 @@ from uuid import UUID
 
 import pytest
 import trio
-import trustme
 from trio.testing import MockClock
 
 from netlab.model import Host, Link, Server, Topology, Uplink
 from netlab.simulated.internet import SimulatedInternet
 from relay.edge.control import ControlServer, RegistrationRequested
 from tests.fuzz.edge import REGISTRATION, EchoService
+from tests.relay.edge.test_quic import make_edge_configuration
 from tests.system.tunnel_world import until
 from traversal.io.quic import QuicConnection
 from traversal.io.quic_endpoints import QuicListener
-from traversal.io.quic_settings import SERVER_NAME, edge_configuration
 from traversal.io.quic_stream import QuicError, QuicStream
 from traversal.io.udp import bind_socket
 from traversal.tunnel.edge_connection import DialFailedError, DialOptions, EdgeConnection
@@ -137,11 +136,7 @@ class Result:
 @asynccontextmanager
 async def connected(tmp_path: Path, behave: Behaviour) -> AsyncIterator[Result]:
     """A connector that connects once, and an edge that behaves so."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert(SERVER_NAME)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca"))
-    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
-    configuration = edge_configuration(chain, certificate.private_key_pem.bytes())
+    configuration = make_edge_configuration(tmp_path)
     result = Result()
     async with SimulatedInternet(TOPOLOGY) as lab, trio.open_nursery() as nursery:
 
@@ -428,6 +423,7 @@ async def test_after_the_registration(
         assert not result.over.is_set()
         assert connection.leaving.is_set() == (attack is control_garbage)
         assert len(result.service.udp) <= MAX_FLOWS
+        assert (result.service.udp.dropped > 2000) == (attack is datagrams)
 
 
 async def test_an_edge_that_vanishes(tmp_path: Path, autojump_clock: MockClock) -> None:
