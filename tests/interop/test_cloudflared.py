@@ -109,8 +109,9 @@ class Stage:
             nursery.cancel_scope.cancel()
 
     async def usable(self, count: int = 1) -> TunnelConnection:
-        """Some connection, when there are so many."""
-        with trio.fail_after(20):
+        """Some connection, when there are so many; the program waits up to 20 s before it dials
+        again (specification 11)."""
+        with trio.fail_after(30):
             while True:
                 connections = list(self.edge.registry.connections(self.tunnel.id))
                 if len(connections) >= count:
